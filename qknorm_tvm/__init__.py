@@ -1,0 +1,28 @@
+"""Fused QK-RMSNorm on Apache TVM: bit-exact, one launch, compiled modules that run alone.
+
+``apply_qk_rms_norm`` is the operation; `compile`, `CompiledModule.export` and `load` make and use
+modules. Importing this package imports neither TVM nor tvm-ffi: that waits until something is
+compiled or called.
+"""
+
+from ._version import __version__
+from .api import apply_qk_rms_norm
+from .build import CompiledModule, compile
+from .errors import BuildError, ModuleFileError, QKNormError
+from .runtime import Module, get_num_threads, load, set_num_threads
+from .spec import KernelSpec
+
+__all__ = [
+    "BuildError",
+    "CompiledModule",
+    "KernelSpec",
+    "Module",
+    "ModuleFileError",
+    "QKNormError",
+    "__version__",
+    "apply_qk_rms_norm",
+    "compile",
+    "get_num_threads",
+    "load",
+    "set_num_threads",
+]

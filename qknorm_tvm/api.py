@@ -1,0 +1,177 @@
+"""`apply_qk_rms_norm` for arrays and tensors of any framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .arrays import adapter_of, canonical_dtype
+from .cache import module_for
+from .spec import DTYPE_BYTES, KernelSpec
+
+#: From what is seen of a call to the function that serves it, without looking further.
+_entries: dict[tuple, Callable[..., Any]] = {}
+_TENSORS = ("q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k")
+
+
+def apply_qk_rms_norm(
+    q: Any,
+    k: Any,
+    qk_var: Any,
+    gamma_q: Any,
+    gamma_k: Any,
+    epsilon: float = 1e-6,
+    *,
+    q_out: Any = None,
+    k_out: Any = None,
+    out_dtype: Any = None,
+    stream: Any = None,
+) -> tuple[Any, Any]:
+    """Normalise Q and K by given mean squares, in one launch.
+
+    ::
+
+        q_out = cast((cast(q, f32) * rsqrt(qk_var[:, 0] + epsilon)) * gamma_q, out_dtype)
+        k_out = cast((cast(k, f32) * rsqrt(qk_var[:, 1] + epsilon)) * gamma_k, out_dtype)
+
+    bit-equal to that unfused float32 graph on the same device. This is the last step of an RMSNorm
+    over the whole Q and K projections whose mean squares were reduced over tensor-parallel ranks
+    first, as in MiniMax-M2 and OLMo-2.
+
+    The code for the dtypes and columns is compiled on first use and cached on disk.
+
+    Parameters
+    ----------
+    q, k : array, ``[M, Nq]`` and ``[M, Nk]``, bfloat16, float16 or float32
+        NumPy arrays (with ml_dtypes' bfloat16), torch tensors, or anything with DLPack, on one
+        device. Not copied. Rows may be strided (slices of a fused QKV projection); columns must be
+        contiguous. Any alignment on CPUs.
+    qk_var : array, ``[M, 2]``, float32
+        Column 0: mean of squares of q's rows, column 1: of k's.
+    gamma_q, gamma_k : array, ``[Nq]`` and ``[Nk]``, float32
+        Scales.
+    epsilon : float
+        Added to the mean squares, as float32.
+    q_out, k_out : array, optional
+        Where to write; ``q_out is q`` and ``k_out is k`` are allowed, any other overlap is not.
+        By default new arrays of q's framework, packed row by row.
+    out_dtype : dtype or str, optional
+        Element type of outputs allocated here; by default q's.
+    stream : int or object with ``cuda_stream`` or ``ptr``, optional
+        CUDA stream to launch on; by default torch's current stream, or the default stream.
+
+    Returns
+    -------
+    (q_out, k_out)
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong: the message says which, what was expected and what came. Nothing has
+        been launched or written.
+    BuildError
+        The code had to be compiled and could not be.
+    """
+    if q_out is None or k_out is None or out_dtype is not None:
+        q_out, k_out = _outputs(q, k, q_out, k_out, out_dtype)
+    try:
+        key = (q.dtype, q_out.dtype, q.shape[1:], k.shape[1:], type(q), type(q_out), q.device)
+        entry = _entries.get(key)
+    except (AttributeError, TypeError):
+        key = entry = None
+    if entry is None:
+        entry = _find_entry(q, k, q_out)
+        if key is not None and len(_entries) < 4096:
+            _entries[key] = entry
+    entry(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon, stream)
+    return q_out, k_out
+
+
+def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[Any, Any]:
+    dtype = None if out_dtype is None else canonical_dtype("out_dtype", out_dtype)
+    for name, given in (("q_out", q_out), ("k_out", k_out)):
+        if given is None:
+            continue
+        found = adapter_of(name, given).dtype(given)
+        if dtype is not None and found != dtype:
+            raise TypeError(f"{name} must be {dtype} like out_dtype, got {found}")
+    given = q_out if q_out is not None else k_out
+    if dtype is None:
+        source = q if given is None else given
+        name = "q" if given is None else "k_out" if q_out is None else "q_out"
+        dtype = adapter_of(name, source).dtype(source)
+    if dtype not in DTYPE_BYTES:
+        _columns("q", q), _columns("k", k)
+        raise TypeError(f"q must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
+    if q_out is None:
+        q_out = adapter_of("q", q).empty(q, (q.shape[0], _columns("q", q)), dtype)
+    if k_out is None:
+        k_out = adapter_of("k", k).empty(k, (k.shape[0], _columns("k", k)), dtype)
+    return q_out, k_out
+
+
+def _columns(name: str, array: Any) -> int:
+    adapter_of(name, array)
+    if len(array.shape) != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got {len(array.shape)}")
+    if array.shape[1] < 1:
+        raise ValueError(f"{name} must have at least 1 column, got 0")
+    return int(array.shape[1])
+
+
+def _find_entry(q: Any, k: Any, q_out: Any) -> Callable[..., Any]:
+    """Return a function of the module's eight arguments and a stream, for calls like this one."""
+    adapter = adapter_of("q", q)
+    q_cols, k_cols = _columns("q", q), _columns("k", k)
+    dtypes = {}
+    for name, array in (("q", q), ("q_out", q_out)):
+        dtypes[name] = adapter_of(name, array).dtype(array)
+        if dtypes[name] not in DTYPE_BYTES:
+            raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtypes[name]}")
+    target = adapter.target(q)
+    spec = KernelSpec(
+        in_dtype=dtypes["q"],
+        out_dtype=dtypes["q_out"],
+        q_cols=q_cols,
+        k_cols=k_cols,
+        target=target,
+    )
+    function = module_for(spec).apply_qk_rms_norm
+    is_cuda = spec.parsed_target.kind == "cuda"
+
+    return adapter.fast_call(function, _general(function, is_cuda))
+
+
+def _general(function: Callable[..., Any], is_cuda: bool) -> Callable[..., Any]:
+    """Return the call that takes any mix of frameworks and says what is wrong with an argument."""
+
+    def general(*args: Any) -> None:
+        *tensors, epsilon, stream = args
+        views = [
+            adapter_of(name, array).view(name, array, writable=name.endswith("_out"))
+            for name, array in zip(_TENSORS, tensors, strict=True)
+        ]
+        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
+            try:
+                epsilon = float(epsilon.__float__())
+            except AttributeError:
+                raise TypeError(f"epsilon must be a float, got {type(epsilon).__name__}") from None
+        if stream is not None:
+            _on_stream(function, is_cuda, tensors[5], stream, *views, epsilon, 1)
+        else:
+            function(*views, epsilon, 1)
+
+    return general
+
+
+def _on_stream(function: Any, is_cuda: bool, q: Any, stream: Any, *args: Any) -> None:
+    import tvm_ffi
+
+    if not is_cuda:
+        raise ValueError(f"stream must be None for tensors on the CPU, got {stream!r}")
+    handle = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+    if isinstance(handle, bool) or not isinstance(handle, int):
+        raise TypeError(f"stream must be an int or a stream object, got {type(stream).__name__}")
+    device = adapter_of("q", q).device_index(q)
+    with tvm_ffi.use_raw_stream(tvm_ffi.device(f"cuda:{device}"), handle):
+        function(*args)

@@ -1,0 +1,144 @@
+"""CPU modules: schedule, lower and generate code for every level, then link."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from .declaration import declare
+from .errors import BuildError
+from .lowering import lower
+from .native_build import Level, Variant, compile_entry, link, tables
+from .schedules.llvm import schedule
+from .schedules.llvm_config import LLVMConfig, default_config
+from .spec import KernelSpec
+from .targets import X86_FEATURES, X86_LEVELS
+
+#: Instruction sets kept from LLVM. Some it would use change results (avx512bf16 and avxneconvert
+#: flush denormals when they round); the others `X86_FEATURES` cannot test for at load.
+_WITHHELD = tuple(
+    """avx10.1 avx10.2 avx512bf16 avx512fp16 avx512vp2intersect avxifma avxneconvert avxvnni
+    avxvnniint16 avxvnniint8 amx-avx512 amx-tile ccmp egpr fma4 ndd nf ppx push2pop2 sse4a tbm
+    xop zu""".split()  # noqa: SIM905
+)
+#: Tuning flags against which the kernel was measured: whole zmm vectors, and blends rather than
+#: three-uop word permutes.
+_TUNING = ("-prefer-256-bit", "-fast-variable-crosslane-shuffle", "-fast-variable-perlane-shuffle")
+
+
+def cpu_features(cpu: str) -> tuple[str, ...]:
+    """Return the instruction sets that code for an LLVM CPU name may use, sorted.
+
+    Raises
+    ------
+    BuildError
+        LLVM does not know the name.
+    """
+    if cpu in X86_LEVELS:
+        return tuple(sorted(X86_LEVELS[cpu]))
+    codegen = tvm.target.codegen
+    generic = tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu"})
+    known = {str(name) for name in codegen.llvm_get_cpu_archlist(generic)}
+    if cpu not in known:
+        raise BuildError(
+            f"target must be a CPU that LLVM {codegen.llvm_version_major()} knows, got {cpu!r}; "
+            "for example x86-64-v3, znver4 or sapphirerapids"
+        )
+    found = codegen.llvm_get_cpu_features(
+        tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu})
+    )
+    return tuple(sorted(set(map(str, found)) & set(X86_FEATURES)))
+
+
+def llvm_target(cpu: str) -> tvm.target.Target:
+    """Return TVM's target for an x86-64 level or CPU name."""
+    return tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": "x86_64-linux-gnu",
+            "mcpu": cpu,
+            "mattr": [f"-{name}" for name in _WITHHELD] + list(_TUNING),
+        }
+    )
+
+
+def variants_of(spec: KernelSpec, config: LLVMConfig, prefix: str) -> list[Variant]:
+    """Return the functions that make up one spec's code for one level, first choice first."""
+    found = []
+    if config.row_tile > 1:
+        found.append(
+            Variant("tile", f"{prefix}_tile", min_rows=config.row_tile, row_tile=config.row_tile)
+        )
+    found.append(Variant("row", f"{prefix}_row"))
+    return found
+
+
+def _scheduled(spec: KernelSpec, config: LLVMConfig, variant: Variant) -> tirx.PrimFunc:
+    func = declare(
+        spec,
+        row_tile=variant.row_tile,
+        stride_unit=variant.stride_unit,
+        alignment=variant.alignment if variant.alignment > 1 else None,
+    )
+    func = schedule(func, config, row_tile=variant.row_tile)
+    return func.with_attr("global_symbol", variant.symbol)
+
+
+def generate(cpu: str, functions: Sequence[tuple[tirx.PrimFunc, LLVMConfig]]) -> Any:
+    """Generate code for scheduled functions; returns TVM's LLVM module."""
+    target = llvm_target(cpu)
+    lowered = tvm.IRModule()
+    for func, config in functions:
+        name = str(func.attrs["global_symbol"])
+        bound = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule({name: func}))
+        lowered.update(lower(bound, config))
+    # `tvm.tirx.build` is a function that hides the module of that name.
+    return importlib.import_module("tvm.tirx.build").codegen_build(lowered, target)
+
+
+def build(
+    specs: Sequence[KernelSpec],
+    configs: Sequence[LLVMConfig | None],
+    metadata: dict[str, Any],
+    directory: Path,
+) -> Path:
+    """Build one ``.so`` for specs that share a CPU target; returns its path in `directory`.
+
+    `metadata` is completed with the levels, their features, and each spec's configs.
+    """
+    levels, objects, described = [], [], []
+    for cpu in specs[0].parsed_target.variants:
+        features = cpu_features(cpu)
+        functions, per_spec, tasks, configs_used = [], [], [], []
+        for index, (spec, given) in enumerate(zip(specs, configs, strict=True)):
+            config = given or default_config(spec, frozenset(features))
+            prefix = f"qkn_{cpu}_{index}".replace("-", "_").replace(".", "_")
+            variants = variants_of(spec, config, prefix)
+            functions += [(_scheduled(spec, config, v), config) for v in variants]
+            per_spec.append(tuple(variants))
+            tasks.append(config.bytes_per_task)
+            configs_used.append(
+                {
+                    "spec": spec.text,
+                    "source": "user" if given else "heuristic",
+                    "config": config.to_dict(),
+                    "variants": [v.name for v in variants],
+                }
+            )
+        level_object = directory / f"{cpu}.o"
+        generate(cpu, functions).write_to_file(str(level_object), "o")
+        # The least demanding first: TVM puts its float16 helpers, weak, into every object, and the
+        # linker keeps the first, which has to run everywhere.
+        objects.insert(0, level_object)
+        levels.append(Level(cpu, features, tuple(per_spec), tuple(tasks)))
+        described.append({"name": cpu, "features": list(features), "code": configs_used})
+    metadata = {**metadata, "kind": "cpu", "levels": described}
+    native = compile_entry(directory, tables(specs, levels, metadata, cuda=False), pool=True)
+    out = directory / "module.so"
+    link([*native, *objects], out)
+    return out

@@ -1,0 +1,1 @@
+"""The command line, ``qknorm-tvm``: one module a command."""

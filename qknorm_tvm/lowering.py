@@ -1,0 +1,165 @@
+"""Lowering of scheduled CPU functions: TVM's passes, with an exact, short float32 -> bfloat16.
+
+TVM's own float32 -> bfloat16 turns some NaNs into zeros (the carry of the rounding runs into the
+sign: 0x7fffffff becomes -0), and widens each bfloat16 with a shuffle. Here
+
+* every NaN stays a NaN. The carry cannot reach the exponent where the low half of a NaN is zero, as
+  in every widened bfloat16; so the payloads of the other operands are cleared before they are
+  multiplied: of rs once a row, of gamma once a row tile;
+* a vector of 2n bfloat16 is read as n 32-bit words, whose halves are the even and the odd elements.
+  A shift and a mask widen them, a shift and a blend put them back: 16 instructions for 32 elements
+  on AVX-512 instead of 23.
+
+The arithmetic on each element, and so each result, stays the declaration's.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import TensorLoad
+from tvm_ffi import structural_map
+
+from .schedules.llvm_config import LLVMConfig
+
+_QUIET_NAN = 0x7FC00000
+_HALF_ULP = 0x7FFF
+
+
+def _type(expr: tirx.Expr) -> tvm.DataType:
+    return tvm.DataType(str(expr.ty.dtype))
+
+
+def _splat(value: int, lanes: int) -> tirx.Expr:
+    scalar = tirx.const(value, "uint32")
+    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+
+
+def _words(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    return tirx.reinterpret("uint32" if lanes == 1 else f"uint32x{lanes}", expr)
+
+
+def _floats(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    return tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", expr)
+
+
+def _clear_payload(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    """Replace every NaN by the one whose low half is zero."""
+    return tirx.Select(tirx.isnan(expr), _floats(_splat(_QUIET_NAN, lanes), lanes), expr)
+
+
+def _is_bfloat16(expr: tirx.Expr) -> bool:
+    return str(_type(expr)).startswith("bfloat16")
+
+
+def _even_odd(expr: tirx.Expr, lanes: int) -> tuple[tirx.Expr, tirx.Expr]:
+    """Return the even and the odd elements of a float32 vector of twice `lanes` elements.
+
+    A vector that is stored in order is read as two halves and shuffled; it is one of the operands
+    shared by the rows of a tile, so that the shuffle is too.
+    """
+    if isinstance(expr, tirx.Mul):
+        (a_even, a_odd), (b_even, b_odd) = _even_odd(expr.a, lanes), _even_odd(expr.b, lanes)
+        return tirx.Mul(a_even, b_even), tirx.Mul(a_odd, b_odd)
+    if isinstance(expr, tirx.Cast) and _is_bfloat16(expr.value):
+        pairs = _words(expr.value, lanes)
+        return (
+            _floats(pairs << _splat(16, lanes), lanes),
+            _floats(pairs & _splat(0xFFFF0000, lanes), lanes),
+        )
+    if isinstance(expr, tirx.Broadcast):
+        value = _clear_payload(expr.value, 1)
+        return tirx.Broadcast(value, lanes), tirx.Broadcast(value, lanes)
+    low, high = _halves(expr, lanes)
+    return tuple(  # type: ignore[return-value]
+        _clear_payload(tirx.Shuffle([low, high], list(range(start, 2 * lanes, 2))), lanes)
+        for start in (0, 1)
+    )
+
+
+def _halves(expr: tirx.Expr, lanes: int) -> tuple[tirx.Expr, tirx.Expr]:
+    """Return the first and the second half of a vector that is loaded in order."""
+    if isinstance(expr, tirx.Cast):
+        low, high = _halves(expr.value, lanes)
+        kind = str(_type(expr)).split("x")[0]
+        return tirx.Cast(f"{kind}x{lanes}", low), tirx.Cast(f"{kind}x{lanes}", high)
+    assert isinstance(expr, TensorLoad), type(expr)
+    (ramp,) = expr.indices
+    assert isinstance(ramp, tirx.Ramp), type(ramp)
+    return tuple(  # type: ignore[return-value]
+        tirx.BufferLoad(expr.source, [tirx.Ramp(ramp.base + offset, ramp.stride, lanes)])
+        for offset in (0, lanes)
+    )
+
+
+def _rounded(expr: tirx.Expr, lanes: int, rounding: str) -> tirx.Expr:
+    """Return words whose high half is `expr` rounded to bfloat16, half to even; no NaN payload."""
+    bits = _words(expr, lanes)
+    if rounding == "mask":
+        odd = tirx.NE(bits & _splat(0x10000, lanes), _splat(0, lanes))
+        return tirx.Select(
+            odd, bits + _splat(_HALF_ULP + 1, lanes), bits + _splat(_HALF_ULP, lanes)
+        )
+    return bits + ((bits >> _splat(16, lanes)) & _splat(1, lanes)) + _splat(_HALF_ULP, lanes)
+
+
+def _to_bfloat16(cast: tirx.Cast, rounding: str) -> tirx.Expr:
+    lanes = _type(cast).lanes
+    value = cast.value
+    if lanes % 2 == 0 and isinstance(value, tirx.Mul):
+        half = lanes // 2
+        even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half))
+        pairs = (even >> _splat(16, half)) | (odd & _splat(0xFFFF0000, half))
+        return tirx.reinterpret(f"bfloat16x{lanes}", pairs)
+    bits = _rounded(_clear_payload(value, lanes), lanes, "shift") >> _splat(16, lanes)
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    return tirx.reinterpret(f"bfloat16{suffix}", tirx.Cast(f"uint16{suffix}", bits))
+
+
+def exact_bfloat16(rounding: str) -> tvm.transform.Pass:
+    """Make the pass that rewrites every store of float32 as bfloat16; run after vectorising."""
+
+    def store(node: tirx.BufferStore) -> tirx.BufferStore:
+        value = node.value
+        if not (isinstance(value, tirx.Cast) and _is_bfloat16(value)):
+            return node
+        return tirx.BufferStore(node.buffer, _to_bfloat16(value, rounding), node.indices)
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.ExactBFloat16")
+    def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+        return func.with_body(structural_map(func.body, (tirx.BufferStore, store)))
+
+    return rewrite
+
+
+def lower(mod: tvm.IRModule, config: LLVMConfig) -> tvm.IRModule:
+    """Lower scheduled functions, bound to a CPU target, to what LLVM's code generator takes.
+
+    No check of an argument is generated: the module's entry point has made them all.
+    """
+    with tvm.transform.PassContext(config={"s_tir.LoopPartition": {"partition_const_loop": True}}):
+        return tvm.transform.Sequential(
+            [
+                s_tir.transform.CanonicalizeLoop(),
+                s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+                s_tir.transform.ConvertBlocksToOpaque(),
+                s_tir.transform.CompactBufferAllocation(),
+                s_tir.transform.StmtSimplify(),
+                s_tir.transform.LowerOpaqueBlock(),
+                tirx.transform.FlattenBuffer(),
+                s_tir.transform.LoopPartition(),
+                tirx.transform.VectorizeLoop(True),
+                exact_bfloat16(config.rounding),
+                tirx.transform.BF16ComputeLegalize(),
+                tirx.transform.UnrollLoop(),
+                tirx.transform.StmtSimplify(),
+                tirx.transform.RemoveNoOp(),
+                tirx.transform.VerifyMemory(),
+                tirx.transform.SplitHostDevice(),
+                tirx.transform.MakePackedAPI(),
+                tirx.transform.BF16StorageLegalize(),
+                tirx.transform.SkipAssert(),
+                tirx.transform.LowerTVMBuiltin(),
+                tirx.transform.LowerIntrin(),
+            ]
+        )(mod)

@@ -1,0 +1,574 @@
+/* The entry point of an exported module: apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var,
+ * q, k, epsilon).
+ *
+ * It checks every argument before anything is launched or written, returns at once for no rows,
+ * picks the spec that fits the arguments and the generated function that fits this machine, the
+ * number of rows and the layout, and calls it. So a caller from C++ gets the same checks and the
+ * same choices as one from Python. It allocates nothing.
+ *
+ * tables.h, written by the exporter for each module, defines qkn_specs, qkn_levels, QKN_NUM_SPECS,
+ * QKN_NUM_LEVELS, QKN_CUDA and QKN_METADATA (JSON).
+ *
+ * SPDX-License-Identifier: Apache-2.0 */
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "module.h"
+#include "tables.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INTERNAL_SCALARS 5 /* row_tiles and four row strides, see declaration.py */
+
+enum { Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K, NUM_TENSORS, EPSILON = NUM_TENSORS };
+static const char* const kNames[] = {"q_out",  "k_out", "gamma_q", "gamma_k",
+                                     "qk_var", "q",     "k",       "epsilon"};
+
+/* One tensor, normalised: data with its offset, strides always there, in elements. */
+typedef struct {
+  char* data;
+  DLDevice device;
+  DLDataType dtype;
+  int ndim;
+  int64_t rows, cols, row_stride, col_stride;
+  int64_t item; /* bytes of an element */
+} tensor;
+
+static int fail(const char* kind, const char* format, ...) {
+  char message[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(message, sizeof message, format, arguments);
+  va_end(arguments);
+  TVMFFIErrorSetRaisedFromCStr(kind, message);
+  return -1;
+}
+
+/* What module_file.py reads without loading the file. The digest is filled in after linking. */
+static const struct {
+  char magic[16];
+  unsigned char digest[32];
+  char json[sizeof QKN_METADATA];
+} module_info __attribute__((section(".qknorm"), used, aligned(16))) = {
+    "QKNORM-TVM MODUL", {0}, QKN_METADATA};
+
+/* ---- what the machine can run -------------------------------------------------------------- */
+
+static int active_level = -1;
+static char unsupported[640]; /* why active_level is -1 */
+
+#if defined(__x86_64__)
+static int has_feature(const qkn_feature* feature) {
+  uint32_t reg[4] = {0, 0, 0, 0};
+  /* A list of features to do without, for tests and for a look at the other levels. */
+  const char* disabled = getenv("QKNORM_TVM_DISABLE_CPU_FEATURES");
+  size_t length = strlen(feature->name);
+  for (const char* at = disabled; at && (at = strstr(at, feature->name)); at += length) {
+    if ((at == disabled || at[-1] == ',') && (at[length] == ',' || !at[length])) return 0;
+  }
+  if (!__get_cpuid_count(feature->leaf, 0, &reg[0], &reg[1], &reg[2], &reg[3])) return 0;
+  if (!(reg[feature->reg] >> feature->bit & 1)) return 0;
+  if (feature->state) {
+    uint32_t leaf1[4] = {0, 0, 0, 0}, low, high;
+    if (!__get_cpuid(1, &leaf1[0], &leaf1[1], &leaf1[2], &leaf1[3])) return 0;
+    if (!(leaf1[2] >> 27 & 1)) return 0; /* the system does not save extended registers */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & feature->state) != feature->state) return 0;
+  }
+  return 1;
+}
+#else
+static int has_feature(const qkn_feature* feature) { return (void)feature, 0; }
+#endif
+
+__attribute__((constructor)) static void choose_level(void) {
+  size_t used = 0;
+  for (int i = 0; i < QKN_NUM_LEVELS; ++i) {
+    const qkn_level* level = &qkn_levels[i];
+    size_t before = used;
+    int missing = 0;
+    for (int f = 0; f < level->num_features; ++f) {
+      if (has_feature(&level->features[f])) continue;
+      used += (size_t)snprintf(unsupported + used, sizeof unsupported - used, "%s%s",
+                               missing ? ", " : i ? "; " : "", level->features[f].name);
+      if (used >= sizeof unsupported) used = sizeof unsupported - 1;
+      ++missing;
+    }
+    if (!missing) {
+      active_level = i;
+      return;
+    }
+    if (i + 1 < QKN_NUM_LEVELS) used = before; /* say what the least demanding level lacks */
+  }
+}
+
+/* ---- reading arguments ---------------------------------------------------------------------- */
+
+static const char* type_name(int32_t index) {
+  switch (index) {
+    case kTVMFFINone: return "None";
+    case kTVMFFIInt: return "int";
+    case kTVMFFIBool: return "bool";
+    case kTVMFFIFloat: return "float";
+    case kTVMFFIRawStr:
+    case kTVMFFISmallStr:
+    case kTVMFFIStr: return "str";
+    case kTVMFFIOpaquePtr: return "a pointer";
+    default: return "an object that is no tensor";
+  }
+}
+
+static const char* dtype_name(DLDataType type, char* text, size_t size) {
+  const char* base = type.code == kDLInt      ? "int"
+                     : type.code == kDLUInt   ? "uint"
+                     : type.code == kDLFloat  ? "float"
+                     : type.code == kDLBfloat ? "bfloat"
+                     : type.code == kDLBool   ? "bool"
+                     : type.code == kDLComplex ? "complex"
+                                               : NULL;
+  if (base) {
+    snprintf(text, size, type.lanes == 1 ? "%s%d" : "%s%dx%d", base, type.bits, type.lanes);
+  } else {
+    snprintf(text, size, "dtype(code %d, %d bits, %d lanes)", type.code, type.bits, type.lanes);
+  }
+  return text;
+}
+
+static const char* device_name(DLDevice device, char* text, size_t size) {
+  switch (device.device_type) {
+    case kDLCPU: snprintf(text, size, "the CPU"); break;
+    case kDLCUDA: snprintf(text, size, "cuda:%d", device.device_id); break;
+    case kDLCUDAHost: snprintf(text, size, "pinned host memory"); break;
+    case kDLCUDAManaged: snprintf(text, size, "CUDA managed memory"); break;
+    case kDLROCM: snprintf(text, size, "rocm:%d", device.device_id); break;
+    default: snprintf(text, size, "device type %d", (int)device.device_type);
+  }
+  return text;
+}
+
+static int same_dtype(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+static int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
+  const DLTensor* dl = NULL;
+  if (value->type_index == kTVMFFITensor) {
+    dl = (const DLTensor*)((const char*)value->v_obj + sizeof(TVMFFIObject));
+  } else if (value->type_index == kTVMFFIDLTensorPtr) {
+    dl = (const DLTensor*)value->v_ptr;
+  }
+  if (!dl) return fail("TypeError", "%s must be a tensor, got %s", name, type_name(value->type_index));
+  out->ndim = dl->ndim;
+  out->dtype = dl->dtype;
+  out->device = dl->device;
+  out->item = (dl->dtype.bits * dl->dtype.lanes + 7) / 8;
+  out->data = dl->data ? (char*)dl->data + dl->byte_offset : NULL;
+  out->rows = dl->ndim == 2 ? dl->shape[0] : 1;
+  out->cols = dl->ndim >= 1 ? dl->shape[dl->ndim - 1] : 1;
+  out->col_stride = dl->strides && dl->ndim >= 1 ? dl->strides[dl->ndim - 1] : 1;
+  out->row_stride = dl->strides && dl->ndim == 2 ? dl->strides[0] : out->cols;
+  return 0;
+}
+
+static int check_device(const char* name, const tensor* t, DLDevice first) {
+  char got[64], wanted[64];
+#if QKN_CUDA
+  if (t->device.device_type != kDLCUDA) {
+    return fail("ValueError", "%s must be on a CUDA device, got a tensor on %s", name,
+                device_name(t->device, got, sizeof got));
+  }
+  if (t->device.device_id != first.device_id) {
+    return fail("ValueError", "%s must be on %s like q, got a tensor on %s", name,
+                device_name(first, wanted, sizeof wanted), device_name(t->device, got, sizeof got));
+  }
+#else
+  (void)first, (void)wanted;
+  if (t->device.device_type != kDLCPU && t->device.device_type != kDLCUDAHost) {
+    return fail("ValueError", "%s must be on the CPU, got a tensor on %s", name,
+                device_name(t->device, got, sizeof got));
+  }
+#endif
+  return 0;
+}
+
+/* Check rank, dtype, shape, strides and data of one tensor; cols < 0 takes any. */
+static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype, int64_t rows,
+                        int64_t cols, int is_output) {
+  char got[64], wanted[64];
+  if (t->ndim != ndim) {
+    return fail("ValueError", "%s must have %d dimension%s, got %d", name, ndim,
+                ndim == 1 ? "" : "s", t->ndim);
+  }
+  if (!same_dtype(t->dtype, dtype)) {
+    return fail("TypeError", "%s must be %s, got %s", name, dtype_name(dtype, wanted, sizeof wanted),
+                dtype_name(t->dtype, got, sizeof got));
+  }
+  if (t->rows != rows && ndim == 2) {
+    return fail("ValueError", "%s must have %" PRId64 " rows like q, got %" PRId64, name, rows,
+                t->rows);
+  }
+  if (cols >= 0 && t->cols != cols) {
+    return fail("ValueError", "%s must have %" PRId64 " %s, got %" PRId64, name, cols,
+                ndim == 1 ? "elements" : "columns", t->cols);
+  }
+  if (t->cols < 1) return fail("ValueError", "%s must have at least 1 column, got 0", name);
+  if (rows == 0) return 0; /* nothing will be touched */
+  if (t->cols > 1 && t->col_stride != 1) {
+    return fail("ValueError",
+                "%s must be contiguous in its last dimension (stride 1), got stride %" PRId64, name,
+                t->col_stride);
+  }
+  if (rows == 1) t->row_stride = t->cols; /* a stride over one row means nothing */
+  if (t->row_stride < 0) {
+    return fail("ValueError", "%s must have a row stride of 0 or more, got %" PRId64, name,
+                t->row_stride);
+  }
+  if (is_output && t->row_stride < t->cols) {
+    return fail("ValueError",
+                "%s must have rows that do not overlap (row stride %" PRId64 " or more), got row "
+                "stride %" PRId64,
+                name, t->cols, t->row_stride);
+  }
+  if (!t->data) return fail("ValueError", "%s must have data, got a null pointer", name);
+#if QKN_CUDA
+  if ((uintptr_t)t->data % (uintptr_t)t->item) {
+    return fail("ValueError", "%s must be aligned to its %d-byte elements, got address %p", name,
+                (int)t->item, (void*)t->data);
+  }
+#endif
+  return 0;
+}
+
+/* ---- overlap -------------------------------------------------------------------------------- */
+
+/* Whether any byte belongs to a row of both, exactly: slices of one buffer may interleave. */
+static int overlap(const tensor* a, const tensor* b) {
+  uintptr_t a_start = (uintptr_t)a->data, b_start = (uintptr_t)b->data;
+  uintptr_t a_row = (uintptr_t)(a->cols * a->item), b_row = (uintptr_t)(b->cols * b->item);
+  uintptr_t a_step = a->rows > 1 ? (uintptr_t)(a->row_stride * a->item) : 0;
+  uintptr_t b_step = b->rows > 1 ? (uintptr_t)(b->row_stride * b->item) : 0;
+  uintptr_t a_end = a_start + (uintptr_t)(a->rows - 1) * a_step + a_row;
+  uintptr_t b_end = b_start + (uintptr_t)(b->rows - 1) * b_step + b_row;
+  if (a_end <= b_start || b_end <= a_start) return 0;
+  if (a_step == b_step && a_step >= a_row + b_row) {
+    /* Rows side by side in one buffer: compare places within its rows. */
+    uintptr_t distance = a_start <= b_start ? (b_start - a_start) % a_step
+                                            : a_step - 1 - (a_start - b_start - 1) % a_step;
+    return distance < a_row || distance + b_row > a_step;
+  }
+  int64_t i = 0, j = 0;
+  while (i < a->rows && j < b->rows) {
+    uintptr_t at = a_start + (uintptr_t)i * a_step, bt = b_start + (uintptr_t)j * b_step;
+    if (at + a_row <= bt) {
+      if (a_step == 0) return 0;
+      ++i;
+    } else if (bt + b_row <= at) {
+      if (b_step == 0) return 0;
+      ++j;
+    } else {
+      return 1;
+    }
+  }
+  return 0;
+}
+
+static int in_place(const tensor* out, const tensor* in) {
+  return out->data == in->data && out->item == in->item &&
+         (out->rows <= 1 || out->row_stride == in->row_stride);
+}
+
+static int check_overlap(const tensor* t) {
+  if (overlap(&t[Q_OUT], &t[K_OUT])) {
+    return fail("ValueError", "k_out must not overlap q_out, got tensors that share memory");
+  }
+  for (int out = Q_OUT; out <= K_OUT; ++out) {
+    int own = out == Q_OUT ? Q : K;
+    for (int in = GAMMA_Q; in < NUM_TENSORS; ++in) {
+      if (in == own && in_place(&t[out], &t[in])) continue;
+      if (!overlap(&t[out], &t[in])) continue;
+      if (in == own) {
+        return fail("ValueError",
+                    "%s must be %s itself (same address, strides and element size) or not overlap "
+                    "it, got tensors that share memory otherwise",
+                    kNames[out], kNames[in]);
+      }
+      return fail("ValueError", "%s must not overlap %s, got tensors that share memory",
+                  kNames[out], kNames[in]);
+    }
+  }
+  return 0;
+}
+
+/* ---- calling -------------------------------------------------------------------------------- */
+
+#if QKN_CUDA
+/* In the generated CUDA file: 0, or an error raised, saying why the device cannot run this. */
+int qkn_check_device(int device_id);
+#else
+static _Thread_local int call_tasks = 1;
+
+/* What TVM's generated code calls for a parallel loop. */
+static int parallel_launch(qkn_task task, void* closure, int num_task) {
+  (void)num_task;
+  qkn_parallel(task, closure, call_tasks);
+  return 0;
+}
+
+/* TVM's code reaches the launch through this pointer, which it leaves weak and null. */
+__attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(qkn_task, void*, int) =
+    parallel_launch;
+
+static void set_tasks(const qkn_code* code, int64_t bytes) {
+  int64_t tasks = bytes / code->bytes_per_task;
+  call_tasks = 1;
+  if (tasks > 1) {
+    int threads = qkn_get_num_threads();
+    /* Two tasks a thread: a thread that is taken off its processor holds up less. */
+    int64_t most = threads > 1 ? 2 * (int64_t)threads : 1;
+    call_tasks = (int)(tasks < threads ? tasks : tasks < most ? threads : most);
+  }
+}
+#endif
+
+static int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out_bytes) {
+  static const int kStreams[] = {Q_OUT, K_OUT, Q, K};
+  if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
+  for (int i = 0; i < 4; ++i) {
+    const tensor* s = &t[kStreams[i]];
+    if ((uintptr_t)s->data % (uintptr_t)v->alignment) return 0;
+    if (s->row_stride % v->stride_unit) return 0;
+  }
+  /* Functions that rely on alignment read gamma as vectors too, of 16 bytes at the most. */
+  if (v->alignment > 4) {
+    uintptr_t gamma = (uintptr_t)(v->alignment < 16 ? v->alignment : 16);
+    if ((uintptr_t)t[GAMMA_Q].data % gamma || (uintptr_t)t[GAMMA_K].data % gamma) return 0;
+  }
+  return 1;
+}
+
+static int call_variant(const qkn_variant* v, const tensor* t, int64_t rows, double epsilon) {
+  DLTensor dl[NUM_TENSORS];
+  int64_t shape[NUM_TENSORS][2], strides[NUM_TENSORS][2];
+  TVMFFIAny args[NUM_TENSORS + 1 + INTERNAL_SCALARS], result;
+  memset(args, 0, sizeof args);
+  memset(&result, 0, sizeof result);
+  for (int i = 0; i < NUM_TENSORS; ++i) {
+    int one = t[i].ndim == 1;
+    shape[i][0] = one ? t[i].cols : rows;
+    shape[i][1] = t[i].cols;
+    strides[i][0] = one ? 1 : t[i].row_stride;
+    strides[i][1] = 1;
+    dl[i] = (DLTensor){.data = t[i].data,
+                       .device = t[i].device,
+                       .ndim = t[i].ndim,
+                       .dtype = t[i].dtype,
+                       .shape = shape[i],
+                       .strides = strides[i],
+                       .byte_offset = 0};
+    args[i].type_index = kTVMFFIDLTensorPtr;
+    args[i].v_ptr = &dl[i];
+  }
+#if !QKN_CUDA
+  for (int i = 0; i < NUM_TENSORS; ++i) dl[i].device = (DLDevice){kDLCPU, 0};
+#endif
+  args[EPSILON].type_index = kTVMFFIFloat;
+  args[EPSILON].v_float64 = epsilon;
+  const int64_t scalars[INTERNAL_SCALARS] = {
+      rows / v->row_tile, t[Q_OUT].row_stride / v->stride_unit,
+      t[K_OUT].row_stride / v->stride_unit, t[Q].row_stride / v->stride_unit,
+      t[K].row_stride / v->stride_unit};
+  for (int i = 0; i < INTERNAL_SCALARS; ++i) {
+    args[EPSILON + 1 + i].type_index = kTVMFFIInt;
+    args[EPSILON + 1 + i].v_int64 = scalars[i];
+  }
+  return v->call(NULL, args, NUM_TENSORS + 1 + INTERNAL_SCALARS, &result);
+}
+
+static int run(const qkn_code* code, tensor* t, int64_t rows, double epsilon) {
+  int64_t out_bytes = rows * (t[Q_OUT].cols * t[Q_OUT].item + t[K_OUT].cols * t[K_OUT].item);
+#if !QKN_CUDA
+  set_tasks(code, out_bytes + rows * (t[Q].cols * t[Q].item + t[K].cols * t[K].item));
+#endif
+  while (rows > 0) {
+    const qkn_variant* chosen = NULL;
+    for (int i = 0; i < code->num_variants && !chosen; ++i) {
+      if (fits(&code->variants[i], t, rows, out_bytes)) chosen = &code->variants[i];
+    }
+    if (!chosen) return fail("RuntimeError", "this module has no code for this layout (a bug)");
+    int64_t done = rows / chosen->row_tile * chosen->row_tile;
+    if (call_variant(chosen, t, done, epsilon)) return -1;
+    rows -= done;
+    for (int i = 0; i < NUM_TENSORS; ++i) {
+      if (t[i].ndim == 2) t[i].data += done * t[i].row_stride * t[i].item;
+    }
+  }
+  return 0;
+}
+
+/* ---- exported functions --------------------------------------------------------------------- */
+
+static int float_storage(DLDataType type) {
+  return type.code == kDLUInt && type.bits == 16 && type.lanes == 1;
+}
+
+/* With a ninth argument of 1, tensors of a 16-bit float come as uint16: NumPy has no bfloat16 that
+ * DLPack knows. */
+static int read_flags(const TVMFFIAny* args, int32_t num_args, int* bits16) {
+  *bits16 = 0;
+  if (num_args == EPSILON + 1) return 0;
+  if (num_args != EPSILON + 2) {
+    return fail("TypeError",
+                "apply_qk_rms_norm takes 8 arguments (q_out, k_out, gamma_q, gamma_k, qk_var, q, k, "
+                "epsilon), got %d",
+                num_args);
+  }
+  if (args[EPSILON + 1].type_index != kTVMFFIInt && args[EPSILON + 1].type_index != kTVMFFIBool) {
+    return fail("TypeError", "storage must be an int, got %s",
+                type_name(args[EPSILON + 1].type_index));
+  }
+  *bits16 = args[EPSILON + 1].v_int64 == 1;
+  return 0;
+}
+
+static int read_epsilon(const TVMFFIAny* value, double* epsilon) {
+  if (value->type_index == kTVMFFIFloat) {
+    *epsilon = value->v_float64;
+  } else if (value->type_index == kTVMFFIInt) {
+    *epsilon = (double)value->v_int64;
+  } else {
+    return fail("TypeError", "epsilon must be a float, got %s", type_name(value->type_index));
+  }
+  if (*epsilon != *epsilon) return fail("ValueError", "epsilon must be a number, got nan");
+  return 0;
+}
+
+static int find_spec(const tensor* t, int* found) {
+  char in_type[64], out_type[64];
+  int by_type = -1;
+  for (int i = 0; i < QKN_NUM_SPECS; ++i) {
+    const qkn_spec* s = &qkn_specs[i];
+    if (!same_dtype(s->in_dtype, t[Q].dtype) || !same_dtype(s->out_dtype, t[Q_OUT].dtype)) continue;
+    by_type = i;
+    if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
+      *found = i;
+      return 0;
+    }
+  }
+  if (QKN_NUM_SPECS == 1 || by_type >= 0) {
+    *found = by_type < 0 ? 0 : by_type; /* its own check will say what does not fit */
+    if (QKN_NUM_SPECS == 1) return 0;
+    return fail("ValueError",
+                "q and k must have the columns of one of this module's specs, got %" PRId64
+                " and %" PRId64,
+                t[Q].cols, t[K].cols);
+  }
+  return fail("TypeError", "q and q_out must have the dtypes of one of this module's specs, got %s "
+              "and %s",
+              dtype_name(t[Q].dtype, in_type, sizeof in_type),
+              dtype_name(t[Q_OUT].dtype, out_type, sizeof out_type));
+}
+
+EXPORT int __tvm_ffi_apply_qk_rms_norm(void* self, const TVMFFIAny* args, int32_t num_args,
+                                       TVMFFIAny* result) {
+  static const int kOrder[] = {Q, K, QK_VAR, GAMMA_Q, GAMMA_K, Q_OUT, K_OUT};
+  const DLDataType f32 = {kDLFloat, 32, 1};
+  tensor t[NUM_TENSORS];
+  double epsilon;
+  int bits16, index = 0;
+  (void)self;
+  if (active_level < 0) {
+    return fail("RuntimeError",
+                "this CPU cannot run this module: it lacks %s; export it with target='cpu', which "
+                "holds code for every x86-64 level, or for this machine",
+                unsupported);
+  }
+  if (read_flags(args, num_args, &bits16)) return -1;
+  for (int i = 0; i < NUM_TENSORS; ++i) {
+    if (read_tensor(kNames[i], &args[i], &t[i])) return -1;
+  }
+  if (read_epsilon(&args[EPSILON], &epsilon)) return -1;
+  if (bits16) {
+    for (int i = 0; i < NUM_TENSORS; ++i) {
+      int is_out = i == Q_OUT || i == K_OUT;
+      DLDataType type = is_out ? qkn_specs[0].out_dtype : qkn_specs[0].in_dtype;
+      if ((is_out || i == Q || i == K) && float_storage(t[i].dtype) && type.bits == 16) {
+        t[i].dtype = type;
+      }
+    }
+  }
+  for (int i = 0; i < NUM_TENSORS; ++i) {
+    if (check_device(kNames[kOrder[i]], &t[kOrder[i]], t[Q].device)) return -1;
+  }
+  if (find_spec(t, &index)) return -1;
+  const qkn_spec* spec = &qkn_specs[index];
+  int64_t rows = t[Q].rows;
+  if (check_tensor("q", &t[Q], 2, spec->in_dtype, rows, spec->q_cols, 0)) return -1;
+  if (check_tensor("k", &t[K], 2, spec->in_dtype, rows, spec->k_cols, 0)) return -1;
+  if (check_tensor("qk_var", &t[QK_VAR], 2, f32, rows, 2, 0)) return -1;
+  if (check_tensor("gamma_q", &t[GAMMA_Q], 1, f32, 1, t[Q].cols, 0)) return -1;
+  if (check_tensor("gamma_k", &t[GAMMA_K], 1, f32, 1, t[K].cols, 0)) return -1;
+  if (check_tensor("q_out", &t[Q_OUT], 2, spec->out_dtype, rows, t[Q].cols, 1)) return -1;
+  if (check_tensor("k_out", &t[K_OUT], 2, spec->out_dtype, rows, t[K].cols, 1)) return -1;
+  if (rows > 0) {
+    if (check_overlap(t)) return -1;
+#if QKN_CUDA
+    if (qkn_check_device(t[Q].device.device_id)) return -1;
+#endif
+    if (run(&spec->code[active_level], t, rows, epsilon)) return -1;
+  }
+  result->type_index = kTVMFFINone;
+  result->zero_padding = 0;
+  result->v_int64 = 0;
+  return 0;
+}
+
+static int return_text(const char* text, TVMFFIAny* result) {
+  TVMFFIByteArray bytes = {text, strlen(text)};
+  return TVMFFIStringFromByteArray(&bytes, result);
+}
+
+/* What the module holds, as JSON. */
+EXPORT int __tvm_ffi_qknorm_metadata(void* self, const TVMFFIAny* args, int32_t num_args,
+                                     TVMFFIAny* result) {
+  (void)self, (void)args, (void)num_args;
+  return return_text(module_info.json, result);
+}
+
+/* The level chosen for this machine; empty when it can run none. */
+EXPORT int __tvm_ffi_qknorm_active_level(void* self, const TVMFFIAny* args, int32_t num_args,
+                                         TVMFFIAny* result) {
+  (void)self, (void)args, (void)num_args;
+  return return_text(active_level < 0 ? "" : qkn_levels[active_level].name, result);
+}
+
+#if !QKN_CUDA
+EXPORT int __tvm_ffi_qknorm_get_num_threads(void* self, const TVMFFIAny* args, int32_t num_args,
+                                            TVMFFIAny* result) {
+  (void)self, (void)args, (void)num_args;
+  result->type_index = kTVMFFIInt;
+  result->zero_padding = 0;
+  result->v_int64 = qkn_get_num_threads();
+  return 0;
+}
+
+/* set_num_threads(n): n < 1 returns to the default. */
+EXPORT int __tvm_ffi_qknorm_set_num_threads(void* self, const TVMFFIAny* args, int32_t num_args,
+                                            TVMFFIAny* result) {
+  (void)self;
+  if (num_args != 1 || args[0].type_index != kTVMFFIInt) {
+    return fail("TypeError", "threads must be an int, got %s",
+                num_args < 1 ? "nothing" : type_name(args[0].type_index));
+  }
+  qkn_set_num_threads(args[0].v_int64 > 1 << 20 ? 1 << 20 : (int)args[0].v_int64);
+  result->type_index = kTVMFFINone;
+  result->zero_padding = 0;
+  result->v_int64 = 0;
+  return 0;
+}
+#endif

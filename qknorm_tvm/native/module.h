@@ -1,0 +1,62 @@
+/* What the entry point (entry.c), the thread pool (pool.c) and the tables that the exporter writes
+ * for each module share. SPDX-License-Identifier: Apache-2.0 */
+#ifndef QKNORM_MODULE_H_
+#define QKNORM_MODULE_H_
+
+#include <stdint.h>
+#include <tvm/ffi/c_api.h>
+
+/* A function as TVM's code generator emits it. */
+typedef int (*qkn_packed)(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result);
+
+/* One scheduled function, and when it may be called. */
+typedef struct {
+  const char* name;
+  qkn_packed call;
+  int64_t min_rows;      /* rows from which it is chosen; at least row_tile */
+  int64_t row_tile;      /* it takes a multiple of this many rows */
+  int64_t stride_unit;   /* row strides of q, k and outputs are multiples of this many elements */
+  int64_t alignment;     /* their data is aligned to this many bytes */
+  int64_t min_out_bytes; /* the outputs have at least this many bytes */
+} qkn_variant;
+
+/* An instruction set: where cpuid reports it, and the register state it needs (see targets.py). */
+typedef struct {
+  const char* name;
+  uint32_t leaf;
+  uint32_t reg;
+  uint32_t bit;
+  uint32_t state;
+} qkn_feature;
+
+/* The functions for one spec and one CPU level (or for CUDA), first choice first. */
+typedef struct {
+  const qkn_variant* variants;
+  int num_variants;
+  int64_t bytes_per_task;
+} qkn_code;
+
+/* One spec held by the module; code[i] belongs to qkn_levels[i]. */
+typedef struct {
+  const char* text;
+  DLDataType in_dtype;
+  DLDataType out_dtype;
+  int64_t q_cols; /* -1: open */
+  int64_t k_cols;
+  const qkn_code* code;
+} qkn_spec;
+
+/* One CPU level; a module for CUDA has a single one, without features. */
+typedef struct {
+  const char* name;
+  const qkn_feature* features;
+  int num_features;
+} qkn_level;
+
+/* Thread pool: one in a process, whatever the number of modules loaded. */
+typedef int (*qkn_task)(int task, void* group, void* closure);
+void qkn_parallel(qkn_task task, void* closure, int num_tasks);
+int qkn_get_num_threads(void);
+void qkn_set_num_threads(int threads);
+
+#endif

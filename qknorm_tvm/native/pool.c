@@ -1,0 +1,314 @@
+/* The thread pool of exported CPU modules: one in a process.
+ *
+ * Code that TVM generates for a parallel loop calls TVMBackendParallelLaunch. TVM's own lies in
+ * libtvm_runtime.so; a module that needs it crashes where only tvm-ffi is installed, and uses half
+ * of the processors by default. This one is inside the module and needs nothing but pthreads.
+ *
+ * A launch publishes tasks; the caller and the workers draw them one by one, so that a worker that
+ * wakes late costs nothing: the caller has done its share by then. Workers spin for some tens of
+ * microseconds after a launch, then sleep in a futex. A launch that finds the pool busy (another
+ * thread is in it) runs its tasks itself.
+ *
+ * SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "module.h"
+
+enum { kMaxThreads = 1024, kSpins = 1000, kSpinsBeforeYield = 4000 };
+
+/* The layout that generated code reads: the number of tasks in this launch. */
+typedef struct {
+  void* sync_handle;
+  int32_t num_task;
+} group_env;
+
+typedef struct {
+  /* generation << 32 | number of tasks << 16 | next task */
+  _Alignas(64) atomic_uint_fast64_t ticket;
+  _Alignas(64) atomic_int remaining;
+  _Alignas(64) atomic_uint epoch; /* changes with every launch; workers wait on it */
+  atomic_int sleepers;
+  _Alignas(64) qkn_task task;
+  void* closure;
+  pthread_mutex_t busy;
+  int num_workers;         /* threads started; guarded by busy */
+  atomic_int num_threads;  /* threads to use, the caller included; 0: not decided yet */
+} pool_state;
+
+/* The functions through which one module uses the pool of another. */
+typedef struct {
+  void (*parallel)(qkn_task, void*, int);
+  int (*get_num_threads)(void);
+  void (*set_num_threads)(int);
+} pool_api;
+
+static pool_state pool = {.busy = PTHREAD_MUTEX_INITIALIZER};
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+static inline void run_task(qkn_task task, int index, int num_tasks, void* closure) {
+  group_env env = {NULL, num_tasks};
+  task(index, &env, closure);
+#if defined(__x86_64__)
+  __builtin_ia32_sfence(); /* stores past the caches are not ordered by anything else */
+#endif
+}
+
+static void draw_tasks(void) {
+  for (;;) {
+    uint64_t ticket = atomic_fetch_add_explicit(&pool.ticket, 1, memory_order_acq_rel);
+    int next = (int)(ticket & 0xffff), num_tasks = (int)(ticket >> 16 & 0xffff);
+    if (next >= num_tasks) return;
+    /* A ticket drawn is a task not yet done: the launch it belongs to cannot have ended, so task
+     * and closure are its own. */
+    run_task(pool.task, next, num_tasks, pool.closure);
+    atomic_fetch_sub_explicit(&pool.remaining, 1, memory_order_release);
+  }
+}
+
+static void* work(void* argument) {
+  int index = (int)(intptr_t)argument;
+  unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
+  draw_tasks(); /* the launch that started this thread */
+  for (;;) {
+    unsigned epoch;
+    int spins = 0;
+    while ((epoch = atomic_load_explicit(&pool.epoch, memory_order_acquire)) == seen) {
+      if (++spins < kSpins) {
+        relax();
+        continue;
+      }
+      atomic_fetch_add(&pool.sleepers, 1);
+      syscall(SYS_futex, &pool.epoch, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+      atomic_fetch_sub(&pool.sleepers, 1);
+    }
+    seen = epoch;
+    if (index < atomic_load_explicit(&pool.num_threads, memory_order_relaxed) - 1) draw_tasks();
+  }
+  return NULL;
+}
+
+/* Only the thread that forked lives on in the child: it starts workers of its own. */
+static void after_fork_in_child(void) {
+  pool.num_workers = 0;
+  atomic_store(&pool.sleepers, 0);
+  atomic_store(&pool.remaining, 0);
+  atomic_store(&pool.ticket, 0);
+  pthread_mutex_init(&pool.busy, NULL);
+}
+
+static void start_workers(int wanted) {
+  static int registered = 0;
+  if (!registered) {
+    registered = 1;
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+  }
+  sigset_t all, old;
+  sigfillset(&all); /* signals are for the program's own threads */
+  pthread_sigmask(SIG_SETMASK, &all, &old);
+  while (pool.num_workers < wanted) {
+    pthread_t thread;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, 256 << 10);
+    int failed = pthread_create(&thread, &attributes, work, (void*)(intptr_t)pool.num_workers);
+    pthread_attr_destroy(&attributes);
+    if (failed) break; /* fewer threads, same result */
+    ++pool.num_workers;
+  }
+  pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+static void run_alone(qkn_task task, void* closure) { run_task(task, 0, 1, closure); }
+
+static void own_parallel(qkn_task task, void* closure, int num_tasks) {
+  if (num_tasks <= 1 || pthread_mutex_trylock(&pool.busy)) {
+    run_alone(task, closure);
+    return;
+  }
+  pool.task = task;
+  pool.closure = closure;
+  atomic_store_explicit(&pool.remaining, num_tasks, memory_order_relaxed);
+  unsigned epoch = atomic_load_explicit(&pool.epoch, memory_order_relaxed) + 1;
+  atomic_store_explicit(&pool.ticket, (uint64_t)epoch << 32 | (uint64_t)num_tasks << 16,
+                        memory_order_release);
+  atomic_store_explicit(&pool.epoch, epoch, memory_order_seq_cst);
+  int helpers = qkn_get_num_threads() - 1;
+  if (helpers > num_tasks - 1) helpers = num_tasks - 1;
+  if (atomic_load_explicit(&pool.sleepers, memory_order_seq_cst) > 0) {
+    syscall(SYS_futex, &pool.epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+  }
+  if (pool.num_workers < helpers) start_workers(helpers);
+  draw_tasks();
+  for (int spins = 0; atomic_load_explicit(&pool.remaining, memory_order_acquire) > 0;) {
+    if (++spins < kSpinsBeforeYield) {
+      relax();
+    } else {
+      sched_yield(); /* a worker has been taken off its processor in the middle of a task */
+    }
+  }
+  pthread_mutex_unlock(&pool.busy);
+}
+
+/* Processors worth of time that a cgroup's quota grants, rounded up; 0 when there is none. */
+static int cgroup_quota(void) {
+  long long quota = 0, period = 0;
+  char line[4096], path[4400];
+  FILE* file = fopen("/proc/self/cgroup", "r");
+  int best = 0;
+  if (!file) return 0;
+  while (fgets(line, sizeof line, file)) {
+    line[strcspn(line, "\n")] = 0;
+    char* controllers = strchr(line, ':');
+    if (!controllers) continue;
+    char* group = strchr(++controllers, ':');
+    if (!group) continue;
+    *group++ = 0;
+    int unified = !*controllers;
+    if (!unified && !strstr(controllers, "cpu")) continue;
+    /* Inside a container the group's own path is not mounted: its root then is the group. */
+    for (;;) {
+      int found = 0;
+      if (unified) {
+        snprintf(path, sizeof path, "/sys/fs/cgroup%s/cpu.max", group);
+        FILE* limit = fopen(path, "r");
+        if (limit) {
+          found = fscanf(limit, "%lld %lld", &quota, &period) == 2;
+          fclose(limit);
+        }
+      } else {
+        snprintf(path, sizeof path, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group);
+        FILE* limit = fopen(path, "r");
+        if (limit) {
+          found = fscanf(limit, "%lld", &quota) == 1 && quota > 0;
+          fclose(limit);
+        }
+        snprintf(path, sizeof path, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+        limit = found ? fopen(path, "r") : NULL;
+        if (limit) {
+          found = fscanf(limit, "%lld", &period) == 1;
+          fclose(limit);
+        }
+      }
+      if (found && period > 0) {
+        long long cpus = (quota + period - 1) / period;
+        if (cpus >= 1 && (!best || cpus < best)) best = (int)(cpus > kMaxThreads ? kMaxThreads : cpus);
+      }
+      char* slash = strrchr(group, '/'); /* a parent's quota binds too */
+      if (!slash || !*group) break;
+      *slash = 0;
+    }
+  }
+  fclose(file);
+  return best;
+}
+
+static int default_num_threads(void) {
+  const char* text = getenv("TVM_NUM_THREADS");
+  if (text) {
+    int given = atoi(text);
+    if (given >= 1) return given < kMaxThreads ? given : kMaxThreads;
+  }
+  int threads = 1;
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) threads = CPU_COUNT(&set);
+  int quota = cgroup_quota();
+  if (quota && quota < threads) threads = quota;
+  return threads < 1 ? 1 : threads < kMaxThreads ? threads : kMaxThreads;
+}
+
+static int own_get_num_threads(void) {
+  int threads = atomic_load_explicit(&pool.num_threads, memory_order_relaxed);
+  if (threads == 0) {
+    int none = 0;
+    threads = default_num_threads();
+    if (!atomic_compare_exchange_strong(&pool.num_threads, &none, threads)) threads = none;
+  }
+  return threads;
+}
+
+static void own_set_num_threads(int threads) {
+  if (threads > kMaxThreads) threads = kMaxThreads;
+  atomic_store(&pool.num_threads, threads < 1 ? default_num_threads() : threads);
+}
+
+/* The pool of the module that was loaded first serves all of them. It is found under this name in
+ * tvm-ffi's table of global functions; the module is linked so that it is never unloaded. */
+static const pool_api own_api = {own_parallel, own_get_num_threads, own_set_num_threads};
+static _Atomic(const pool_api*) shared_api;
+
+static int give_api(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  (void)self, (void)args, (void)num_args;
+  result->type_index = kTVMFFIOpaquePtr;
+  result->zero_padding = 0;
+  result->v_ptr = (void*)&own_api;
+  return 0;
+}
+
+static const pool_api* find_api(void) {
+  static const char kName[] = "qknorm_tvm.thread_pool.v1";
+  TVMFFIByteArray name = {kName, sizeof kName - 1};
+  TVMFFIObjectHandle function = NULL;
+  const pool_api* found = &own_api;
+  if (TVMFFIFunctionCreate(NULL, give_api, NULL, &function) == 0) {
+    /* Without override: fails where another module was first. */
+    if (TVMFFIFunctionSetGlobal(&name, function, 0) != 0) {
+      TVMFFIObjectHandle error = NULL;
+      TVMFFIErrorMoveFromRaised(&error);
+      if (error) TVMFFIObjectDecRef(error);
+    }
+    TVMFFIObjectDecRef(function);
+  }
+  function = NULL;
+  if (TVMFFIFunctionGetGlobal(&name, &function) == 0 && function) {
+    TVMFFIAny result;
+    memset(&result, 0, sizeof result);
+    if (TVMFFIFunctionCall(function, NULL, 0, &result) == 0 &&
+        result.type_index == kTVMFFIOpaquePtr) {
+      found = (const pool_api*)result.v_ptr;
+    }
+    TVMFFIObjectDecRef(function);
+  }
+  return found;
+}
+
+static inline const pool_api* api(void) {
+  const pool_api* known = atomic_load_explicit(&shared_api, memory_order_acquire);
+  if (!known) {
+    known = find_api();
+    atomic_store_explicit(&shared_api, known, memory_order_release);
+  }
+  return known;
+}
+
+void qkn_parallel(qkn_task task, void* closure, int num_tasks) {
+  if (num_tasks <= 1) {
+    run_alone(task, closure);
+  } else {
+    api()->parallel(task, closure, num_tasks);
+  }
+}
+
+int qkn_get_num_threads(void) { return api()->get_num_threads(); }
+
+void qkn_set_num_threads(int threads) { api()->set_num_threads(threads); }

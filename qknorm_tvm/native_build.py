@@ -1,0 +1,187 @@
+"""From object files to an exported module: tables for the entry point, the C compiler, the link."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .errors import BuildError
+from .module_file import seal
+from .spec import KernelSpec
+from .targets import X86_FEATURES
+
+_DTYPES = {
+    "bfloat16": "{kDLBfloat, 16, 1}",
+    "float16": "{kDLFloat, 16, 1}",
+    "float32": "{kDLFloat, 32, 1}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One scheduled function in a module, and when the entry point may call it.
+
+    Parameters
+    ----------
+    name : str
+        What it is for, such as ``"tile"``.
+    symbol : str
+        Its global symbol, unique in the module.
+    min_rows, row_tile, stride_unit, alignment, min_out_bytes : int
+        The conditions, see ``module.h``.
+    """
+
+    name: str
+    symbol: str
+    min_rows: int = 1
+    row_tile: int = 1
+    stride_unit: int = 1
+    alignment: int = 1
+    min_out_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Code for one CPU level, or for CUDA: per spec its variants, first choice first.
+
+    `bytes_per_task` holds one number a spec; see ``LLVMConfig``.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    variants: tuple[tuple[Variant, ...], ...]
+    bytes_per_task: tuple[int, ...]
+
+
+def _c_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + escaped + '"'
+
+
+def tables(
+    specs: Sequence[KernelSpec], levels: Sequence[Level], metadata: dict[str, Any], *, cuda: bool
+) -> str:
+    """Write ``tables.h``: what ``entry.c`` needs to know about one module."""
+    lines = ['#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
+    lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
+    for li, level in enumerate(levels):
+        features = [X86_FEATURES[name] for name in level.features]
+        if features:
+            rows = ", ".join(
+                f"{{{_c_string(name)}, {bit.leaf:#x}u, {bit.register}u, {bit.bit}u, "
+                f"{bit.state:#x}u}}"
+                for name, bit in zip(level.features, features, strict=True)
+            )
+            lines.append(f"static const qkn_feature features_{li}[] = {{{rows}}};")
+        for si, variants in enumerate(level.variants):
+            for v in variants:
+                lines.append(
+                    f"int __tvm_ffi_{v.symbol}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);"
+                )
+            rows = ", ".join(
+                f"{{{_c_string(v.name)}, __tvm_ffi_{v.symbol}, {v.min_rows}, {v.row_tile}, "
+                f"{v.stride_unit}, {v.alignment}, {v.min_out_bytes}}}"
+                for v in variants
+            )
+            lines.append(f"static const qkn_variant variants_{li}_{si}[] = {{{rows}}};")
+    lines.append(f"#define QKN_NUM_LEVELS {len(levels)}")
+    rows = ", ".join(
+        f"{{{_c_string(level.name)}, {f'features_{li}' if level.features else 'NULL'}, "
+        f"{len(level.features)}}}"
+        for li, level in enumerate(levels)
+    )
+    lines.append(f"static const qkn_level qkn_levels[] = {{{rows}}};")
+    for si in range(len(specs)):
+        rows = ", ".join(
+            f"{{variants_{li}_{si}, {len(level.variants[si])}, {level.bytes_per_task[si]}}}"
+            for li, level in enumerate(levels)
+        )
+        lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
+    lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
+    rows = ", ".join(
+        f"{{{_c_string(spec.text)}, {_DTYPES[spec.in_dtype]}, {_DTYPES[str(spec.out_dtype)]}, "
+        f"{-1 if spec.q_cols is None else spec.q_cols}, "
+        f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
+        for si, spec in enumerate(specs)
+    )
+    lines.append(f"static const qkn_spec qkn_specs[] = {{{rows}}};")
+    return "\n".join(lines) + "\n"
+
+
+@functools.lru_cache(maxsize=8)
+def find_c_compiler(given: str | None = None) -> str:
+    """Return the C compiler: ``$CC``, gcc, cc or clang.
+
+    Raises
+    ------
+    BuildError
+        There is none.
+    """
+    candidates = [given] if given else ["gcc", "cc", "clang"]
+    for name in candidates:
+        found = shutil.which(name)
+        if found:
+            return found
+    what = (
+        f"$CC is {given!r}, which is not on the PATH"
+        if given
+        else "gcc, cc and clang are not on the PATH"
+    )
+    raise BuildError(
+        f"a C compiler is needed to link a module, but {what} is on the PATH: install one, such as with "
+        "`apt-get install gcc libc6-dev`"
+    )
+
+
+def run_compiler(command: Sequence[str], doing: str) -> None:
+    """Run a compiler; a failure is a `BuildError` with the first lines that it printed."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise BuildError(f"{doing} failed ({command[0]} exited {done.returncode}):\n{said[:4000]}")
+
+
+def compile_entry(directory: Path, table_text: str, *, pool: bool) -> list[Path]:
+    """Compile the entry point, and for CPUs the thread pool, against a module's tables."""
+    import tvm_ffi.libinfo as ffi
+
+    (directory / "tables.h").write_text(table_text)
+    compiler = find_c_compiler(os.environ.get("CC"))
+    objects = []
+    for name in ("entry", "pool") if pool else ("entry",):
+        source = resources.files(__package__).joinpath("native", f"{name}.c")
+        with resources.as_file(source) as path:
+            target = directory / f"{name}.o"
+            command = [compiler, "-c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-g0"]
+            command += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+            command += [f"-I{directory}", f"-I{path.parent}", f"-I{ffi.find_include_path()}"]
+            command += [f"-I{ffi.find_dlpack_include_path()}", str(path), "-o", str(target)]
+            run_compiler(command, f"compiling {name}.c")
+            objects.append(target)
+    return objects
+
+
+def link(objects: Sequence[Path], out: Path) -> None:
+    """Link objects to a module that exports its entry points alone, and seal it."""
+    import tvm_ffi.libinfo as ffi
+
+    script = out.with_suffix(".exports")
+    script.write_text("{ global: __tvm_ffi_apply_qk_rms_norm; __tvm_ffi_qknorm_*; local: *; };\n")
+    command = [find_c_compiler(os.environ.get("CC")), "-shared", "-s", "-o", str(out)]
+    command += map(str, objects)
+    # Never unloaded: its pool's threads may serve other modules.
+    command += ["-Wl,-z,nodelete", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,--gc-sections"]
+    command += [f"-Wl,--version-script={script}", "-Wl,--build-id=none", "-Wl,--no-undefined"]
+    library = Path(ffi.find_libtvm_ffi())
+    command += [f"-L{library.parent}", "-ltvm_ffi", "-lpthread", "-ldl", "-lm"]
+    run_compiler(command, "linking")
+    seal(out)

@@ -1,0 +1,118 @@
+"""Loading and calling exported modules. Needs ``apache-tvm-ffi``, never the compiler."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import ModuleFileError
+from .module_file import read_metadata
+from .spec import KernelSpec
+
+
+class Module:
+    """A loaded module.
+
+    Attributes
+    ----------
+    apply_qk_rms_norm : callable
+        ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)``: the module's
+        own entry point, through tvm-ffi, for torch tensors and whatever else offers DLPack.
+    metadata : dict
+        What the file says about itself.
+    path : pathlib.Path
+        The file.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], library: Any):
+        self.path = path
+        self.metadata = metadata
+        self.library = library
+        self.apply_qk_rms_norm = library.get_function("apply_qk_rms_norm")
+
+    @property
+    def specs(self) -> list[KernelSpec]:
+        """The specs that the module holds."""
+        return [KernelSpec(**fields) for fields in self.metadata["specs"]]
+
+    @property
+    def active_level(self) -> str:
+        """The CPU level chosen for this machine, such as ``"x86-64-v4"``; ``"cuda"`` on CUDA."""
+        return str(self.library.get_function("qknorm_active_level")())
+
+    def __repr__(self) -> str:
+        return f"Module({str(self.path)!r}, {', '.join(spec.text for spec in self.specs)})"
+
+
+def load(path: str | os.PathLike[str]) -> Module:
+    """Load an exported module.
+
+    The file is checked before any of its code runs. Load only files that you trust: a ``.so`` is a
+    program.
+
+    Parameters
+    ----------
+    path : path-like
+        A ``.so`` written by `CompiledModule.export` or ``qknorm-tvm export``.
+
+    Returns
+    -------
+    Module
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ModuleFileError
+        The file is no module, damaged, of a newer format, or for another kind of machine.
+    """
+    import tvm_ffi
+
+    path = Path(path).absolute()
+    metadata = read_metadata(path)
+    try:
+        library = tvm_ffi.load_module(str(path))
+    except Exception as error:
+        raise ModuleFileError(f"{path} cannot be loaded on this machine: {error}") from error
+    module = Module(path, metadata, library)
+    if not module.active_level:
+        needed = metadata["levels"][-1]
+        raise ModuleFileError(
+            f"{path} holds code for {needed['name']} ({', '.join(needed['features'])}), which this "
+            "CPU cannot run; export it with --target cpu, which holds code for every x86-64 level"
+        )
+    return module
+
+
+def _threads_function(name: str) -> Any:
+    # The pool is the process's, whichever module gives access to it.
+    from .cache import cpu_module
+
+    return cpu_module().library.get_function(name)
+
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads CPU calls may use, in this process, in every module.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1; or 0 for the default: ``TVM_NUM_THREADS`` where it is set, otherwise the
+        processors that this process may use (affinity and cgroup quota).
+
+    Raises
+    ------
+    TypeError, ValueError
+        `threads` is no such number.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads must be an int, got {type(threads).__name__}")
+    if threads < 0:
+        raise ValueError(f"threads must be 0 or more, got {threads}")
+    _threads_function("qknorm_set_num_threads")(threads)
+
+
+def get_num_threads() -> int:
+    """Return how many threads CPU calls may use, the caller's included."""
+    return int(_threads_function("qknorm_get_num_threads")())

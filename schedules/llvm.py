@@ -1,0 +1,68 @@
+"""The CPU schedule: one parallel loop over row tiles, vectors of columns inside.
+
+Strategy. Q and K are one loop over tiles of ``row_tile`` rows, cut into tasks by the module's entry
+point (one task when the call is small). Inside a tile, first Q and then K: panels of ``vector``
+columns; in a panel, row by row, one vector statement: widen, times rs, times gamma, round, store.
+The panel comes before the row so that gamma, and what its use costs (a shuffle into even and odd
+elements), serves all rows of the tile. rs is computed once a row, at the head of its tile. Nothing
+is stored between: every intermediate lives in a register.
+
+Map from loops: ``tile`` -> tasks of the thread pool, ``panel`` -> serial, ``row`` -> unrolled,
+``lane`` -> SIMD lanes. Columns beyond the last whole vector are a partition of ``panel`` of their
+own, so the vector loop carries no test.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+
+from .llvm_config import LLVMConfig
+
+
+def schedule(func: tirx.PrimFunc, config: LLVMConfig, *, row_tile: int) -> tirx.PrimFunc:
+    """Schedule a declared function for LLVM.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        From `qknorm_tvm.declaration.declare`, declared with the same `row_tile`.
+    config : LLVMConfig
+        Vector width and the rest.
+    row_tile : int
+        Rows handled together: ``config.row_tile``, or 1 in the function for the rows that are left.
+
+    Returns
+    -------
+    tirx.PrimFunc
+        Scheduled, for `qknorm_tvm.lowering.lower`.
+
+    Raises
+    ------
+    tvm.error.ScheduleError
+        The function has no block of a name that the declaration gives.
+    """
+    sch = Schedule(func)
+    tiles = []
+    for tag in ("q", "k"):
+        # 1. One statement an element: the intermediates inline, in the order of the contract.
+        for name in ("x32", "scaled", "weighted"):
+            sch.compute_inline(sch.get_sblock(f"{name}_{tag}"))
+        # 2. Rows into tiles, columns into vectors.
+        row, column = sch.get_loops(sch.get_sblock(f"{tag}_out"))
+        tile, row_in_tile = sch.split(row, [None, row_tile])
+        panel, lane = sch.split(column, [None, config.vector])
+        sch.reorder(tile, panel, row_in_tile, lane)
+        sch.unroll(row_in_tile)
+        sch.vectorize(lane)
+        # The last, partial panel apart: the others run without a test.
+        sch.annotate(panel, "pragma_loop_partition_hint", True)
+        tiles.append(tile)
+    # 3. Q and K in one loop, one parallel launch.
+    tile = sch.merge(*tiles)
+    for tag in ("q", "k"):
+        rs = sch.get_sblock(f"rs_{tag}")
+        sch.compute_at(rs, tile)
+        sch.unroll(sch.get_loops(rs)[-1])
+    sch.parallel(tile)
+    return sch.mod["main"]

@@ -1,0 +1,1 @@
+"""MetaSchedule databases, one folder per tuned device, with their provenance."""
