@@ -12,7 +12,7 @@ from tvm import tirx
 
 from .declaration import declare
 from .errors import BuildError
-from .lowering import lower
+from .lowering import STREAM_ALIGNMENT, lower
 from .native_build import Level, Variant, compile_entry, link, tables
 from .schedules.llvm import schedule
 from .schedules.llvm_config import LLVMConfig, default_config
@@ -70,6 +70,19 @@ def llvm_target(cpu: str) -> tvm.target.Target:
 def variants_of(spec: KernelSpec, config: LLVMConfig, prefix: str) -> list[Variant]:
     """Return the functions that make up one spec's code for one level, first choice first."""
     found = []
+    vector_bytes = config.vector * spec.out_bytes
+    if config.streaming_bytes and vector_bytes >= 16:
+        unit = STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes)
+        stream = Variant(
+            "stream",
+            f"{prefix}_stream",
+            min_rows=config.row_tile,
+            row_tile=config.row_tile,
+            stride_unit=unit,
+            alignment=STREAM_ALIGNMENT,
+            min_out_bytes=config.streaming_bytes,
+        )
+        found.append(stream)
     if config.row_tile > 1:
         found.append(
             Variant("tile", f"{prefix}_tile", min_rows=config.row_tile, row_tile=config.row_tile)
@@ -78,7 +91,8 @@ def variants_of(spec: KernelSpec, config: LLVMConfig, prefix: str) -> list[Varia
     return found
 
 
-def _scheduled(spec: KernelSpec, config: LLVMConfig, variant: Variant) -> tirx.PrimFunc:
+def scheduled(spec: KernelSpec, config: LLVMConfig, variant: Variant) -> tirx.PrimFunc:
+    """Declare a spec for a variant and schedule it."""
     func = declare(
         spec,
         row_tile=variant.row_tile,
@@ -89,14 +103,16 @@ def _scheduled(spec: KernelSpec, config: LLVMConfig, variant: Variant) -> tirx.P
     return func.with_attr("global_symbol", variant.symbol)
 
 
-def generate(cpu: str, functions: Sequence[tuple[tirx.PrimFunc, LLVMConfig]]) -> Any:
-    """Generate code for scheduled functions; returns TVM's LLVM module."""
+def generate(cpu: str, functions: Sequence[tuple[KernelSpec, LLVMConfig, Variant]]) -> Any:
+    """Declare, schedule, lower and generate code for functions; returns TVM's LLVM module."""
     target = llvm_target(cpu)
     lowered = tvm.IRModule()
-    for func, config in functions:
-        name = str(func.attrs["global_symbol"])
-        bound = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule({name: func}))
-        lowered.update(lower(bound, config))
+    for spec, config, variant in functions:
+        func = scheduled(spec, config, variant)
+        bound = tirx.transform.BindTarget(target.with_host(target))(
+            tvm.IRModule({variant.symbol: func})
+        )
+        lowered.update(lower(bound, config, spec, streaming=variant.name == "stream"))
     # `tvm.tirx.build` is a function that hides the module of that name.
     return importlib.import_module("tvm.tirx.build").codegen_build(lowered, target)
 
@@ -119,7 +135,7 @@ def build(
             config = given or default_config(spec, frozenset(features))
             prefix = f"qkn_{cpu}_{index}".replace("-", "_").replace(".", "_")
             variants = variants_of(spec, config, prefix)
-            functions += [(_scheduled(spec, config, v), config) for v in variants]
+            functions += [(spec, config, variant) for variant in variants]
             per_spec.append(tuple(variants))
             tasks.append(config.bytes_per_task)
             configs_used.append(

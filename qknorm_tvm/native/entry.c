@@ -344,6 +344,10 @@ static int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out
     if ((uintptr_t)s->data % (uintptr_t)v->alignment) return 0;
     if (s->row_stride % v->stride_unit) return 0;
   }
+#if !QKN_CUDA
+  /* Past the caches pays for lines that are not in them; in place they just have been read. */
+  if (v->min_out_bytes > 0 && (t[Q_OUT].data == t[Q].data || t[K_OUT].data == t[K].data)) return 0;
+#endif
   /* Functions that rely on alignment read gamma as vectors too, of 16 bytes at the most. */
   if (v->alignment > 4) {
     uintptr_t gamma = (uintptr_t)(v->alignment < 16 ? v->alignment : 16);
