@@ -17,8 +17,8 @@ times over those of numpy.copyto of the same bytes; ``qknorm-tvm bench`` measure
 * bfloat16, M = 256 (in L2): TVM's widening and rounding, one row: 1.95; even and odd elements, one
   row: 1.70 to 1.75; two rows a tile 1.57, four 1.46, eight 1.38, sixteen 1.41. The port limit of 14
   vector instructions for 32 elements is 1.15.
-* The ``"shift"`` rounding (four instructions) instead of ``"mask"`` (three): 1.69 against 1.53, four
-  rows, on a busy machine.
+* The ``"shift"`` rounding (four instructions) instead of ``"mask"`` (three): 1.69 against 1.53 with
+  four rows, on a busy machine.
 * Packing that LLVM turns into ``vpermt2w`` (three micro-operations) instead of shift and ternary
   logic: no gain from even and odd elements at all.
 * Stores past the caches, M = 16384: 0.59 to 0.86 of a copy, against 1.15 to 1.23 without; at
