@@ -74,6 +74,7 @@ def apply_qk_rms_norm(
     """
     if q_out is None or k_out is None or out_dtype is not None:
         q_out, k_out = _outputs(q, k, q_out, k_out, out_dtype)
+    key: tuple | None
     try:
         key = (q.dtype, q_out.dtype, q.shape[1:], k.shape[1:], type(q), type(q_out), q.device)
         entry = _entries.get(key)
@@ -101,12 +102,12 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
         name = "q" if given is None else "k_out" if q_out is None else "q_out"
         dtype = adapter_of(name, source).dtype(source)
     if dtype not in DTYPE_BYTES:
-        _columns("q", q), _columns("k", k)
-        raise TypeError(f"q must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
+        raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
+    q_cols, k_cols = _columns("q", q), _columns("k", k)
     if q_out is None:
-        q_out = adapter_of("q", q).empty(q, (q.shape[0], _columns("q", q)), dtype)
+        q_out = adapter_of("q", q).empty(q, (q.shape[0], q_cols), dtype)
     if k_out is None:
-        k_out = adapter_of("k", k).empty(k, (k.shape[0], _columns("k", k)), dtype)
+        k_out = adapter_of("k", k).empty(k, (k.shape[0], k_cols), dtype)
     return q_out, k_out
 
 
@@ -151,17 +152,24 @@ def _general(function: Callable[..., Any], is_cuda: bool) -> Callable[..., Any]:
             adapter_of(name, array).view(name, array, writable=name.endswith("_out"))
             for name, array in zip(_TENSORS, tensors, strict=True)
         ]
-        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-            try:
-                epsilon = float(epsilon.__float__())
-            except AttributeError:
-                raise TypeError(f"epsilon must be a float, got {type(epsilon).__name__}") from None
+        epsilon = _number(epsilon)
         if stream is not None:
             _on_stream(function, is_cuda, tensors[5], stream, *views, epsilon, 1)
         else:
             function(*views, epsilon, 1)
 
     return general
+
+
+def _number(epsilon: Any) -> float:
+    """Return epsilon as a float; numbers of NumPy and torch, and arrays of no dimension, are."""
+    kind = getattr(epsilon, "dtype", None)
+    if not isinstance(epsilon, (bool, str, bytes)) and str(kind) not in ("bool", "torch.bool"):
+        try:
+            return float(epsilon)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+    raise TypeError(f"epsilon must be a float, got {epsilon!r}")
 
 
 def _on_stream(function: Any, is_cuda: bool, q: Any, stream: Any, *args: Any) -> None:

@@ -99,7 +99,14 @@ class NumpyAdapter(Adapter):
             epsilon: float, stream: Any,
         ) -> None:  # fmt: skip
             try:
-                if stream is None and q_out.flags.writeable and k_out.flags.writeable:
+                if (
+                    stream is None
+                    and q_out.flags.writeable
+                    and k_out.flags.writeable
+                    # The module cannot tell uint16 from bfloat16, which comes as uint16 below.
+                    and k.dtype == q.dtype
+                    and k_out.dtype == q_out.dtype
+                ):
                     function(
                         q_out.view(bits) if q_out.dtype == bfloat16 else q_out,
                         k_out.view(bits) if k_out.dtype == bfloat16 else k_out,
@@ -149,6 +156,8 @@ class NumpyAdapter(Adapter):
             )
         if array.dtype.name == "bfloat16":
             array = array.view(np.uint16)
+        elif array.dtype == np.uint16:
+            raise TypeError(f"{name} must have a floating-point type, got uint16")
         if not array.flags.writeable:
             array = _writable_alias(array)
         try:
@@ -171,7 +180,7 @@ def _writable_alias(array: Any) -> Any:
     return np.ndarray(
         array.shape,
         array.dtype,
-        buffer=memory,
+        buffer=memory,  # type: ignore[arg-type]  # any buffer will do
         offset=array.__array_interface__["data"][0] - low,
         strides=array.strides,
     )
@@ -223,8 +232,11 @@ class TorchAdapter(Adapter):
 
     def view(self, name: str, array: Any, *, writable: bool) -> Any:
         torch = sys.modules["torch"]
-        if array.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
+        if array.layout is not torch.strided or array.is_quantized or array.is_nested:
+            kind = "quantized" if array.is_quantized else "nested" if array.is_nested else None
+            raise TypeError(f"{name} must be a dense tensor, got {kind or array.layout}")
+        if array.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name} must be on the CPU or a CUDA device, got {array.device}")
         if array.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} must not require grad (there is no backward), got a tensor that does: "
@@ -249,7 +261,7 @@ def _adapter_of_type(kind: type) -> Adapter | None:
 
 def adapter_of(name: str, array: Any) -> Adapter:
     """Return the adapter for an argument; a ``TypeError`` naming it when it is no array."""
-    adapter = _adapter_of_type(type(array))
+    adapter = _adapter_of_type(type(array))  # type: ignore[arg-type]
     if adapter is None:
         raise TypeError(
             f"{name} must be a NumPy array, a torch tensor or an object with DLPack, got "

@@ -127,7 +127,9 @@ def build(
 
     `metadata` is completed with the levels, their features, and each spec's configs.
     """
-    levels, objects, described = [], [], []
+    levels: list[Level] = []
+    objects: list[Path] = []
+    described: list[dict[str, Any]] = []
     for cpu in specs[0].parsed_target.variants:
         features = cpu_features(cpu)
         functions, per_spec, tasks, configs_used = [], [], [], []

@@ -107,7 +107,7 @@ def tables(
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
     lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
     rows = ", ".join(
-        f"{{{_c_string(spec.text)}, {_DTYPES[spec.in_dtype]}, {_DTYPES[str(spec.out_dtype)]}, "
+        f"{{{_c_string(spec.text)}, {_DTYPES[spec.in_dtype]}, {_DTYPES[spec.out_dtype]}, "
         f"{-1 if spec.q_cols is None else spec.q_cols}, "
         f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
         for si, spec in enumerate(specs)
@@ -130,14 +130,10 @@ def find_c_compiler(given: str | None = None) -> str:
         found = shutil.which(name)
         if found:
             return found
-    what = (
-        f"$CC is {given!r}, which is not on the PATH"
-        if given
-        else "gcc, cc and clang are not on the PATH"
-    )
+    missing = f"$CC names {given!r}, which is" if given else "gcc, cc and clang are"
     raise BuildError(
-        f"a C compiler is needed to link a module, but {what} is on the PATH: install one, such as with "
-        "`apt-get install gcc libc6-dev`"
+        f"a C compiler is needed to link a module, but {missing} not on the PATH: install one, "
+        "such as with `apt-get install gcc libc6-dev`"
     )
 
 
@@ -158,7 +154,7 @@ def compile_entry(directory: Path, table_text: str, *, pool: bool) -> list[Path]
     compiler = find_c_compiler(os.environ.get("CC"))
     objects = []
     for name in ("entry", "pool") if pool else ("entry",):
-        source = resources.files(__package__).joinpath("native", f"{name}.c")
+        source = resources.files(__package__) / "native" / f"{name}.c"
         with resources.as_file(source) as path:
             target = directory / f"{name}.o"
             command = [compiler, "-c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-g0"]

@@ -62,7 +62,7 @@ class KernelSpec:
 
     op: str = "apply_qk_rms_norm"
     in_dtype: str = "bfloat16"
-    out_dtype: str | None = None
+    out_dtype: str = None  # type: ignore[assignment]  # becomes in_dtype
     q_cols: int | None = None
     k_cols: int | None = None
     target: str = "cpu"
@@ -93,7 +93,7 @@ class KernelSpec:
     @property
     def out_bytes(self) -> int:
         """Size of one element of q_out and k_out, in bytes."""
-        return DTYPE_BYTES[self.out_dtype or self.in_dtype]
+        return DTYPE_BYTES[self.out_dtype]
 
     @property
     def parsed_target(self) -> Target:
