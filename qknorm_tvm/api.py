@@ -107,7 +107,7 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
     if q_out is None:
         q_out = adapter_of("q", q).empty(q, (q.shape[0], q_cols), dtype)
     if k_out is None:
-        k_out = adapter_of("k", k).empty(k, (k.shape[0], k_cols), dtype)
+        k_out = adapter_of("q", q).empty(q, (k.shape[0], k_cols), dtype)
     return q_out, k_out
 
 

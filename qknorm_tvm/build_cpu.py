@@ -10,6 +10,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
+from .configs import cpu_buckets
 from .declaration import declare
 from .errors import BuildError
 from .lowering import STREAM_ALIGNMENT, lower
@@ -67,27 +68,43 @@ def llvm_target(cpu: str) -> tvm.target.Target:
     )
 
 
-def variants_of(spec: KernelSpec, config: LLVMConfig, prefix: str) -> list[Variant]:
-    """Return the functions that make up one spec's code for one level, first choice first."""
+def variants_of(
+    spec: KernelSpec, config: LLVMConfig, prefix: str, *, min_rows: int = 1
+) -> list[Variant]:
+    """Return the functions of one config for one spec and level, first choice first.
+
+    Those for `min_rows` of more than 1 leave rows over, which the functions for fewer rows take.
+    """
     found = []
+    tile_rows = max(config.row_tile, min_rows)
     vector_bytes = config.vector * spec.out_bytes
     if config.streaming_bytes and vector_bytes >= 16:
         unit = STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes)
         stream = Variant(
             "stream",
             f"{prefix}_stream",
-            min_rows=config.row_tile,
+            min_rows=tile_rows,
             row_tile=config.row_tile,
             stride_unit=unit,
             alignment=STREAM_ALIGNMENT,
             min_out_bytes=config.streaming_bytes,
+            bytes_per_task=config.bytes_per_task,
         )
         found.append(stream)
     if config.row_tile > 1:
-        found.append(
-            Variant("tile", f"{prefix}_tile", min_rows=config.row_tile, row_tile=config.row_tile)
+        tile = Variant(
+            "tile",
+            f"{prefix}_tile",
+            min_rows=tile_rows,
+            row_tile=config.row_tile,
+            bytes_per_task=config.bytes_per_task,
         )
-    found.append(Variant("row", f"{prefix}_row"))
+        found.append(tile)
+    if config.row_tile == 1 or min_rows == 1:
+        row = Variant(
+            "row", f"{prefix}_row", min_rows=min_rows, bytes_per_task=config.bytes_per_task
+        )
+        found.append(row)
     return found
 
 
@@ -132,28 +149,25 @@ def build(
     described: list[dict[str, Any]] = []
     for cpu in specs[0].parsed_target.variants:
         features = cpu_features(cpu)
-        functions, per_spec, tasks, configs_used = [], [], [], []
+        functions, per_spec, configs_used = [], [], []
         for index, (spec, given) in enumerate(zip(specs, configs, strict=True)):
-            config = given or default_config(spec, frozenset(features))
-            prefix = f"qkn_{cpu}_{index}".replace("-", "_").replace(".", "_")
-            variants = variants_of(spec, config, prefix)
-            functions += [(spec, config, variant) for variant in variants]
-            per_spec.append(tuple(variants))
-            tasks.append(config.bytes_per_task)
-            configs_used.append(
-                {
-                    "spec": spec.text,
-                    "source": "user" if given else "heuristic",
-                    "config": config.to_dict(),
-                    "variants": [v.name for v in variants],
-                }
-            )
+            default = default_config(spec, frozenset(features))
+            of_spec: list[Variant] = []
+            for bucket in cpu_buckets(spec, cpu, given, default):
+                prefix = f"qkn_{cpu}_{index}_{bucket.min_rows}"
+                prefix = prefix.replace("-", "_").replace(".", "_")
+                variants = variants_of(spec, bucket.config, prefix, min_rows=bucket.min_rows)
+                functions += [(spec, bucket.config, variant) for variant in variants]
+                of_spec += variants
+                names = [variant.name for variant in variants]
+                configs_used.append({"spec": spec.text, **bucket.describe(), "variants": names})
+            per_spec.append(tuple(of_spec))
         level_object = directory / f"{cpu}.o"
         generate(cpu, functions).write_to_file(str(level_object), "o")
         # The least demanding first: TVM puts its float16 helpers, weak, into every object, and the
         # linker keeps the first, which has to run everywhere.
         objects.insert(0, level_object)
-        levels.append(Level(cpu, features, tuple(per_spec), tuple(tasks)))
+        levels.append(Level(cpu, features, tuple(per_spec)))
         described.append({"name": cpu, "features": list(features), "code": configs_used})
     metadata = {**metadata, "kind": "cpu", "levels": described}
     native = compile_entry(directory, tables(specs, levels, metadata, cuda=False), pool=True)

@@ -11,3 +11,7 @@ class BuildError(QKNormError):
 
 class ModuleFileError(QKNormError):
     """A file is no module, is damaged, or cannot run on this machine; the message says which."""
+
+
+class TuningError(QKNormError):
+    """Tuning cannot start or go on, or a log is not usable; the message says what to do."""

@@ -29,27 +29,32 @@ STREAM_ALIGNMENT = 64
 _QUIET_NAN = 0x7FC00000
 _HALF_ULP = 0x7FFF
 
-#: What TensorIR cannot say, as LLVM IR that is linked into the code and inlined.
-_LLVM_IR = """
+#: What TensorIR cannot say, as LLVM IR that is linked into the code and inlined. Names carry the
+#: number of lanes: functions of one module may need several.
+_OPAQUE_IR = """
 ; Hides a constant from the optimiser, which else makes of shift, and, or one word permute: three
 ; micro-operations of AVX-512 instead of two.
-define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none) {{
+define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none) {
   %hidden = call i32 asm "", "=r,0"(i32 %value) nounwind memory(none)
   ret i32 %hidden
-}}
-; Reads what no store of this call changes, though the compiler cannot see that of a stream's.
-define internal <{gamma} x float> @qknorm_invariant(ptr %place) alwaysinline nounwind {{
-  %value = load <{gamma} x float>, ptr %place, align 4, !invariant.load !0
-  ret <{gamma} x float> %value
-}}
-; Stores past the caches.
-define internal i32 @qknorm_stream(ptr %place, <{words} x i32> %value) alwaysinline nounwind {{
-  store <{words} x i32> %value, ptr %place, align {align}, !nontemporal !1
-  ret i32 0
-}}
-!0 = !{{}}
-!1 = !{{i32 1}}
+}
 """
+_STREAM_IR = """
+; Reads what no store of this call changes, though the compiler cannot see that of a stream's.
+define internal <LANES x float> @qknorm_invariant_LANES(ptr %place) alwaysinline nounwind {
+  %value = load <LANES x float>, ptr %place, align 4, !invariant.load !0
+  ret <LANES x float> %value
+}
+; Stores past the caches.
+define internal i32 @qknorm_stream_WORDS(ptr %place, <WORDS x i32> %value) alwaysinline nounwind {
+  store <WORDS x i32> %value, ptr %place, align ALIGN, !nontemporal !1
+  ret i32 0
+}
+!0 = !{}
+!1 = !{i32 1}
+"""
+#: Fewest elements of a vector that is taken apart into even and odd ones.
+_SMALLEST_PAIRS = 4
 
 
 def _type(expr: tirx.Expr) -> tvm.DataType:
@@ -132,7 +137,7 @@ def _rounded(expr: tirx.Expr, lanes: int, rounding: str) -> tirx.Expr:
 def _to_bfloat16(cast: tirx.Cast, rounding: str) -> tirx.Expr:
     lanes = _type(cast).lanes
     value = cast.value
-    if lanes % 2 == 0 and isinstance(value, tirx.Mul):
+    if lanes >= _SMALLEST_PAIRS and isinstance(value, tirx.Mul):
         half = lanes // 2
         even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half))
         high = tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(0xFFFF0000, "uint32"))
@@ -151,7 +156,8 @@ def _stream(node: tirx.BufferStore) -> tirx.Stmt:
         if not (isinstance(index, tirx.Ramp) and expr.source.name.startswith("gamma")):
             return expr
         place = tirx.address_of(tirx.BufferLoad(expr.source, [index.base]))
-        return tirx.call_pure_extern(f"float32x{_type(expr).lanes}", "qknorm_invariant", place)
+        lanes = _type(expr).lanes
+        return tirx.call_pure_extern(f"float32x{lanes}", f"qknorm_invariant_{lanes}", place)
 
     (index,) = node.indices
     if not isinstance(index, tirx.Ramp):
@@ -159,7 +165,9 @@ def _stream(node: tirx.BufferStore) -> tirx.Stmt:
     value = structural_map(node.value, (TensorLoad, load))
     words = _type(value).lanes * _type(value).bits // 32
     place = tirx.address_of(tirx.BufferLoad(node.buffer, [index.base]))
-    return tirx.Evaluate(tirx.call_extern("int32", "qknorm_stream", place, _words(value, words)))
+    return tirx.Evaluate(
+        tirx.call_extern("int32", f"qknorm_stream_{words}", place, _words(value, words))
+    )
 
 
 def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> tvm.transform.Pass:
@@ -174,13 +182,15 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
         written = node.buffer.name.removesuffix("_1")
         return _stream(node) if streaming and written in output else node
 
-    vector_bytes = config.vector * spec.out_bytes
-    text = _LLVM_IR.format(
-        # Even and odd elements of two halves, or one vector as it is.
-        gamma=config.vector // 2 if spec.out_dtype == "bfloat16" else config.vector,
-        words=max(vector_bytes // 4, 1),
-        align=min(vector_bytes, STREAM_ALIGNMENT),
-    )
+    text = _OPAQUE_IR
+    if streaming:
+        vector_bytes = config.vector * spec.out_bytes
+        pairs = spec.out_dtype == "bfloat16" and config.vector >= _SMALLEST_PAIRS
+        text += (
+            _STREAM_IR.replace("LANES", str(config.vector // 2 if pairs else config.vector))
+            .replace("WORDS", str(vector_bytes // 4))
+            .replace("ALIGN", str(min(vector_bytes, STREAM_ALIGNMENT)))
+        )
 
     @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.RewriteStores")
     def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:

@@ -37,6 +37,8 @@ class Variant:
         Its global symbol, unique in the module.
     min_rows, row_tile, stride_unit, alignment, min_out_bytes : int
         The conditions, see ``module.h``.
+    bytes_per_task : int
+        Bytes read and written that one thread gets at least; CPUs only.
     """
 
     name: str
@@ -46,19 +48,16 @@ class Variant:
     stride_unit: int = 1
     alignment: int = 1
     min_out_bytes: int = 0
+    bytes_per_task: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Code for one CPU level, or for CUDA: per spec its variants, first choice first.
-
-    `bytes_per_task` holds one number a spec; see ``LLVMConfig``.
-    """
+    """Code for one CPU level, or for CUDA: per spec its variants, first choice first."""
 
     name: str
     features: tuple[str, ...]
     variants: tuple[tuple[Variant, ...], ...]
-    bytes_per_task: tuple[int, ...]
 
 
 def _c_string(text: str) -> str:
@@ -88,7 +87,7 @@ def tables(
                 )
             rows = ", ".join(
                 f"{{{_c_string(v.name)}, __tvm_ffi_{v.symbol}, {v.min_rows}, {v.row_tile}, "
-                f"{v.stride_unit}, {v.alignment}, {v.min_out_bytes}}}"
+                f"{v.stride_unit}, {v.alignment}, {v.min_out_bytes}, {v.bytes_per_task}}}"
                 for v in variants
             )
             lines.append(f"static const qkn_variant variants_{li}_{si}[] = {{{rows}}};")
@@ -101,7 +100,7 @@ def tables(
     lines.append(f"static const qkn_level qkn_levels[] = {{{rows}}};")
     for si in range(len(specs)):
         rows = ", ".join(
-            f"{{variants_{li}_{si}, {len(level.variants[si])}, {level.bytes_per_task[si]}}}"
+            f"{{variants_{li}_{si}, {len(level.variants[si])}}}"
             for li, level in enumerate(levels)
         )
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")

@@ -32,10 +32,16 @@ times over those of numpy.copyto of the same bytes; ``qknorm-tvm bench`` measure
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from tvm import tirx
 from tvm.s_tir import Schedule
 
 from .llvm_config import LLVMConfig
+
+#: Head of the annotations by which a sampled schedule says which config it is.
+NOTE = "qknorm."
 
 
 def schedule(func: tirx.PrimFunc, config: LLVMConfig, *, row_tile: int) -> tirx.PrimFunc:
@@ -61,6 +67,47 @@ def schedule(func: tirx.PrimFunc, config: LLVMConfig, *, row_tile: int) -> tirx.
         The function has no block of a name that the declaration gives.
     """
     sch = Schedule(func)
+    schedule_body(sch, vector=config.vector, row_tile=row_tile)
+    return sch.mod["main"]
+
+
+def sample(
+    sch: Schedule,
+    choices: Mapping[str, Sequence[int]],
+    decisions: Mapping[str, int] | None = None,
+) -> None:
+    """Schedule with fields that MetaSchedule samples, each from its choices.
+
+    Every sampled value is annotated on the loop over tiles as ``qknorm.<field>``, also of fields
+    that act in lowering or in the entry point: so a record's trace says the whole config.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Of a specialised instance of the declared function.
+    choices : mapping
+        Values by field of `LLVMConfig`; ``rounding`` as an index into `llvm_config.ROUNDINGS`.
+    decisions : mapping, optional
+        The value to take for each field; by default MetaSchedule draws them.
+    """
+    fields: dict[str, Any] = {
+        name: sch.sample_categorical(
+            list(values),
+            [1 / len(values)] * len(values),
+            None if decisions is None else values.index(decisions[name]),
+        )
+        for name, values in choices.items()
+    }
+    tile = schedule_body(sch, vector=fields["vector"], row_tile=fields["row_tile"])
+    for name, value in fields.items():
+        sch.annotate(tile, NOTE + name, value)
+
+
+def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
+    """Schedule with the given numbers, or MetaSchedule's random variables; returns the tile loop.
+
+    No Python test of a number may stand here: a trace would freeze its outcome.
+    """
     tiles = []
     for tag in ("q", "k"):
         # 1. One statement an element: the intermediates inline, in the order of the contract.
@@ -69,7 +116,7 @@ def schedule(func: tirx.PrimFunc, config: LLVMConfig, *, row_tile: int) -> tirx.
         # 2. Rows into tiles, columns into vectors.
         row, column = sch.get_loops(sch.get_sblock(f"{tag}_out"))
         tile, row_in_tile = sch.split(row, [None, row_tile])
-        panel, lane = sch.split(column, [None, config.vector])
+        panel, lane = sch.split(column, [None, vector])
         sch.reorder(tile, panel, row_in_tile, lane)
         sch.unroll(row_in_tile)
         sch.vectorize(lane)
@@ -80,7 +127,8 @@ def schedule(func: tirx.PrimFunc, config: LLVMConfig, *, row_tile: int) -> tirx.
     tile = sch.merge(*tiles)
     for tag in ("q", "k"):
         rs = sch.get_sblock(f"rs_{tag}")
-        sch.compute_at(rs, tile)
+        # A tile of one row keeps its loop: a trace must find the same loops whatever is sampled.
+        sch.compute_at(rs, tile, preserve_unit_loops=True)
         sch.unroll(sch.get_loops(rs)[-1])
     sch.parallel(tile)
-    return sch.mod["main"]
+    return tile

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qknorm_tvm.spec import KernelSpec
 
+#: Raised when the schedule, its lowering or the declaration changes so much that times measured
+#: before say nothing: tuned records of another version are not used.
+SCHEDULE_VERSION = 1
+
 #: Ways to round float32 to bfloat16, half to even; the same bits, other instructions.
 ROUNDINGS = ("mask", "shift")
 

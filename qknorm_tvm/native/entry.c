@@ -324,8 +324,8 @@ static int parallel_launch(qkn_task task, void* closure, int num_task) {
 __attribute__((visibility("hidden"))) int (*__TVMBackendParallelLaunch)(qkn_task, void*, int) =
     parallel_launch;
 
-static void set_tasks(const qkn_code* code, int64_t bytes) {
-  int64_t tasks = bytes / code->bytes_per_task;
+static void set_tasks(const qkn_variant* v, int64_t bytes) {
+  int64_t tasks = bytes / v->bytes_per_task;
   call_tasks = 1;
   if (tasks > 1) {
     int threads = qkn_get_num_threads();
@@ -395,9 +395,10 @@ static int call_variant(const qkn_variant* v, const tensor* t, int64_t rows, dou
 }
 
 static int run(const qkn_code* code, tensor* t, int64_t rows, double epsilon) {
-  int64_t out_bytes = rows * (t[Q_OUT].cols * t[Q_OUT].item + t[K_OUT].cols * t[K_OUT].item);
+  int64_t row_out_bytes = t[Q_OUT].cols * t[Q_OUT].item + t[K_OUT].cols * t[K_OUT].item;
+  int64_t out_bytes = rows * row_out_bytes;
 #if !QKN_CUDA
-  set_tasks(code, out_bytes + rows * (t[Q].cols * t[Q].item + t[K].cols * t[K].item));
+  int64_t row_bytes = row_out_bytes + t[Q].cols * t[Q].item + t[K].cols * t[K].item;
 #endif
   while (rows > 0) {
     const qkn_variant* chosen = NULL;
@@ -406,6 +407,9 @@ static int run(const qkn_code* code, tensor* t, int64_t rows, double epsilon) {
     }
     if (!chosen) return fail("RuntimeError", "this module has no code for this layout (a bug)");
     int64_t done = rows / chosen->row_tile * chosen->row_tile;
+#if !QKN_CUDA
+    set_tasks(chosen, done * row_bytes);
+#endif
     if (call_variant(chosen, t, done, epsilon)) return -1;
     rows -= done;
     for (int i = 0; i < NUM_TENSORS; ++i) {
@@ -421,8 +425,9 @@ static int float_storage(DLDataType type) {
   return type.code == kDLUInt && type.bits == 16 && type.lanes == 1;
 }
 
-/* With a ninth argument of 1, tensors of a 16-bit float come as uint16: NumPy has no bfloat16 that
- * DLPack knows. */
+/* With a ninth argument of 1, tensors of bfloat16 come as uint16: NumPy has no bfloat16 that DLPack
+ * knows. (Its float16 comes as itself: taken for bfloat16's storage too, one would pass for the
+ * other.) */
 static int read_flags(const TVMFFIAny* args, int32_t num_args, int* bits16) {
   *bits16 = 0;
   if (num_args == EPSILON + 1) return 0;
@@ -497,14 +502,8 @@ EXPORT int __tvm_ffi_apply_qk_rms_norm(void* self, const TVMFFIAny* args, int32_
     if (read_tensor(kNames[i], &args[i], &t[i])) return -1;
   }
   if (read_epsilon(&args[EPSILON], &epsilon)) return -1;
-  if (bits16) {
-    for (int i = 0; i < NUM_TENSORS; ++i) {
-      int is_out = i == Q_OUT || i == K_OUT;
-      DLDataType type = is_out ? qkn_specs[0].out_dtype : qkn_specs[0].in_dtype;
-      if ((is_out || i == Q || i == K) && float_storage(t[i].dtype) && type.bits == 16) {
-        t[i].dtype = type;
-      }
-    }
+  for (int i = 0; bits16 && i < NUM_TENSORS; ++i) {
+    if (float_storage(t[i].dtype)) t[i].dtype = (DLDataType){kDLBfloat, 16, 1};
   }
   for (int i = 0; i < NUM_TENSORS; ++i) {
     if (check_device(kNames[kOrder[i]], &t[kOrder[i]], t[Q].device)) return -1;

@@ -18,6 +18,7 @@ typedef struct {
   int64_t stride_unit;   /* row strides of q, k and outputs are multiples of this many elements */
   int64_t alignment;     /* their data is aligned to this many bytes */
   int64_t min_out_bytes; /* the outputs have at least this many bytes */
+  int64_t bytes_per_task; /* CPUs: what one thread reads and writes at least */
 } qkn_variant;
 
 /* An instruction set: where cpuid reports it, and the register state it needs (see targets.py). */
@@ -33,7 +34,6 @@ typedef struct {
 typedef struct {
   const qkn_variant* variants;
   int num_variants;
-  int64_t bytes_per_task;
 } qkn_code;
 
 /* One spec held by the module; code[i] belongs to qkn_levels[i]. */

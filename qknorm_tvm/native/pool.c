@@ -9,6 +9,11 @@
  * microseconds after a launch, then sleep in a futex. A launch that finds the pool busy (another
  * thread is in it) runs its tasks itself.
  *
+ * Where the process has OpenMP loaded (torch brings it), its threads draw the tasks instead: they
+ * are awake from the operation before, and a second set of threads would fight them for the same
+ * processors. QKNORM_TVM_OPENMP=0 in the environment forbids that. A forked child never uses it:
+ * libgomp does not survive a fork.
+ *
  * SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -56,6 +61,10 @@ typedef struct {
 } pool_api;
 
 static pool_state pool = {.busy = PTHREAD_MUTEX_INITIALIZER};
+
+/* GNU OpenMP's entry point, which LLVM's and Intel's OpenMP have too. */
+typedef void (*openmp_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+static int openmp_forbidden = -1; /* -1: not decided yet; guarded by busy */
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -107,8 +116,26 @@ static void* work(void* argument) {
   return NULL;
 }
 
+static void draw_tasks_in_team(void* unused) {
+  (void)unused;
+  draw_tasks();
+}
+
+static openmp_parallel find_openmp(void) {
+  static openmp_parallel found;
+  if (openmp_forbidden < 0) {
+    const char* text = getenv("QKNORM_TVM_OPENMP");
+    openmp_forbidden = text && !strcmp(text, "0");
+  }
+  if (openmp_forbidden) return NULL;
+  /* Asked again as long as there is none: torch may be imported later. */
+  if (!found) found = (openmp_parallel)(intptr_t)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  return found;
+}
+
 /* Only the thread that forked lives on in the child: it starts workers of its own. */
 static void after_fork_in_child(void) {
+  openmp_forbidden = 1;
   pool.num_workers = 0;
   atomic_store(&pool.sleepers, 0);
   atomic_store(&pool.remaining, 0);
@@ -117,11 +144,6 @@ static void after_fork_in_child(void) {
 }
 
 static void start_workers(int wanted) {
-  static int registered = 0;
-  if (!registered) {
-    registered = 1;
-    pthread_atfork(NULL, NULL, after_fork_in_child);
-  }
   sigset_t all, old;
   sigfillset(&all); /* signals are for the program's own threads */
   pthread_sigmask(SIG_SETMASK, &all, &old);
@@ -141,10 +163,17 @@ static void start_workers(int wanted) {
 
 static void run_alone(qkn_task task, void* closure) { run_task(task, 0, 1, closure); }
 
+static int own_get_num_threads(void);
+
 static void own_parallel(qkn_task task, void* closure, int num_tasks) {
   if (num_tasks <= 1 || pthread_mutex_trylock(&pool.busy)) {
     run_alone(task, closure);
     return;
+  }
+  static int registered = 0;
+  if (!registered) {
+    registered = 1;
+    pthread_atfork(NULL, NULL, after_fork_in_child);
   }
   pool.task = task;
   pool.closure = closure;
@@ -152,9 +181,15 @@ static void own_parallel(qkn_task task, void* closure, int num_tasks) {
   unsigned epoch = atomic_load_explicit(&pool.epoch, memory_order_relaxed) + 1;
   atomic_store_explicit(&pool.ticket, (uint64_t)epoch << 32 | (uint64_t)num_tasks << 16,
                         memory_order_release);
-  atomic_store_explicit(&pool.epoch, epoch, memory_order_seq_cst);
-  int helpers = qkn_get_num_threads() - 1;
+  int helpers = own_get_num_threads() - 1;
   if (helpers > num_tasks - 1) helpers = num_tasks - 1;
+  openmp_parallel openmp = find_openmp();
+  if (openmp && helpers > 0) {
+    openmp(draw_tasks_in_team, NULL, (unsigned)helpers + 1, 0); /* returns when all are done */
+    pthread_mutex_unlock(&pool.busy);
+    return;
+  }
+  atomic_store_explicit(&pool.epoch, epoch, memory_order_seq_cst);
   if (atomic_load_explicit(&pool.sleepers, memory_order_seq_cst) > 0) {
     syscall(SYS_futex, &pool.epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
   }

@@ -1,0 +1,114 @@
+"""``qknorm-tvm export``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from .options import Columns, debug_option, dtype_choice, parse_config
+
+
+@click.command(short_help="Compile to a .so.")
+@click.argument("out", metavar="OUT.so", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--q-cols", type=Columns(), default="any", show_default=True, help="Columns of Q.")
+@click.option("--k-cols", type=Columns(), default="any", show_default=True, help="Columns of K.")
+@click.option("--dtype", type=dtype_choice, default="bfloat16", show_default=True,
+              help="Element type of q and k.")  # fmt: skip
+@click.option(
+    "--out-dtype", type=dtype_choice, help="Element type of the outputs.  [default: dtype]"
+)
+@click.option("--target", default="cpu", show_default=True,
+              help="cpu (x86-64-v2, v3 and v4 in one file, chosen when it is loaded), one such "
+              "level, a CPU's LLVM name such as znver4, cuda, or cuda:sm_90,... .")  # fmt: skip
+@click.option("--reproducible", is_flag=True,
+              help="CUDA: an rsqrt that gives the CPU's bits; CPUs give them always.")  # fmt: skip
+@click.option("--spec", "texts", multiple=True, metavar="TEXT",
+              help="A whole spec, as inspect prints it; instead of the options above. May be "
+              "given several times: the module picks one by the dtypes and columns of a "
+              "call.")  # fmt: skip
+@click.option("--config", "pairs", multiple=True, metavar="NAME=VALUE",
+              help="A choice of the schedule, such as vector=16; what is not given is the "
+              "config's own default, not the heuristic's.")  # fmt: skip
+@debug_option
+@click.pass_context
+def export(
+    ctx: click.Context,
+    out: Path,
+    q_cols: int | None,
+    k_cols: int | None,
+    dtype: str,
+    out_dtype: str | None,
+    target: str,
+    reproducible: bool,
+    texts: tuple[str, ...],
+    pairs: tuple[str, ...],
+) -> None:
+    """Compile apply_qk_rms_norm and write it to OUT.so.
+
+    The file runs with apache-tvm-ffi alone, from Python or C++, for any number of rows:
+
+    \b
+      import tvm_ffi
+      module = tvm_ffi.load_module("OUT.so")
+      module.apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, 1e-6)
+
+    Columns that are given are fixed: faster, and the call is checked against them.
+
+    \b
+    Examples:
+      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256
+      qknorm-tvm export qk.so --dtype float16 --out-dtype float32
+      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target x86-64-v3
+      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --config vector=16 --config row_tile=2
+      qknorm-tvm export qk.so \\
+          --spec 'apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu' \\
+          --spec 'apply_qk_rms_norm[bfloat16->float32, q=any, k=any]@cpu'
+    """
+    from ..build import compile
+    from ..spec import KernelSpec
+
+    if texts:
+        _refuse_fields(ctx)
+        specs = [KernelSpec.from_text(text) for text in texts]
+    else:
+        specs = [
+            KernelSpec(
+                in_dtype=dtype,
+                out_dtype=out_dtype or dtype,
+                q_cols=q_cols,
+                k_cols=k_cols,
+                target=target,
+                reproducible=reproducible,
+            )
+        ]
+    check_folder(out)
+    config = parse_config(pairs, specs[0].parsed_target.kind)
+    start = time.perf_counter()
+    compiled = compile(specs, config=config)
+    compiled.export(out)
+    seconds = time.perf_counter() - start
+
+    from .inspect_file import describe
+    from .output import console, size
+
+    printer = console()
+    written = size(out.stat().st_size)
+    printer.print(f"wrote {out} ({written}) in {seconds:.1f} s", soft_wrap=True)
+    printer.print(describe(out, compiled.metadata))
+
+
+def _refuse_fields(ctx: click.Context) -> None:
+    for name in ("q_cols", "k_cols", "dtype", "out_dtype", "target", "reproducible"):
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a file that cannot be written before time is spent on compiling it."""
+    if not out.parent.is_dir():
+        raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise click.UsageError(f"{out} is a folder; name the .so to write")

@@ -1,0 +1,108 @@
+"""``qknorm-tvm inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import debug_option
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@click.command("inspect", short_help="Say what a .so holds.")
+@click.argument("file", metavar="FILE.so", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the metadata as JSON.")
+@debug_option
+def inspect_file(file: Path, as_json: bool) -> None:
+    """Say what an exported module holds, and whether this machine can run it.
+
+    The file is read and its checksum compared, but none of its code runs: that is safe with a file
+    of unknown origin.
+
+    \b
+    Examples:
+      qknorm-tvm inspect qk.so
+      qknorm-tvm inspect qk.so --json | jq .specs
+    """
+    from ..module_file import read_metadata
+
+    metadata = read_metadata(file)
+    runs, why = runs_here(metadata)
+    if as_json:
+        found = {
+            **metadata,
+            "file": {"path": str(file), "bytes": file.stat().st_size},
+            "runs_here": runs,
+            "runs_here_because": why,
+        }
+        click.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    from .output import console, size
+
+    printer = console()
+    printer.print(f"{file} ({size(file.stat().st_size)})", soft_wrap=True)
+    printer.print(describe(file, metadata))
+
+
+def runs_here(metadata: Mapping[str, Any]) -> tuple[bool, str]:
+    """Return whether this machine has what a module needs, and a sentence on it."""
+    if metadata.get("kind") != "cpu":
+        try:
+            from ..arrays import cuda_target
+
+            found = cuda_target(0).partition(":")[2]
+        except (OSError, RuntimeError):
+            return False, "no: this machine has no CUDA driver, or no GPU"
+        archs = str(metadata.get("target", "")).partition(":")[2]
+        held = archs.split(",") if archs else []
+        if not held or found in held:
+            return True, f"yes, on this machine's GPU ({found})"
+        return False, f"no machine code for this machine's GPU ({found})"
+    from ..targets import host_features
+
+    features = host_features()
+    for level in metadata["levels"]:
+        if features.issuperset(level["features"]):
+            return True, f"yes, with its code for {level['name']}"
+    lacking = sorted(set(metadata["levels"][-1]["features"]) - features)
+    return False, f"no: this CPU lacks {', '.join(lacking)}"
+
+
+def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
+    """Return tables of a module's metadata."""
+    from rich.console import Group
+
+    from ..spec import KernelSpec
+    from .output import facts, table
+
+    code = table("code", "spec", "config", "variants", left=(0, 2, 3))
+    for level in metadata.get("levels", []):
+        for index, one in enumerate(level.get("code", [])):
+            code.add_row(
+                level["name"] if index == 0 else "",
+                f"#{index}",
+                f"{config_text(one['config'])} ({one['source']})",
+                ", ".join(one["variants"]),
+            )
+    versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
+    needs = ", ".join(f"{name} {what}" for name, what in metadata["requires"].items())
+    lines = [
+        *((f"spec #{i}", KernelSpec(**one).text) for i, one in enumerate(metadata["specs"])),
+        ("target", str(metadata["target"])),
+        ("runs here", runs_here(metadata)[1]),
+        ("needs", needs),
+        ("built with", versions),
+        ("format", str(metadata["format"])),
+    ]
+    return Group(facts(lines), *([code] if code.row_count else []))
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Return a config in one line."""
+    return ", ".join(f"{name}={value}" for name, value in config.items())

@@ -1,0 +1,165 @@
+"""Options and values that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..spec import DTYPE_BYTES
+
+F = TypeVar("F", bound=Callable[..., Any])
+_debug = False
+
+
+def _set_debug(_: click.Context, __: click.Parameter, value: bool) -> None:
+    global _debug
+    _debug = _debug or value
+
+
+def wants_traceback() -> bool:
+    """Whether ``--debug`` was given."""
+    return _debug
+
+
+def debug_option(function: F) -> F:
+    """Add ``--debug``."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="Show the traceback of an error.",
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """Add ``--device``; see `check_device`."""
+    return click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where to run.",
+    )(function)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine, or this version's command line, does not have."""
+    if device == "cpu":
+        return
+    from ..reference_torch import torch_or_none
+
+    torch = torch_or_none()
+    if torch is None:
+        raise click.UsageError("--device cuda needs torch with CUDA; torch is not installed")
+    if not torch.cuda.is_available():
+        raise click.UsageError(
+            f"--device cuda needs torch with CUDA and a GPU; torch {torch.__version__} finds none"
+        )
+    raise click.UsageError("--device cuda is not yet in this command; --device cpu is")
+
+
+dtype_choice = click.Choice(list(DTYPE_BYTES))
+
+
+class Columns(click.ParamType):
+    """A number of columns, or ``any`` for columns known only at the call (None)."""
+
+    name = "number|any"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if value is None or value == "any":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"must be a number of columns or 'any', got {value!r}", param, ctx)
+
+
+class Numbers(click.ParamType):
+    """Numbers separated by commas, such as ``1,16,512``."""
+
+    name = "numbers"
+
+    def __init__(self, least: int):
+        self.least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"must be numbers separated by commas, got {value!r}", param, ctx)
+        if any(number < self.least for number in numbers):
+            self.fail(f"must be {self.least} or more, got {value!r}", param, ctx)
+        return tuple(dict.fromkeys(numbers))
+
+
+class Shapes(click.ParamType):
+    """Column pairs separated by commas, such as ``1536/256,6144/1024``."""
+
+    name = "shapes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[int, int], ...]:
+        if isinstance(value, tuple):
+            return value
+        pairs = [re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part) for part in str(value).split(",")]
+        if not all(pairs):
+            self.fail(f"must look like 1536/256,6144/1024 (Nq/Nk), got {value!r}", param, ctx)
+        return tuple(dict.fromkeys((int(pair[1]), int(pair[2])) for pair in pairs if pair))
+
+
+def parse_config(pairs: tuple[str, ...], kind: str) -> Any:
+    """Return a schedule config from ``name=value`` pairs over a default, or None for none.
+
+    Raises
+    ------
+    click.BadParameter
+        A name is unknown or a value has the wrong type; ranges are the config's own to check.
+    """
+    if not pairs:
+        return None
+    import dataclasses
+
+    if kind == "cuda":
+        from ..schedules.cuda_config import CudaConfig as Config
+    else:
+        from ..schedules.llvm_config import LLVMConfig as Config  # type: ignore[assignment]
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in defaults:
+            raise click.BadParameter(
+                f"must be NAME=VALUE with NAME one of {', '.join(defaults)}, got {pair!r}",
+                param_hint="--config",
+            )
+        values[name] = _config_value(name, text, defaults[name])
+    return Config(**values)
+
+
+def _config_value(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise click.BadParameter(
+                f"{name} must be true or false, got {text!r}", param_hint="--config"
+            )
+        return text == "true"
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"{name} must be a number, got {text!r}", param_hint="--config"
+        ) from None

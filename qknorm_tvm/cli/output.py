@@ -1,0 +1,133 @@
+"""What the commands print: rich tables that stay readable in 80 columns and in a pipe."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..benchmark import BYTES_FORMULA, CaseResult, Timing
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console: as wide as the terminal, 100 columns in a pipe unless COLUMNS is set."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None
+    if not stream.isatty():
+        given = os.environ.get("COLUMNS", "")
+        width = int(given) if given.isdigit() and int(given) > 20 else 100
+    elif shutil.get_terminal_size().columns < 20:
+        width = 80
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -> Table:
+    """Return an empty table; columns are right-aligned but for those in `left`."""
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    made.title_style = "bold"
+    left = set(left)
+    for index, header in enumerate(headers):
+        on_left = index in left
+        made.add_column(
+            header,
+            justify="left" if on_left else "right",
+            overflow="fold",
+            no_wrap=not on_left,
+        )
+    return made
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Return lines of a name and what there is to say about it."""
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, text in pairs:
+        made.add_row(name, text)
+    return made
+
+
+def microseconds(seconds: float) -> str:
+    """Format a time in µs with three or four digits."""
+    value = seconds * 1e6
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+
+
+def ratio(value: float) -> str:
+    """Format a ratio."""
+    return "-" if math.isnan(value) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def size(count: int) -> str:
+    """Format a file's size."""
+    return f"{count / 1000:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def plural(count: int, noun: str) -> str:
+    """Format a count of something."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
+    """Return the timings of several shapes: a line each candidate, blocks by shape."""
+    made = table("M", "", "µs", "quartiles", "GB/s", "/ copy", "/ ours", "exact", left=(1,))
+    made.title = title
+    made.columns[1].no_wrap = True  # names
+    for result in results:
+        for index, timing in enumerate(result.timings):
+            made.add_row(
+                f"{result.rows:,}" if index == 0 else "",
+                Text(timing.name, style="bold" if index == 0 else ""),
+                *_figures(result, timing),
+                end_section=index + 1 == len(result.timings),
+            )
+    return made
+
+
+def _figures(result: CaseResult, timing: Timing) -> list[str]:
+    if not timing.measured:
+        return ["-"] * 6
+    exact = {None: "", True: "yes", False: "NO"}[timing.exact]
+    return [
+        microseconds(timing.median),
+        f"{microseconds(timing.q1)}-{microseconds(timing.q3)}",
+        f"{result.bandwidth(timing):.1f}",
+        ratio(result.ratio(timing, "copy")),
+        ratio(result.ratio(timing, "ours")),
+        exact,
+    ]
+
+
+def timing_notes(results: Sequence[CaseResult]) -> list[str]:
+    """Return what must be said below a timing table, each note once."""
+    notes = [
+        "µs: median of a call, interleaved; quartiles: of the samples; / copy, / ours: ratios of "
+        "medians; exact: equal to the unfused NumPy graph bit for bit.",
+        f"GB/s: {BYTES_FORMULA}.",
+    ]
+    seen: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for timing in result.timings:
+            # What each compilation took is of no interest below a table of many.
+            if timing.note and not (timing.measured and timing.note.startswith("compiled in")):
+                seen.setdefault((timing.name, timing.note), []).append(f"{result.rows:,}")
+    for (name, note), rows in seen.items():
+        rows = list(dict.fromkeys(rows))
+        everywhere = len(rows) == len({result.rows for result in results})
+        notes.append(f"{name}: {note}" + ("" if everywhere else f" (M = {', '.join(rows)})"))
+    return notes

@@ -1,0 +1,262 @@
+"""``qknorm-tvm run``: the whole story on one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import Numbers, check_device, debug_option, device_option, dtype_choice
+
+if TYPE_CHECKING:
+    from ..spec import KernelSpec
+
+#: MiniMax-M2's Q and K of one rank at tensor parallel 4.
+Q_COLS, K_COLS, ROWS = 1536, 256, (1, 16, 512, 4096)
+
+
+@click.command(short_help="Compile, prove, time.")
+@click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Real activations: .safetensors or .npz with q, k, gamma_q, gamma_k and "
+              "perhaps qk_var. Shapes and dtype are the file's.")  # fmt: skip
+@click.option("--q-cols", type=click.IntRange(1), help=f"Columns of Q.  [default: {Q_COLS}]")
+@click.option("--k-cols", type=click.IntRange(1), help=f"Columns of K.  [default: {K_COLS}]")
+@click.option("--dtype", type=dtype_choice, help="Element type of q and k.  [default: bfloat16]")
+@click.option(
+    "--out-dtype", type=dtype_choice, help="Element type of the outputs.  [default: dtype]"
+)
+@click.option("--rows", type=Numbers(0),
+              help=f"Values of M.  [default: {','.join(map(str, ROWS))}]")  # fmt: skip
+@click.option("--epsilon", type=float, default=1e-6, show_default=True,
+              help="Added to the mean squares.")  # fmt: skip
+@click.option("--target", help="What to generate code for.  [default: this CPU's level]")
+@device_option
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT.so",
+              help="Where to write the module.  [default: the user's cache folder]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="Threads to use.  [default: every processor of this process]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), help="For random activations.  [default: 0]")
+@click.option("--min-time", type=click.FloatRange(0), default=0.3, show_default=True,
+              help="Seconds to time each candidate for.")  # fmt: skip
+@click.option("--torch-compile/--no-torch-compile", default=True,
+              help="Time torch.compile too, where torch is installed.")  # fmt: skip
+@debug_option
+def run(
+    input_file: Path | None,
+    device: str,
+    output: Path | None,
+    target: str | None,
+    epsilon: float,
+    threads: int | None,
+    min_time: float,
+    torch_compile: bool,
+    **given: Any,
+) -> int:
+    """Compile for this machine, export, load the .so in a fresh process, prove and time it there.
+
+    The fresh process has the file and apache-tvm-ffi, not the compiler. In it the outputs must
+    equal the unfused NumPy graph bit for bit, and the unfused torch graph where torch is installed.
+    Then the module is timed, interleaved, against a copy of the same bytes, both graphs and
+    torch.compile.
+
+    Without options: the Q and K projections of MiniMax-M2 on one rank at tensor parallel 4.
+
+    \b
+    Examples:
+      qknorm-tvm run
+      qknorm-tvm run --q-cols 6144 --k-cols 1024 --rows 1,256,4096 --threads 1
+      qknorm-tvm run --dtype float16 --out-dtype float32 --output qk.so
+      qknorm-tvm run --input activations.safetensors
+
+    Exit status: 0, 1 when a result is not exact, 2 when the input is wrong or something cannot be
+    built.
+    """
+    check_device(device)
+    request = _request(input_file, given)
+    request.update(
+        epsilon=epsilon,
+        threads=threads or 0,
+        min_time=min_time,
+        torch_compile=torch_compile,
+    )
+    from ..spec import KernelSpec
+    from ..targets import host_cpu_target
+
+    spec = KernelSpec(
+        in_dtype=request["dtype"],
+        out_dtype=given["out_dtype"] or request["dtype"],
+        q_cols=request["q_cols"],
+        k_cols=request["k_cols"],
+        target=target or host_cpu_target(),
+    )
+    if spec.parsed_target.kind != "cpu":
+        raise click.UsageError(f"--target must be a CPU's for --device cpu, got {spec.target}")
+    request.update(out_dtype=spec.out_dtype)
+
+    from .output import console
+
+    progress = console(stderr=True)
+    with progress.status("importing TVM") as status:
+        path, seconds = _export(spec, output, status.update)
+        request["module"] = str(path)
+        from .fresh import call_fresh_process
+
+        found = call_fresh_process(request, status.update)
+    return _report(spec, path, seconds, found)
+
+
+def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the shapes to run, from the options or from the file, which is checked here."""
+    if input_file is None:
+        return {
+            "input": None,
+            "q_cols": given["q_cols"] or Q_COLS,
+            "k_cols": given["k_cols"] or K_COLS,
+            "dtype": given["dtype"] or "bfloat16",
+            "rows": given["rows"] or ROWS,
+            "seed": given["seed"] or 0,
+        }
+    for name in ("q_cols", "k_cols", "dtype", "rows", "seed"):
+        if given[name] is not None:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} and --input exclude each other: the file decides")
+    from ..inputs import read_activations
+
+    a = read_activations(input_file)
+    return {
+        "input": str(input_file.absolute()),
+        "q_cols": a.q_cols,
+        "k_cols": a.k_cols,
+        "dtype": a.dtype,
+        "rows": [a.rows],
+    }
+
+
+def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, float]:
+    from .export import check_folder
+
+    if output is None:
+        from ..cache import cache_directory
+
+        folder = cache_directory() / "run"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        columns = f"{spec.q_cols}x{spec.k_cols}"
+        name = f"{spec.op}-{columns}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
+        output = folder / name
+    check_folder(output)
+    # Imported apart: what the import of the compiler takes is not what compiling takes.
+    import tvm  # noqa: F401
+
+    from ..build import compile
+
+    status("compiling")
+    start = time.perf_counter()
+    compile(spec).export(output)
+    return output, time.perf_counter() - start
+
+
+def _report(spec: KernelSpec, path: Path, seconds: float, found: dict[str, Any]) -> int:
+    from ..benchmark import CaseResult
+    from ..machine import cpu_name, load_warning
+    from ..module_file import read_metadata
+    from .inspect_file import config_text
+    from .output import console, facts, plural, size, table, timing_notes, timing_table
+
+    printer = console()
+    metadata = read_metadata(path)
+    level = next(one for one in metadata["levels"] if one["name"] == found["level"])
+    code = level["code"][0]
+    printer.print(
+        facts(
+            [
+                ("spec", spec.text),
+                ("machine", f"{cpu_name()}, {found['threads']} of {found['usable']} processors"),
+                ("target", f"{spec.target}; runs its {found['level']} code"),
+                ("config", f"{config_text(code['config'])} ({code['source']})"),
+                ("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())),
+                ("inputs", "; ".join([found["source"], *found["notes"]])),
+                ("compiled", f"in {seconds:.1f} s, {size(path.stat().st_size)}"),
+            ]
+        )
+    )
+    printer.print(f"module    {path}", soft_wrap=True)
+    results = [CaseResult.from_dict(one) for one in found["results"]]
+    printer.print()
+    proof = table("M", "elements", "NumPy graph", "torch graph", title=_proof_title(found))
+    for result, torch_equal in zip(results, found["torch_equal"], strict=True):
+        proof.add_row(
+            f"{result.rows:,}",
+            f"{result.rows * (result.q_cols + result.k_cols):,}",
+            "equal" if result.exact else "DIFFERS",
+            {True: "equal", False: "DIFFERS", None: "not installed"}[torch_equal],
+        )
+    printer.print(proof)
+    printer.print(timing_table(results, title=f"Time, {plural(found['threads'], 'thread')}"))
+    for line in [*timing_notes(results), load_warning()]:
+        if line:
+            printer.print(line)
+    exact = all(r.exact for r in results) and False not in found["torch_equal"]
+    if not exact:
+        printer.print("\nNOT EXACT: outputs differ from the unfused graph, see the tables above")
+    return 0 if exact else 1
+
+
+def _proof_title(found: dict[str, Any]) -> str:
+    compiler = "with" if found["compiler_loaded"] else "without"
+    return f"Outputs, bit for bit, in a fresh process {compiler} the compiler"
+
+
+def prove(request: dict[str, Any], event: Any) -> dict[str, Any]:
+    """Check and time a module: the part of ``run`` that the fresh process does."""
+    import sys
+
+    from .. import alternatives
+    from ..inputs import generate, read_activations
+    from ..machine import library_versions, usable_processors
+    from ..runtime import load
+
+    module = load(request["module"])
+    if request["threads"]:
+        alternatives.set_num_threads(module, request["threads"])
+    threads = int(module.library.get_function("qknorm_get_num_threads")())
+    names = [alternatives.COPY, alternatives.NUMPY, alternatives.TORCH]
+    names += [alternatives.TORCH_COMPILE] if request["torch_compile"] else []
+    results, torch_equal = [], []
+    notes: tuple[str, ...] = ()
+    source = ""
+    for rows in request["rows"]:
+        if request["input"]:
+            a = read_activations(request["input"])
+        else:
+            a = generate(
+                rows, request["q_cols"], request["k_cols"], request["dtype"], seed=request["seed"]
+            )
+        a = dataclasses.replace(a, epsilon=request["epsilon"])
+        source, notes = a.source, a.notes
+        result = alternatives.compare(
+            module,
+            a,
+            out_dtype=request["out_dtype"],
+            threads=threads,
+            min_time=request["min_time"],
+            names=names,
+            status=lambda text, rows=rows: event(f"M = {rows}: {text}"),  # type: ignore[misc]
+        )
+        results.append(result.to_dict())
+        by_torch = result.timing(alternatives.TORCH)
+        # Both are compared with NumPy: torch equals ours where both equal that.
+        torch_equal.append(None if by_torch is None else bool(result.exact and by_torch.exact))
+    return {
+        "level": module.active_level,
+        "threads": threads,
+        "usable": usable_processors(),
+        "versions": library_versions(),
+        "compiler_loaded": "tvm" in sys.modules,
+        "source": source,
+        "notes": list(notes),
+        "results": results,
+        "torch_equal": torch_equal,
+    }

@@ -1,0 +1,145 @@
+"""``qknorm-tvm tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..tuning.shapes import ROWS
+from .options import Numbers, Shapes, debug_option, dtype_choice
+
+if TYPE_CHECKING:
+    from ..tuning.session import Summary
+
+
+@click.command(short_help="Search for faster configs on this device, or on a fleet.")
+@click.option("--target", default="cpu", show_default=True,
+              help="cpu (the best level that the device runs), a level such as x86-64-v3, a CPU's "
+              "LLVM name, cuda (this machine's GPU) or one architecture such as "
+              "cuda:sm_90.")  # fmt: skip
+@click.option("--shapes", type=Shapes(), metavar="Nq/Nk,...",
+              help="Columns to tune.  [default: one rank of MiniMax-M2, OLMo-2 7B and 32B on 1, 2, "
+              "4 and 8 ranks]")  # fmt: skip
+@click.option("--dtype", type=dtype_choice, default="bfloat16", show_default=True,
+              help="Element type of q and k.")  # fmt: skip
+@click.option("--out-dtype", type=dtype_choice,
+              help="Element type of the outputs.  [default: dtype]")  # fmt: skip
+@click.option("--rows", type=Numbers(least=1), default=",".join(map(str, ROWS)), show_default=True,
+              help="Row counts to tune for; each speaks for those around it.")  # fmt: skip
+@click.option("--trials", type=int, default=64, show_default=True,
+              help="Most candidates for a shape and row count; recorded ones count.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
+@click.option("--cost-model", type=click.Choice(["auto", "xgb", "random"]), default="auto",
+              show_default=True, help="auto: xgb where xgboost is installed.")  # fmt: skip
+@click.option("--logs", type=click.Path(file_okay=False, path_type=Path),
+              help="Folder of logs; the build reads them there.  [default: "
+              "$QKNORM_TVM_TUNING_LOGS, a checkout's tuning_logs, or the user's own]")  # fmt: skip
+@click.option("--tracker", metavar="HOST:PORT", help="Measure on the servers of a TVM RPC tracker.")
+@click.option("--key", help="Key under which they are registered.")
+@click.option("--workers", type=int, default=1, show_default=True,
+              help="Servers to use at a time.")  # fmt: skip
+@click.option("--device", metavar="NAME",
+              help="Name of the device's folder, such as x86_64-znver4.  [default: found out]"
+              )  # fmt: skip
+@debug_option
+def tune(
+    target: str,
+    shapes: tuple[tuple[int, int], ...] | None,
+    dtype: str,
+    out_dtype: str | None,
+    rows: tuple[int, ...],
+    trials: int,
+    seed: int,
+    cost_model: str,
+    logs: Path | None,
+    tracker: str | None,
+    key: str | None,
+    workers: int,
+    device: str | None,
+) -> int:
+    """Search for configs that are faster than the default's, and keep them for the build.
+
+    Candidates are proven exact before they are timed, and kept only where they beat the default by
+    more than the noise. Interrupt it at will: the same command goes on where it was.
+
+    \b
+    Examples:
+      qknorm-tvm tune                                  this CPU, all default shapes
+      qknorm-tvm tune --shapes 1536/256 --rows 1,64    one shape, a minute
+      qknorm-tvm tune --tracker 127.0.0.1:9190 --key epyc --workers 4
+    """
+    from ..machine import load_warning
+    from ..spec import KernelSpec
+    from ..targets import parse_target
+    from ..tuning import tune as run
+    from ..tuning.progress import RichReporter
+    from .output import console
+
+    out = console()
+    specs = None
+    if shapes is not None or dtype != "bfloat16" or out_dtype is not None:
+        from ..tuning.shapes import default_shapes
+
+        kind = "cuda" if parse_target(target).kind == "cuda" else "cpu"
+        specs = [
+            KernelSpec(in_dtype=dtype, out_dtype=out_dtype, q_cols=q, k_cols=k, target=kind)
+            for q, k in shapes or default_shapes()
+        ]
+    if tracker is None and load_warning():
+        out.print(f"note: {load_warning()}")
+    try:
+        summary = run(
+            specs, target=target, rows=rows, trials=trials, seed=seed, cost_model=cost_model,
+            logs=logs, tracker=tracker, key=key, workers=workers, device=device,
+            reporter=RichReporter(out),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        out.print("interrupted; what was measured is kept: run the same command again to go on")
+        return 130
+    show(summary)
+    return 0
+
+
+def show(summary: Summary) -> None:
+    """Print the table of default against tuned."""
+    from ..spec import KernelSpec
+    from .output import console, table
+
+    out = console()
+    made = table(
+        "Nq/Nk", "M", "default µs", "tuned µs", "gain", "at least", "spread", "trials", "kept"
+    )
+    last = ""
+    for one in summary.outcomes:
+        spec = KernelSpec.from_text(one.spec)
+        made.add_row(
+            f"{spec.q_cols}/{spec.k_cols}" if one.spec != last else "",
+            f"{one.rows:,}",
+            f"{one.default_us:,.2f}",
+            f"{one.best_us:,.2f}",
+            f"{one.gain['median']:.3f}",
+            f"{one.gain['low']:.3f}",
+            f"{one.spread:.1%}",
+            str(one.trials),
+            "record" if one.source == "record" else "default",
+        )
+        last = one.spec
+    out.print(made)
+    kept = sum(one.source == "record" for one in summary.outcomes)
+    out.print(
+        f"{kept} of {len(summary.outcomes)} keep a record; the others keep the default, which "
+        "nothing beat by more than the noise"
+    )
+    out.print(
+        "tuned: the fastest candidate, timed in turns with the default; at least: the low end of "
+        "the gain's 95 % interval; spread: quartiles over median"
+    )
+    if summary.failed:
+        out.print(f"{summary.failed} candidates failed, the first: {summary.first_failure}")
+    out.print(
+        f"{summary.measured} trials in {summary.seconds / 60:.1f} minutes "
+        f"({summary.trials_per_minute:.0f} a minute), {summary.reused} from earlier sessions; "
+        f"logs: {summary.folder}"
+    )

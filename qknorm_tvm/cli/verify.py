@@ -1,0 +1,205 @@
+"""``qknorm-tvm verify``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import check_device, debug_option, device_option
+
+if TYPE_CHECKING:
+    from ..runtime import Module
+    from ..verification import Report
+
+
+@click.command(short_help="Compare with the unfused graph, bit for bit.")
+@click.argument("file", required=False, metavar="[FILE.so]", type=click.Path(path_type=Path))
+@click.option("--target", "targets", multiple=True,
+              help="Compile for this instead of this CPU's level; may be given several "
+              "times.")  # fmt: skip
+@click.option("--thorough", is_flag=True,
+              help="More columns, rows and gammas, and every x86-64 level that this CPU runs: "
+              "minutes.")  # fmt: skip
+@click.option("--float32-sweep", is_flag=True,
+              help="Instead: all 2^32 float32 patterns through four mean squares and gammas, to "
+              "every output type: minutes.")  # fmt: skip
+@device_option
+@debug_option
+def verify(
+    file: Path | None, targets: tuple[str, ...], thorough: bool, float32_sweep: bool, device: str
+) -> int:
+    """Compare outputs with the unfused float32 graph in NumPy, and torch's where it is installed.
+
+    Every bit counts; of NaNs only the position. The cases: every bfloat16 and float16 pattern (of
+    float32, those around which rounding turns, and NaNs with every payload bit set) under zero,
+    negative, denormal, huge, infinite and NaN mean squares and gammas; odd columns and rows; packed
+    arrays, slices of a fused QKV buffer, addresses off by one byte, in place; one thread and all.
+    Memory around the outputs must stay as it was.
+
+    With FILE.so the specs in it are checked, in the code that this machine runs; otherwise a module
+    for every pairing of dtypes with open columns, and one with fixed columns, compiled now.
+
+    \b
+    Examples:
+      qknorm-tvm verify
+      qknorm-tvm verify qk.so --thorough
+      qknorm-tvm verify --target x86-64-v2
+      qknorm-tvm verify --float32-sweep
+
+    Exit status: 0, 1 when anything differs, 2 when the input is wrong.
+    """
+    check_device(device)
+    if file is not None and (targets or float32_sweep):
+        given = "--target" if targets else "--float32-sweep"
+        raise click.UsageError(f"{given} and FILE.so exclude each other")
+    if float32_sweep:
+        return _sweep(targets)
+    start = time.perf_counter()
+    modules = [_loaded(file)] if file is not None else _compiled(targets, thorough)
+    report = _verified(modules, thorough)
+    return _print_report(report, modules, time.perf_counter() - start)
+
+
+def _loaded(file: Path) -> Module:
+    from ..runtime import load
+
+    module = load(file)
+    if module.metadata.get("kind") != "cpu":
+        raise click.UsageError(f"{file} is for {module.metadata['target']}, not for --device cpu")
+    return module
+
+
+def _levels(targets: tuple[str, ...], thorough: bool) -> list[str]:
+    from ..targets import X86_LEVELS, host_cpu_target, host_features, parse_target
+
+    for target in targets:
+        if parse_target(target).kind != "cpu":
+            raise click.UsageError(f"--target must be a CPU's for --device cpu, got {target}")
+    if targets:
+        return list(dict.fromkeys(targets))
+    if thorough:
+        return [name for name, needed in X86_LEVELS.items() if host_features().issuperset(needed)]
+    return [host_cpu_target()]
+
+
+def _compiled(targets: tuple[str, ...], thorough: bool) -> list[Module]:
+    from ..verification import default_specs
+    from .output import console
+
+    modules = []
+    with console(stderr=True).status("importing TVM") as status:
+        from ..build import compile
+
+        for target in _levels(targets, thorough):
+            for specs in default_specs(target):
+                status.update(f"compiling {len(specs)} specs for {target}")
+                modules.append(compile(list(specs)).module)
+    return modules
+
+
+def _verified(modules: list[Module], thorough: bool) -> Report:
+    from .. import verification
+    from ..machine import usable_processors
+    from .output import console
+
+    threads = sorted({1, usable_processors()})
+    report = verification.Report()
+    cases = list(verification.iterate(modules, thorough=thorough))
+    with _progress(console(stderr=True)) as progress:
+        task = progress.add_task("verifying", total=len(cases))
+        for module, case in cases:
+            progress.update(task, description=case.description)
+            verification.run_case(module, case, threads, report)
+            progress.advance(task)
+    return report
+
+
+def _progress(printer: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (BarColumn(24), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}"))
+    return Progress(*columns, console=printer, transient=True)
+
+
+def _print_report(report: Report, modules: list[Module], seconds: float) -> int:
+    from ..machine import cpu_name
+    from ..reference_torch import torch_or_none
+    from .output import console, facts, table
+
+    printer = console()
+    specs = [spec for module in modules for spec in module.specs]
+    has_torch = torch_or_none() is not None
+    levels = list(dict.fromkeys(module.active_level for module in modules))
+    lines = [
+        ("machine", cpu_name()),
+        ("code run", ", ".join(levels)),
+        ("specs", specs[0].text if len(specs) == 1 else f"{len(specs)} in {len(modules)} modules"),
+        ("took", f"{seconds:.1f} s"),
+    ]
+    printer.print(facts(lines))
+    counts = table("case", "calls", "elements", "!= NumPy", "!= torch", "stray writes")
+    for name, tally in report.groups.items():
+        counts.add_row(
+            name,
+            f"{tally.checks:,}",
+            f"{tally.elements:,}",
+            f"{tally.from_numpy:,}",
+            f"{tally.from_torch:,}" if has_torch else "not installed",
+            f"{tally.spoilt:,}",
+        )
+    printer.print(counts)
+    if has_torch:
+        printer.print("torch's graph is compared once for each set of inputs, NumPy's every call.")
+    if report.exact:
+        printer.print("EXACT: every output equals the unfused float32 graph bit for bit.")
+        return 0
+    printer.print("NOT EXACT. First difference:")
+    printer.print(report.first_difference, soft_wrap=True)
+    return 1
+
+
+def _sweep(targets: tuple[str, ...]) -> int:
+    from .. import sweep
+    from ..machine import cpu_name, usable_processors
+    from ..reference_torch import torch_or_none
+    from .output import console, facts
+
+    printer, progress_printer = console(), console(stderr=True)
+    (target,) = _levels(targets, False)[:1]
+    with progress_printer.status("compiling"):
+        from ..build import compile
+
+        compiled = compile(list(sweep.sweep_specs(target)))
+        module = compiled.module
+    start = time.perf_counter()
+    with _progress(progress_printer) as progress:
+        task = progress.add_task("float32 patterns", total=1 << 32)
+        result = sweep.sweep(
+            module,
+            workers=usable_processors(),
+            progress=lambda patterns: progress.advance(task, patterns),
+        )
+    pairs = "; ".join(f"{var:g}, {gamma:g}" for two in sweep.PAIRS for var, gamma in two)
+    by = "torch's rounding" if torch_or_none() else "NumPy's rounding"
+    printer.print(
+        facts(
+            [
+                ("machine", cpu_name()),
+                ("code run", module.active_level),
+                ("inputs", f"all {1 << 32:,} float32 patterns; mean square, gamma: {pairs}"),
+                ("outputs", f"{', '.join(sweep.OUT_DTYPES)}; float16 expected by {by}"),
+                ("compared", f"{result.compared:,} elements, {result.different:,} differ"),
+                ("took", f"{time.perf_counter() - start:.0f} s"),
+            ]
+        )
+    )
+    if result.different == 0:
+        printer.print("EXACT: every output equals the unfused float32 graph bit for bit.")
+        return 0
+    printer.print("NOT EXACT. First difference:")
+    printer.print(result.first_difference, soft_wrap=True)
+    return 1

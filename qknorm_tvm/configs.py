@@ -1,0 +1,127 @@
+"""Which config a spec's code gets, by number of rows: the one door for all three sources.
+
+A user's override holds for all rows. Otherwise tuned records hold from the row counts for which
+they were measured, and the heuristic's config everywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .spec import KernelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A config, and from how many rows on it is used.
+
+    Parameters
+    ----------
+    min_rows : int
+        Rows from which it is used, up to the next bucket's.
+    config : LLVMConfig or CudaConfig
+        Choices of the schedule.
+    source : str
+        ``"heuristic"``, ``"record"`` or ``"user"``.
+    record : mapping, optional
+        For a record, where it comes from: device, rows measured, date, gain.
+    """
+
+    min_rows: int
+    config: Any
+    source: str
+    record: Mapping[str, Any] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a module's metadata says about the bucket, JSON-ready."""
+        about: dict[str, Any] = {"min_rows": self.min_rows, "source": self.source}
+        if self.record is not None:
+            about["record"] = dict(self.record)
+        return {**about, "config": self.config.to_dict()}
+
+
+def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
+    """Return from how many rows on each measured row count speaks.
+
+    The border between two measured counts lies half way between them on a logarithmic scale; the
+    smallest speaks for all below it too.
+    """
+    ordered = sorted(set(rows))
+    starts = {ordered[0]: 1} if ordered else {}
+    for low, high in itertools.pairwise(ordered):
+        starts[high] = max(low + 1, round((low * high) ** 0.5))
+    return starts
+
+
+def merge(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Return buckets from the largest `min_rows` on, neighbours of one config as one."""
+    merged: list[Bucket] = []
+    for bucket in sorted(buckets, key=lambda one: one.min_rows):
+        if merged and (merged[-1].config, merged[-1].source) == (bucket.config, bucket.source):
+            continue
+        merged.append(bucket)
+    return merged[::-1]
+
+
+def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bucket]:
+    """Choose the configs of a spec's code for one CPU level.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+    cpu : str
+        Level or CPU for which code is generated.
+    given : LLVMConfig or None
+        The user's.
+    default : LLVMConfig
+        The heuristic's.
+
+    Returns
+    -------
+    list of Bucket
+        The one for the most rows first; the last is for any number of rows.
+    """
+    if given is not None:
+        return [Bucket(1, given, "user")]
+    found = {}
+    if spec.q_cols is not None and spec.k_cols is not None:
+        from .schedules.llvm_config import SCHEDULE_VERSION
+        from .tuning.selection import cpu_device, tuned
+
+        def workload(rows: int) -> str:
+            from .declaration import declare
+            from .tuning.space import specialise, workload_hash
+
+            return workload_hash(specialise(declare(spec), rows))
+
+        found = tuned(
+            spec,
+            cpu,
+            cpu_device(cpu),
+            schedule_version=SCHEDULE_VERSION,
+            default=lambda rows: default,
+            workload=workload,
+        )
+    return from_outcomes(found, type(default), lambda rows: default)
+
+
+def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> list[Bucket]:
+    """Return the buckets of tuned outcomes, and of the heuristic where there are none."""
+    buckets = []
+    for rows, start in bucket_starts(list(found)).items():
+        outcome, device = found[rows]
+        if outcome.source != "record":
+            buckets.append(Bucket(start, default(rows), "heuristic"))
+            continue
+        about = {
+            "device": device,
+            "rows": rows,
+            "date": outcome.date,
+            "gain": round(outcome.gain["median"], 3),
+        }
+        buckets.append(Bucket(start, config_type.from_dict(dict(outcome.config)), "record", about))
+    return merge(buckets) or [Bucket(1, default(1), "heuristic")]

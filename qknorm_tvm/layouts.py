@@ -1,0 +1,111 @@
+"""Where a case's arrays lie: packed, sliced from a fused buffer, off by a byte, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from .inputs import Activations
+from .reference import NUMPY_DTYPES
+from .spec import DTYPE_BYTES
+
+LAYOUTS = ("packed", "strided", "misaligned", "in place", "in place, strided")
+_CANARY = 0xA5
+
+
+def layouts_for(in_dtype: str, out_dtype: str) -> tuple[str, ...]:
+    """Return the layouts that a pairing allows: in place needs one dtype."""
+    return LAYOUTS if in_dtype == out_dtype else LAYOUTS[:3]
+
+
+class Placed:
+    """Inputs and outputs of a case in one layout, with guards around what may be written.
+
+    Attributes
+    ----------
+    activations : Activations
+        The inputs, as views of memory of their own.
+    q_out, k_out : ndarray
+        The outputs; before the call they hold no result, unless in place.
+    """
+
+    def __init__(self, original: Activations, out_dtype: str, layout: str):
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        self._original = original
+        self._in_place = layout.startswith("in place")
+        offset = 1 if layout == "misaligned" else 0
+        strided = layout.endswith("strided")
+        self._inputs, q, k = _projections(original, original.dtype, strided, offset)
+        q[...], k[...] = original.q, original.k
+        if self._in_place:
+            self._outputs, self.q_out, self.k_out = self._inputs, q, k
+        else:
+            found = _projections(original, out_dtype, strided, offset)
+            self._outputs, self.q_out, self.k_out = found
+        self.activations = dataclasses.replace(
+            original,
+            q=q,
+            k=k,
+            qk_var=_moved(original.qk_var, offset, pad=3 if strided else 0),
+            gamma_q=_moved(original.gamma_q, offset),
+            gamma_k=_moved(original.gamma_k, offset),
+        )
+
+    def intact(self) -> bool:
+        """Whether inputs and all memory around the outputs are as before; ends their use."""
+        names = ["qk_var", "gamma_q", "gamma_k"] + ([] if self._in_place else ["q", "k"])
+        for name in names:
+            if not _same_bits(getattr(self.activations, name), getattr(self._original, name)):
+                return False
+        for out in (self.q_out, self.k_out):
+            out.view(f"u{out.itemsize}")[...] = np.frombuffer(
+                bytes([_CANARY]) * out.itemsize, f"u{out.itemsize}"
+            )
+        return bool((self._outputs == _CANARY).all())
+
+
+def _projections(
+    a: Activations, dtype: str, strided: bool, offset: int
+) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+    """Return memory and, in it, arrays like q and k: apart, or slices of one QKV projection."""
+    item = DTYPE_BYTES[dtype]
+    # A V like K, and some more: an odd row stride, so that rows start at every alignment.
+    cols = a.q_cols + a.k_cols + (a.k_cols + 3 if strided else 0)
+    cols += strided and cols % 2 == 0
+    guard = 64
+    memory = np.full(max(a.rows, 1) * cols * item + 3 * guard + offset, _CANARY, np.uint8)
+    start = guard + offset
+
+    def array(at: int, columns: int, row_stride: int) -> npt.NDArray:
+        return np.ndarray(
+            (a.rows, columns), NUMPY_DTYPES[dtype], memory, at, (row_stride * item, item)
+        )
+
+    if strided:
+        return (
+            memory,
+            array(start, a.q_cols, cols),
+            array(start + a.q_cols * item, a.k_cols, cols),
+        )
+    after_q = start + a.rows * a.q_cols * item + guard
+    return memory, array(start, a.q_cols, a.q_cols), array(after_q, a.k_cols, a.k_cols)
+
+
+def _moved(array: npt.NDArray, offset: int, pad: int = 0) -> npt.NDArray:
+    """Copy an array to an address off by some bytes, its rows apart by some more elements."""
+    stride = array.shape[-1] + pad
+    rows = array.shape[0] if array.ndim == 2 else 1
+    item = array.itemsize
+    memory = np.zeros(rows * stride * item + offset, np.uint8)
+    strides = (stride * item, item) if array.ndim == 2 else (item,)
+    copy = np.ndarray(array.shape, array.dtype, memory, offset, strides)
+    copy[...] = array
+    return copy
+
+
+def _same_bits(left: npt.NDArray, right: npt.NDArray) -> bool:
+    bits = f"u{left.itemsize}"
+    return np.array_equal(left.view(bits), right.view(bits))

@@ -1,0 +1,69 @@
+"""The unfused float32 graph in torch, and NumPy arrays as torch tensors. torch is optional here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@functools.lru_cache(maxsize=1)
+def torch_or_none() -> Any:
+    """Return torch, imported, or None where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch
+
+
+def to_torch(array: npt.NDArray) -> Any:
+    """Return a tensor on the memory of a packed, aligned NumPy array."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Any) -> npt.NDArray:
+    """Return a NumPy array on the memory of a CPU tensor, bfloat16 as ml_dtypes'."""
+    import ml_dtypes
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def apply_qk_rms_norm(
+    q: Any,
+    k: Any,
+    qk_var: Any,
+    gamma_q: Any,
+    gamma_k: Any,
+    epsilon: float = 1e-6,
+    out_dtype: Any = None,
+) -> tuple[Any, Any]:
+    """Compute both operands of the definition in torch, operation by operation.
+
+    Parameters
+    ----------
+    q, k, qk_var, gamma_q, gamma_k : torch.Tensor
+        See `qknorm_tvm.apply_qk_rms_norm`.
+    epsilon : float
+    out_dtype : torch.dtype, optional
+        By default q's.
+
+    Returns
+    -------
+    (q_out, k_out)
+    """
+    dtype = out_dtype or q.dtype
+    rs = (qk_var + epsilon).rsqrt()
+    q_out = ((q.float() * rs[:, 0:1]) * gamma_q).to(dtype)
+    k_out = ((k.float() * rs[:, 1:2]) * gamma_k).to(dtype)
+    return q_out, k_out

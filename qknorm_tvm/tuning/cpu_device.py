@@ -1,0 +1,79 @@
+"""Which CPU is tuned on, here or behind a tracker, and which level's code it gets."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError, TuningError
+from ..machine import usable_processors
+from ..targets import X86_LEVELS, host_cpu_target, host_features
+from .target import Device
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
+
+
+def resolve_cpu(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
+    """Return the level or CPU to generate code for, and the device.
+
+    Raises
+    ------
+    TuningError
+        This machine cannot run the target's code, or the remote CPU cannot be found out.
+    BuildError
+        LLVM does not know the target's CPU.
+    """
+    if fleet is not None:
+        return _remote(target, fleet, device)
+    from ..build_cpu import cpu_features
+    from ..machine import cpu_name
+    from .selection import host_device
+
+    try:
+        text = host_cpu_target() if target == "cpu" else target
+    except RuntimeError as error:
+        raise TuningError(str(error)) from None
+    lacking = sorted(set(cpu_features(text)) - host_features())
+    if lacking:
+        raise TuningError(
+            f"this CPU cannot run code for {text}: it lacks {', '.join(lacking)}; tune where it "
+            "runs, or through a tracker with --tracker HOST:PORT --key KEY"
+        )
+    threads = call_threads()
+    details = {
+        "cpu": cpu_name(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    return text, Device(device or host_device(), details, threads)
+
+
+def call_threads() -> int:
+    """Return how many threads measured calls will use: what the module's own pool defaults to."""
+    given = os.environ.get("TVM_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else usable_processors()
+
+
+def _remote(target: str, fleet: Fleet, device: str | None) -> tuple[str, Device]:
+    from ..build_cpu import cpu_features
+    from .fleet import remote_cpu
+
+    name = device.partition("-")[2] if device else remote_cpu(fleet)
+    folder = device or f"x86_64-{name}"
+    text = target
+    if target == "cpu":
+        try:
+            features = set(cpu_features(name))
+        except BuildError:
+            features = set()
+        fitting = [level for level, needed in X86_LEVELS.items() if features.issuperset(needed)]
+        if not fitting:
+            raise TuningError(
+                f"no x86-64 level is known for the server's CPU {name!r}; give one with --target, "
+                "such as x86-64-v3"
+            )
+        text = fitting[0]
+    details = {"cpu": name, "tracker": f"{fleet.host}:{fleet.port}", "key": fleet.key}
+    return text, Device(folder, details)

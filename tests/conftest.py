@@ -1,0 +1,46 @@
+"""Session-wide state: one cache folder, and modules compiled once for all tests (and workers)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+#: Set in the process that made the session's cache folder, and inherited by its workers.
+_SESSION = "QKNORM_TVM_TEST_SESSION"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _SESSION not in os.environ:
+        folder = tempfile.mkdtemp(prefix="qknorm-tvm-tests-")
+        config.stash[_folder] = folder
+        os.environ[_SESSION] = folder
+        os.environ["QKNORM_TVM_CACHE_DIR"] = os.path.join(folder, "cache")
+        os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_folder, None)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop(_SESSION, None)
+
+
+_folder = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hypothesis_profile() -> None:
+    """Examples are the same in every run, and are never failed for the time that they take."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.load_profile("repeatable")

@@ -1,0 +1,398 @@
+"""What several test files use: inputs, raw DLPack tensors, modules compiled once, child processes.
+
+No computation of the operation is here: `qknorm_tvm.reference` is the only one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+
+from qknorm_tvm import BuildError, KernelSpec, Module, compile, load, reference
+from qknorm_tvm.targets import X86_LEVELS, host_features
+
+DTYPES = ("bfloat16", "float16", "float32")
+PAIRINGS = tuple(itertools.product(DTYPES, DTYPES))
+LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+NAMES = ("q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k")
+EPSILON = 1e-6
+
+#: Mean squares that go wrong first: signs of zero, negative, non-finite, denormal, huge.
+SPECIAL_VARIANCES = np.array(
+    [0, -0.0, -1, -1e-6, np.nan, np.inf, -np.inf, 1e-45, 1e-39, 1e-12, 1, 0.3, 3e38], np.float32
+)
+#: Scales that go wrong first: denormal, huge, NaNs whose payload would carry into the sign.
+SPECIAL_GAMMAS = np.concatenate(
+    [
+        np.array([0, -0.0, 1, -1.7, 1e-45, -1e-40, 3.4e38, -1e30, np.inf, -np.inf], np.float32),
+        np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF80FFFF], np.uint32).view(np.float32),
+    ]
+)
+#: Every float32 NaN that a rounding carry could turn into another number, and its neighbours.
+NAN_BITS = np.array(
+    [
+        0x7F800001,
+        0x7FC00000,
+        0x7FFF7FFF,
+        0x7FFF8000,
+        0x7FFFFFFF,
+        0xFF800001,
+        0xFFC00000,
+        0xFFFFFFFF,
+    ],
+    np.uint32,
+)
+
+
+# ---- inputs ---------------------------------------------------------------------------------
+
+
+def all_patterns(dtype: str) -> np.ndarray:
+    """Return all 65,536 values of a 16-bit type, NaNs included."""
+    return np.arange(1 << 16, dtype=np.uint16).view(reference.NUMPY_DTYPES[dtype])
+
+
+def random_values(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Return values of many magnitudes, one in 50 of any bits at all."""
+    kind = reference.NUMPY_DTYPES[dtype]
+    values = rng.standard_normal(shape) * np.exp2(rng.integers(-12, 12, shape))
+    values = values.astype(np.float32).astype(kind)
+    wild = rng.random(shape) < 0.02
+    bits = np.dtype(f"u{kind.itemsize}")
+    values.view(bits)[wild] = rng.integers(0, 1 << 8 * kind.itemsize, int(wild.sum()), bits)
+    return values
+
+
+@dataclasses.dataclass
+class Case:
+    """The arguments of one call, as NumPy arrays."""
+
+    q_out: Any
+    k_out: Any
+    gamma_q: Any
+    gamma_k: Any
+    qk_var: Any
+    q: Any
+    k: Any
+    epsilon: Any = EPSILON
+
+    @property
+    def tensors(self) -> list[Any]:
+        return [getattr(self, name) for name in NAMES]
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Compute what the outputs must be; before the call, which may be in place."""
+        return (
+            reference.rms_norm(
+                self.q, self.qk_var[:, 0], self.gamma_q, self.epsilon, self.q_out.dtype.name
+            ),
+            reference.rms_norm(
+                self.k, self.qk_var[:, 1], self.gamma_k, self.epsilon, self.k_out.dtype.name
+            ),
+        )
+
+
+def filled(shape: Sequence[int], dtype: str, byte: int = 0xA5) -> np.ndarray:
+    """Return an array whose every byte is `byte`: a canary, or an output to be written."""
+    kind = reference.NUMPY_DTYPES[dtype]
+    size = int(np.prod(shape)) * kind.itemsize
+    return np.full(size, byte, np.uint8).view(kind).reshape(shape)
+
+
+def make_case(
+    rows: int,
+    q_cols: int,
+    k_cols: int,
+    in_dtype: str = "bfloat16",
+    out_dtype: str | None = None,
+    *,
+    seed: int = 0,
+) -> Case:
+    """Return packed random inputs and canary-filled outputs."""
+    rng = np.random.default_rng([seed, rows, q_cols, k_cols])
+    out_dtype = out_dtype or in_dtype
+    return Case(
+        q_out=filled((rows, q_cols), out_dtype),
+        k_out=filled((rows, k_cols), out_dtype),
+        gamma_q=random_values(rng, (q_cols,), "float32"),
+        gamma_k=random_values(rng, (k_cols,), "float32"),
+        qk_var=np.abs(random_values(rng, (rows, 2), "float32")),
+        q=random_values(rng, (rows, q_cols), in_dtype),
+        k=random_values(rng, (rows, k_cols), in_dtype),
+    )
+
+
+def misaligned(array: np.ndarray, offset: int) -> np.ndarray:
+    """Return a packed copy that starts `offset` bytes after an address divisible by 64."""
+    memory = np.zeros(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def bits_of(array: np.ndarray) -> bytes:
+    """Return an array's content, for comparisons in which NaN payloads count."""
+    return np.ascontiguousarray(array).tobytes()
+
+
+def base_of(array: np.ndarray) -> np.ndarray:
+    """Return the array that owns the memory: to see writes beside a slice too."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+# ---- raw tensors ----------------------------------------------------------------------------
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = (
+        ("tensor", _DLTensor),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
+
+
+class RawTensor:
+    """A DLPack tensor with every field free to be wrong; whoever makes it keeps it alive."""
+
+    def __init__(
+        self,
+        array: np.ndarray,
+        *,
+        address: int | None = None,
+        byte_offset: int = 0,
+        device: tuple[int, int] = (1, 0),
+        strides: Sequence[int] | str | None = "array",
+        lanes: int = 1,
+    ):
+        code = 4 if array.dtype.name == "bfloat16" else _TYPE_CODES[array.dtype.kind]
+        if strides == "array":
+            strides = [stride // array.itemsize for stride in array.strides]
+        ndim = array.ndim
+        self._array = array
+        self._shape = (ctypes.c_int64 * max(ndim, 1))(*array.shape)
+        self._strides = None if strides is None else (ctypes.c_int64 * max(ndim, 1))(*strides)
+        self._device = device
+        self._managed = _DLManagedTensor(
+            _DLTensor(
+                array.ctypes.data - byte_offset if address is None else address,
+                *device,
+                ndim,
+                code,
+                array.itemsize * 8,
+                lanes,
+                self._shape,
+                self._strides,
+                byte_offset,
+            )
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+    def __dlpack__(self, **_: Any) -> Any:
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = (
+            ctypes.py_object,
+            (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+        )
+        return new(ctypes.addressof(self._managed), b"dltensor", None)
+
+
+def ffi_tensors(arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return tvm-ffi tensors over NumPy arrays, and what must be kept alive as long as they."""
+    import tvm_ffi
+
+    raw = [RawTensor(one) if isinstance(one, np.ndarray) else one for one in arrays]
+    return [tvm_ffi.from_dlpack(one) if isinstance(one, RawTensor) else one for one in raw], raw
+
+
+def raw_call(module: Module, *arrays: Any) -> None:
+    """Call a module's own entry point, as C++ would: bfloat16 is bfloat16."""
+    tensors, alive = ffi_tensors(arrays)
+    module.apply_qk_rms_norm(*tensors)
+    del alive
+
+
+def check_exact(module: Module, case: Case, *, what: str = "") -> None:
+    """Call the entry point and compare both outputs with the reference, bit by bit."""
+    expected = case.expected()
+    raw_call(module, *case.tensors, case.epsilon)
+    for name, wanted in zip(("q_out", "k_out"), expected, strict=True):
+        wrong = reference.differing(getattr(case, name), wanted)
+        assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements; {what}"
+
+
+# ---- modules --------------------------------------------------------------------------------
+
+
+def session_folder() -> Path:
+    return Path(os.environ["QKNORM_TVM_TEST_SESSION"])
+
+
+_compiled: dict[str, Path] = {}
+
+
+def compiled(name: str, *specs: KernelSpec, config: Any = None) -> Path:
+    """Export one module for the whole session, whichever worker is first; returns its path."""
+    if name not in _compiled:
+        path = session_folder() / f"{name}.so"
+        with filelock.FileLock(str(path) + ".lock"):
+            failed = path.with_suffix(".failed")
+            if failed.exists():  # said once more, not compiled once more for every test
+                raise BuildError(failed.read_text())
+            if not path.exists():
+                try:
+                    compile(list(specs), config=config).export(path)
+                except BuildError as error:
+                    failed.write_text(str(error))
+                    raise
+        _compiled[name] = path
+    return _compiled[name]
+
+
+def needs_level(level: str) -> None:
+    """Skip, saying why, where this machine cannot run a level."""
+    missing = sorted(set(X86_LEVELS[level]) - host_features())
+    if missing:
+        pytest.skip(f"this CPU cannot run {level}: it lacks {', '.join(missing)}")
+
+
+#: What to switch off so that a portable module picks a level.
+DISABLE_FOR_LEVEL = {"x86-64-v4": "", "x86-64-v3": "avx512f", "x86-64-v2": "avx512f,avx2"}
+
+
+@functools.cache
+def load_at_level(path: Path, level: str) -> Module:
+    """Load a portable module so that it picks `level`.
+
+    A module decides when it is loaded, once for each file: so each level gets a copy of its own.
+    """
+    copy = path.with_name(f"{path.stem}-{level}-{os.getpid()}.so")
+    shutil.copyfile(path, copy)
+    with environment(QKNORM_TVM_DISABLE_CPU_FEATURES=DISABLE_FOR_LEVEL[level]):
+        module = load(copy)
+    assert module.active_level == level
+    return module
+
+
+class environment:
+    """Environment variables for a while, seen by C's getenv too."""
+
+    def __init__(self, **values: str):
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self._values}
+        os.environ.update(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def specs_of(
+    pairings: Sequence[tuple[str, str]],
+    columns: Sequence[tuple[int | None, int | None]],
+    target: str = "cpu",
+) -> Iterator[KernelSpec]:
+    for (in_dtype, out_dtype), (q_cols, k_cols) in itertools.product(pairings, columns):
+        yield KernelSpec(
+            in_dtype=in_dtype, out_dtype=out_dtype, q_cols=q_cols, k_cols=k_cols, target=target
+        )
+
+
+def open_columns() -> Path:
+    """One file for every dtype pairing, with columns known at the call only."""
+    return compiled("open", *specs_of(PAIRINGS, [(None, None)]))
+
+
+def smallest() -> Path:
+    """One portable file of one spec, for tests of files and processes; columns 33 and 7."""
+    return compiled("smallest", KernelSpec(in_dtype="float32", q_cols=33, k_cols=7))
+
+
+# ---- child processes ------------------------------------------------------------------------
+
+
+def run_python(
+    code: str, *args: str, env: dict[str, str] | None = None, check: bool = True, timeout: int = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a fresh process, with the tests' folder on its path, without torch.
+
+    tvm-ffi imports torch where it is installed, which takes seconds and hides what is missing
+    where it is not.
+    """
+    code = 'import sys\nsys.modules["torch"] = None\n' + textwrap.dedent(code)
+    environment = {**os.environ, **(env or {})}
+    path = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def to_torch(array: np.ndarray) -> Any:
+    """Return a torch tensor over the same memory."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def from_torch(tensor: Any) -> np.ndarray:
+    """Return a NumPy array over the same memory."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(reference.NUMPY_DTYPES["bfloat16"])
+    return tensor.numpy()
+
+
+Call = Callable[..., Any]

@@ -1,0 +1,532 @@
+"""The command line: output, exit statuses, and one clear sentence for bad input."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qknorm_tvm import KernelSpec, alternatives, layouts, reference, sweep, verification
+from qknorm_tvm import compile as compile_specs
+from qknorm_tvm.benchmark import Candidate, measure
+from qknorm_tvm.cli import main
+from qknorm_tvm.inputs import Activations, generate, read_activations
+from qknorm_tvm.runtime import Module, load
+from qknorm_tvm.targets import host_cpu_target
+
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+def arrays(rows: int = 5, q_cols: int = 24, k_cols: int = 8) -> dict[str, np.ndarray]:
+    a = generate(rows, q_cols, k_cols, "bfloat16")
+    return {"q": a.q, "k": a.k, "gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small module with two specs; bfloat16 first."""
+    spec = KernelSpec(q_cols=24, k_cols=8, target=host_cpu_target())
+    path = tmp_path_factory.mktemp("modules") / "two.so"
+    compile_specs([spec, spec.replace(out_dtype="float32")]).export(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def module(exported: Path) -> Module:
+    return load(exported)
+
+
+def in_process_without_torch(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line where torch cannot be found."""
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    code = "import sys; from qknorm_tvm.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+# ---- the group ---------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_and_imports_neither_tvm_nor_numpy() -> None:
+    """A slow ``--help`` is one that nobody reads."""
+    code = (
+        "import sys; from qknorm_tvm.cli import main; status = main(['--help']); "
+        "print(status, sorted({'tvm', 'numpy', 'rich', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert done.endswith("0 []\n")
+    for command in ("run", "export", "inspect", "verify", "bench"):
+        assert f"\n  {command} " in done
+
+
+@pytest.mark.parametrize("command", ["run", "export", "inspect", "verify", "bench"])
+def test_every_command_has_help_with_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"Examples:\n    qknorm-tvm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["run", "--rows", "1,x"], "must be numbers separated by commas, got '1,x'"),
+        (["run", "--dtype", "int8"], "'int8' is not one of"),
+        (["run", "--target", "native"], "target must be 'cpu', a level"),
+        (["run", "--target", "cuda"], "--target must be a CPU's for --device cpu, got cuda"),
+        (["run", "--output", "/nowhere/a.so"], "the folder /nowhere does not exist"),
+        (["export", "/nowhere/a.so"], "the folder /nowhere does not exist"),
+        (["export", "a.so", "--q-cols", "some"], "must be a number of columns or 'any'"),
+        (["export", "a.so", "--q-cols", "0"], "q_cols must be from 1 to"),
+        (["export", "a.so", "--spec", "x"], "spec must look like"),
+        (["export", "a.so", "--spec", "x", "--dtype", "float16"], "--dtype and --spec exclude"),
+        (["export", "a.so", "--config", "colour=red"], "NAME one of vector, row_tile"),
+        (["export", "a.so", "--config", "vector=x"], "vector must be a number, got 'x'"),
+        (["export", "a.so", "--config", "vector=3"], "vector must be a power of two, got 3"),
+        (["inspect", "/nowhere/a.so"], "/nowhere/a.so: No such file or directory"),
+        (["inspect", __file__], "is not a qknorm-tvm module"),
+        (["verify", "/nowhere/a.so"], "/nowhere/a.so: No such file or directory"),
+        (["verify", __file__], "is not a qknorm-tvm module"),
+        (["verify", __file__, "--float32-sweep"], "--float32-sweep and FILE.so exclude"),
+        (["bench", "--shapes", "8x8"], "must look like 1536/256,6144/1024"),
+        (["bench", "--rows", "0"], "must be 1 or more, got '0'"),
+        (["bench", "--csv", "/nowhere/a.csv"], "the folder /nowhere does not exist"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_say_why(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "bench"])
+def test_cuda_without_a_gpu_is_refused_at_once(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main([command, "--device", "cuda"]) == 2
+    assert "--device cuda needs torch with CUDA" in capsys.readouterr().err
+
+
+# ---- export and inspect ------------------------------------------------------------------------
+
+
+def test_export_writes_what_inspect_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.so"
+    target = host_cpu_target()
+    texts = [
+        f"apply_qk_rms_norm[bfloat16->bfloat16, q=24, k=8]@{target}",
+        f"apply_qk_rms_norm[float16->float32, q=any, k=any]@{target}",
+    ]
+    config = ["--config", "vector=8", "--config", "row_tile=2"]
+    assert main(["export", str(out), "--spec", texts[0], "--spec", texts[1], *config]) == 0
+    assert f"wrote {out}" in capsys.readouterr().out
+
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for text in [*texts, "yes, with its code for", "vector=8", "row_tile=2"]:
+        assert text in shown
+
+    assert main(["inspect", str(out), "--json"]) == 0
+    metadata = json.loads(capsys.readouterr().out)
+    assert [KernelSpec(**fields).text for fields in metadata["specs"]] == texts
+    assert metadata["runs_here"] is True
+    assert metadata["file"] == {"path": str(out), "bytes": out.stat().st_size}
+
+
+def test_inspect_refuses_a_file_that_was_altered(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bytearray(exported.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad.so").write_bytes(data)
+    assert main(["inspect", str(tmp_path / "bad.so")]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+QUICK = ["--min-time", "0", "--no-torch-compile"]
+
+
+def test_run_proves_and_times_in_a_fresh_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.so"
+    shape = ["--q-cols", "24", "--k-cols", "8", "--rows", "0,1,5", "--out-dtype", "float32"]
+    assert main(["run", *shape, *QUICK, "--threads", "2", "--output", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "without the compiler" in shown
+    assert "DIFFERS" not in shown
+    assert shown.count(" equal ") >= 3
+    assert str(out) in shown
+    for text in ("ours", "copy", "NumPy", "torch", "GB/s", "row_tile=", host_cpu_target()):
+        assert text in shown
+    assert load(out).specs == [
+        KernelSpec(q_cols=24, k_cols=8, out_dtype="float32", target=host_cpu_target())
+    ]
+
+
+def test_run_takes_real_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.safetensors"
+    held = arrays()
+    held["gamma_q"] = held["gamma_q"].astype(BFLOAT16)
+    save_file(held, str(path))
+    assert main(["run", "--input", str(path), *QUICK]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "q=24, k=8" in shown
+    assert "gamma_q is bfloat16: widened to float32" in shown
+    assert "qk_var is not in the file: computed" in shown
+    assert main(["run", "--input", str(path), "--rows", "3"]) == 2
+    assert "--rows and --input exclude each other" in capsys.readouterr().err
+
+
+def test_run_reports_an_error_of_the_fresh_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shape = ["--q-cols", "24", "--k-cols", "8", "--rows", "1"]
+    assert main(["run", *shape, *QUICK, "--epsilon", "nan"]) == 2
+    said = capsys.readouterr().err
+    assert "in the fresh process: epsilon must be a number, got nan" in said
+    assert "Traceback" not in said
+
+
+def test_run_without_torch_says_so_and_succeeds(tmp_path: Path) -> None:
+    shape = ["--q-cols", "24", "--k-cols", "8", "--rows", "1", "--threads", "2"]
+    done = in_process_without_torch("run", *shape, "--min-time", "0", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not installed" in done.stdout
+    assert "torch: torch is not installed" in done.stdout
+
+
+# ---- input files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_both_kinds_of_file_give_the_arrays_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """NumPy stores ml_dtypes' bfloat16 as raw bytes, so it comes back as no type at all."""
+    held = {**arrays(), "qk_var": np.ones((5, 2), np.float32), "unrelated": np.zeros(3)}
+    path = tmp_path / f"a.{kind}"
+    np.savez(path, **held) if kind == "npz" else save_file(held, str(path))
+    a = read_activations(path, epsilon=0.5)
+    assert a.epsilon == 0.5
+    assert a.notes == ()
+    for name in ("q", "k", "gamma_q", "gamma_k", "qk_var"):
+        read = getattr(a, name)
+        assert read.dtype == held[name].dtype
+        assert read.tobytes() == held[name].tobytes()
+
+
+def test_qk_var_is_computed_as_the_reference_does(tmp_path: Path) -> None:
+    held = arrays(rows=1030)
+    np.savez(tmp_path / "a.npz", **held)
+    a = read_activations(tmp_path / "a.npz")
+    expected = [reference.mean_of_squares(held[name]) for name in "qk"]
+    assert np.array_equal(a.qk_var, np.stack(expected, axis=1))
+
+
+def _q3d(a: dict) -> None:
+    a["q"] = a["q"].reshape(5, 3, 8)
+
+
+BAD_ARRAYS: dict[str, tuple[Callable[[dict], object], str]] = {
+    "missing": (lambda a: a.pop("gamma_k"), "gamma_k missing, it holds gamma_q, k, q"),
+    "3-D": (_q3d, r"q must have 2 dimensions, \[rows, columns\], got 3, \[5, 3, 8\]: join"),
+    "rows": (lambda a: a.update(k=a["k"][:2]), "k must have 5 rows like q, got 2"),
+    "dtypes": (
+        lambda a: a.update(k=a["k"].astype(np.float16)),
+        "k must be bfloat16 like q, got float16",
+    ),
+    "float64": (
+        lambda a: a.update(q=a["q"].astype(np.float64)),
+        "q must be bfloat16, float16 or float32, got float64",
+    ),
+    "uint16": (
+        lambda a: a.update(q=a["q"].view(np.uint16)),
+        r"got uint16 \(save bfloat16 as ml_dtypes.bfloat16\)",
+    ),
+    "gamma shape": (
+        lambda a: a.update(gamma_q=a["gamma_q"][:3]),
+        r"gamma_q must be \[24\], one scale a column of q, got \[3\]",
+    ),
+    "gamma dtype": (
+        lambda a: a.update(gamma_k=a["gamma_k"].astype(np.float64)),
+        "gamma_k must be float32, bfloat16 or float16, got float64",
+    ),
+    "qk_var shape": (
+        lambda a: a.update(qk_var=np.ones((5, 3), np.float32)),
+        r"qk_var must be \[5, 2\], got \[5, 3\]",
+    ),
+    "qk_var dtype": (
+        lambda a: a.update(qk_var=np.ones((5, 2), BFLOAT16)),
+        "qk_var must be float32, got bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays_are_named(case: str, kind: str, tmp_path: Path) -> None:
+    change, message = BAD_ARRAYS[case]
+    held = arrays()
+    change(held)
+    path = tmp_path / f"a.{kind}"
+    np.savez(path, **held) if kind == "npz" else save_file(held, str(path))
+    with pytest.raises((TypeError, ValueError), match=message) as raised:
+        read_activations(path)
+    assert str(raised.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "must be a .safetensors or .npz file, got extension '.txt'"),
+        ("a", b"", "got no extension"),
+        ("a.npz", b"hello", "cannot be read as .npz: it is no zip file"),
+        ("a.npz", b"", "cannot be read as .npz"),
+        ("a.safetensors", b"hello world, hello", "cannot be read as safetensors"),
+        ("a.safetensors", b"", "cannot be read as safetensors"),
+    ],
+)
+def test_broken_files_exit_with_2(
+    name: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main(["run", "--input", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_truncated_files_are_refused(kind: str, tmp_path: Path) -> None:
+    whole, part = tmp_path / f"whole.{kind}", tmp_path / f"part.{kind}"
+    np.savez(whole, **arrays()) if kind == "npz" else save_file(arrays(), str(whole))
+    part.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read as"):
+        read_activations(part)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_activations(tmp_path / "a.npz")
+
+
+# ---- verify ------------------------------------------------------------------------------------
+
+
+def test_verify_passes_an_exported_file(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(exported)]) == 0
+    shown = capsys.readouterr().out
+    assert "EXACT: every output equals" in shown
+    assert "every bfloat16 pattern" in shown
+    assert "shapes and layouts" in shown
+
+
+def test_verify_fails_where_a_result_differs(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A verification that cannot fail proves nothing: the reference is off by one bit here."""
+    original = reference.rms_norm
+
+    def off_by_one_bit(*arguments: object) -> np.ndarray:
+        out = original(*arguments)  # type: ignore[arg-type]
+        if out.size > 40:
+            out.view(f"u{out.itemsize}")[2, 3] ^= 1
+        return out
+
+    monkeypatch.setattr(reference, "rms_norm", off_by_one_bit)
+    assert main(["verify", str(exported)]) == 1
+    shown = capsys.readouterr().out
+    assert "NOT EXACT. First difference:" in shown
+    assert "q_out[2, 3] is" in shown
+
+
+@pytest.mark.parametrize("spoil", ["beside an output", "an input"])
+def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> None:
+    class Spoiling:
+        library = module.library
+
+        @staticmethod
+        def apply_qk_rms_norm(*arguments: object) -> None:
+            module.apply_qk_rms_norm(*arguments)
+            placed = made[-1]
+            if spoil == "an input":
+                placed.activations.qk_var[0, 0] += 1
+            else:
+                placed._outputs[3] ^= 1
+
+    made: list[layouts.Placed] = []
+    original = layouts.Placed
+
+    def recorded(*arguments: object) -> layouts.Placed:
+        made.append(original(*arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    case = verification.shape_case(module.specs[0], 5, 24, 8)
+    report = verification.Report()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "Placed", recorded)
+        verification.run_case(Spoiling, case, [1], report)  # type: ignore[arg-type]
+    assert not report.exact
+    assert report.groups["shapes and layouts"].spoilt == len(layouts.LAYOUTS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_pattern_cases_hold_every_pattern_with_every_variance(dtype: str) -> None:
+    spec = KernelSpec(in_dtype=dtype)
+    for q_cols, k_cols in ((1536, 1537), (24, 8)):
+        a = verification.pattern_case(spec, q_cols, k_cols, 0).make()
+        for x, var in ((a.q, a.qk_var[:, 0]), (a.k, a.qk_var[:, 1])):
+            for value in verification.VARIANCES[[0, 3, -1]]:
+                rows = var.view(np.uint32) == value.view(np.uint32)
+                assert len(np.unique(x[rows].view(np.uint16))) == 1 << 16
+
+
+def test_float32_patterns_hold_what_has_gone_wrong() -> None:
+    bits = set(verification.all_patterns("float32").view(np.uint32).tolist())
+    assert {0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001 - 1, 0x3F808000, 0x00000000, 0x80000000} <= bits
+
+
+def test_cases_cover_the_layouts_columns_and_rows_promised() -> None:
+    cases = list(verification.cases_for(KernelSpec()))
+    shapes = [case for case in cases if case.group == "shapes and layouts"]
+    assert {case.layouts for case in shapes} == {layouts.LAYOUTS}
+    described = " ".join(case.description for case in shapes)
+    for cols in (1, 7, 257, 1537, 1536, 8192):
+        assert f"columns {cols} and" in described
+        assert f"and {cols}" in described
+    for rows in (0, 1, 17, 513):
+        assert f"M {rows}," in described
+
+
+def test_misaligned_means_an_odd_address() -> None:
+    a = generate(3, 24, 8, "bfloat16")
+    placed = layouts.Placed(a, "float32", "misaligned")
+    for x in (placed.activations.q, placed.activations.gamma_q, placed.q_out, placed.k_out):
+        assert x.ctypes.data % 2 == 1
+
+
+def test_sweep_compares_every_output_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = compile_specs(list(sweep.sweep_specs(host_cpu_target()))).module
+    start = 0x3F800000
+    result = sweep.sweep(swept, workers=2, start=start, stop=start + 1)
+    chunk = sweep._CHUNK
+    assert result == sweep.SweepResult(compared=chunk * 4 * 3)
+    original = sweep._rounded
+    monkeypatch.setattr(sweep, "_rounded", lambda x, dtype: original(-x, dtype))
+    result = sweep.sweep(swept, workers=2, start=start, stop=start + 1)
+    assert result.different == result.compared
+    assert result.first_difference is not None
+    assert "0x3f800000" in result.first_difference
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def test_bench_writes_csv_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b.csv"
+    shape = ["--shapes", "24/8", "--rows", "1,3", "--threads", "1"]
+    assert main(["bench", *shape, *QUICK, "--csv", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = list(csv.DictReader(out.open()))
+    names = [name for name in ("ours", *alternatives.ALL) if name != "torch.compile"]
+    assert [line["candidate"] for line in lines] == names * 2
+    assert [line["candidate"] for line in found["timings"]] == names * 2
+    first = lines[0]
+    assert float(first["median_us"]) > 0
+    assert float(first["q1_us"]) <= float(first["median_us"]) <= float(first["q3_us"])
+    assert first["bytes_per_call"] == str((24 + 8) * 4)
+    assert first["ratio_to_ours"] == "1.0"
+    assert first["exact"] == "True"
+    assert len(found["host"]) == 4
+
+
+def test_bench_prints_tables_that_fit_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shape = ["--shapes", "24/8", "--rows", "3", "--threads", "1,2"]
+    assert main(["bench", *shape, *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "One call from Python, M = 1" in shown
+    for name in ("ours", "copy", "NumPy", "torch", "scalar"):
+        assert f" {name} " in shown
+
+
+def test_bench_fails_where_a_result_differs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark of wrong results is worth nothing."""
+    monkeypatch.setattr(reference, "differing", lambda actual, expected: 1)
+    shape = ["--shapes", "24/8", "--rows", "3", "--threads", "1", "--no-host"]
+    assert main(["bench", *shape, *QUICK]) == 1
+    assert " NO" in capsys.readouterr().out
+
+
+def test_measure_takes_turns_and_reports_what_could_not_run() -> None:
+    order: list[str] = []
+    quick = Candidate("quick", order.append, ("quick",))
+    other = Candidate("other", order.append, ("other",), exact=True)
+    absent = Candidate("absent", None, note="not here")
+    timings = measure([quick, other, absent], min_time=0.0)
+    assert [t.name for t in timings] == ["quick", "other", "absent"]
+    assert all(t.samples >= 5 and t.q1 <= t.median <= t.q3 for t in timings[:2])
+    assert not timings[2].measured
+    assert timings[2].note == "not here"
+    switches = sum(a != b for a, b in itertools.pairwise(order))
+    assert switches >= 5
+
+
+def test_a_copy_moves_as_many_bytes_where_dtypes_differ() -> None:
+    a = generate(6, 24, 8, "bfloat16")
+    outs = [np.zeros(x.shape, np.float32) for x in (a.q, a.k)]
+    copy = alternatives._copy(a, outs[0], outs[1], 1)
+    assert copy.function is not None
+    cells = dict(zip(copy.function.__code__.co_freevars, copy.function.__closure__, strict=True))
+    moved = sum(to.nbytes + x.nbytes for to, x in cells["pairs"].cell_contents)
+    assert moved == 6 * 32 * (2 + 4)
+
+
+def test_torch_compile_is_bounded_in_time() -> None:
+    pytest.importorskip("torch")
+    a = generate(3, 23, 9, "float16")
+    candidate = alternatives._torch_compile(a, "bfloat16", lambda outputs: True, 0.01)
+    assert candidate.function is None
+    assert "compiled for over 0.01 s" in candidate.note
+
+
+def test_activations_generated_are_repeatable_and_aligned() -> None:
+    one, two = (generate(3, 24, 8, "float16", seed=7) for _ in range(2))
+    assert isinstance(one, Activations)
+    for name in ("q", "k", "qk_var", "gamma_q", "gamma_k"):
+        assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
+        assert getattr(one, name).ctypes.data % 64 == 0
