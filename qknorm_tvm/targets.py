@@ -75,7 +75,7 @@ X86_LEVELS: dict[str, tuple[str, ...]] = {
     "x86-64-v2": _V2,
 }
 
-#: What ``target="cuda"`` holds machine code for; PTX of the first is added for GPUs to come.
+#: What ``target="cuda"`` holds machine code for; PTX is added for GPUs to come.
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 _CPU_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")

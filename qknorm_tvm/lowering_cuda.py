@@ -1,0 +1,339 @@
+"""Lowering of a scheduled function to one CUDA kernel: what schedule primitives cannot say.
+
+`schedules.cuda` leaves a loop over tiles of rows, in it one loop over threads for Q and one for K,
+and in each a nest of small loops in which a thread loads, computes and stores. TensorIR has no
+primitive that makes two loops share one range of threads, that moves a statement ahead of its
+neighbours' loops, or that inserts an instruction. `join_operands` does these:
+
+1. *Distribute*: every load of a thread comes before its first store, for all of its rows and
+   vectors. Nothing else keeps several loads in flight: outputs may be the inputs themselves, so
+   the compiler may not move a load over a store.
+2. *Join*: the threads of Q and then those of K become one range, cut into blocks of the kernel.
+3. *Wait*: for programmatic dependent launch, a thread waits for the previous kernel before its
+   first load, and lets the next one start where the config says.
+
+It reads the config from annotations on the loops over threads, so that a schedule found by
+MetaSchedule, whose trace holds them, is lowered by the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.ir import Range, TensorLoad
+from tvm.s_tir import SBlock, SBlockRealize
+
+#: Annotations on the loops over threads: this and the name of a field of ``CudaConfig``.
+NOTE = "qknorm."
+#: Attribute of a lowered function: whether it is to be launched as a dependent of the kernel
+#: before it.
+DEPENDENT_ATTR = "qknorm.dependent_launch"
+
+_Stage = tuple[str, tirx.Stmt]
+
+
+def aligned_elements(buffer: tirx.Buffer) -> int:
+    """Return how many elements the promised alignment of a buffer spans, up to 16 bytes."""
+    item = tvm.DataType(str(buffer.dtype)).bits // 8
+    return max(1, min(16, int(buffer.data_alignment)) // item)
+
+
+def _int64(value: int) -> tirx.IntImm:
+    return tirx.IntImm("int64", value)
+
+
+def _substitute(node: Any, values: Sequence[tuple[tirx.Var, Any]]) -> Any:
+    def replace(var: tirx.Var) -> Any:
+        for old, new in values:
+            if var.same_as(old):
+                return new
+        return var
+
+    return tvm_ffi.structural_map(node, (tirx.Var, replace))
+
+
+def _device_call(name: str, *args: tirx.Expr, code: str) -> tirx.Stmt:
+    source = f"__device__ __forceinline__ void {name}{code}"
+    return tirx.Evaluate(cuda_func_call(name, *args, source_code=source))
+
+
+def _grid_dependency(action: str) -> tirx.Stmt:
+    """``griddepcontrol``, which machine code for GPUs before sm_90 does not have."""
+    code = f"""() {{
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.{action};" : : : "memory");
+#endif
+}}
+"""
+    return _device_call(f"qknorm_{action}", code=code)
+
+
+# ---- 1. distribute ---------------------------------------------------------------------------
+
+
+def _compact(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Shrink the buffers in registers to what one thread needs, by TVM's own passes.
+
+    Predicates are set aside for that, since TVM bounds by them what a buffer holds, and a bound
+    that depends on the number of rows cannot be in registers.
+    """
+    predicates: dict[str, tirx.Expr] = {}
+
+    def set_aside(realize: SBlockRealize) -> SBlockRealize:
+        predicates[realize.block.name_hint] = realize.predicate
+        return SBlockRealize(realize.iter_values, tirx.IntImm("bool", 1), realize.block)
+
+    def restore(realize: SBlockRealize) -> SBlockRealize:
+        predicate = predicates.get(realize.block.name_hint, realize.predicate)
+        return SBlockRealize(realize.iter_values, predicate, realize.block)
+
+    func = func.with_body(tvm_ffi.structural_map(func.body, (SBlockRealize, set_aside)))
+    passes = [
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.CompactBufferAllocation(),
+    ]
+    func = tvm.transform.Sequential(passes)(tvm.IRModule({"main": func}))["main"]
+    return func.with_body(tvm_ffi.structural_map(func.body, (SBlockRealize, restore)))
+
+
+def _holds_several(stmt: tirx.Stmt) -> bool:
+    if isinstance(stmt, tirx.For):
+        return _holds_several(stmt.body)
+    return isinstance(stmt, tirx.SeqStmt) or (
+        isinstance(stmt, SBlockRealize) and not stmt.block.name_hint
+    )
+
+
+class _Distributor:
+    """Splits a nest of loops into one nest for each block in it, named by the block."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tirx.Buffer] = []
+        self.stages: list[_Stage] = []
+        # A buffer that was private to an iteration, what replaces it, and the loops around it.
+        self._expanded: list[tuple[tirx.Var, tirx.Buffer, list[tirx.Var]]] = []
+
+    def visit(self, stmt: tirx.Stmt, loops: list[tirx.For]) -> None:
+        if isinstance(stmt, tirx.SeqStmt):
+            for one in stmt.seq:
+                self.visit(one, loops)
+        elif isinstance(stmt, SBlockRealize) and not stmt.block.name_hint:
+            for buffer in stmt.block.alloc_buffers:
+                self._expand(buffer, loops)
+            self.visit(stmt.block.body, loops)
+        elif isinstance(stmt, tirx.For) and _holds_several(stmt):
+            self.visit(stmt.body, [*loops, stmt])
+        else:
+            names: list[str] = []
+            tvm_ffi.structural_walk(stmt, (SBlock, lambda block: names.append(block.name_hint)))
+            if len(names) != 1:
+                raise ValueError(f"expected one block in a statement of a thread, got {names}")
+            self.stages.append((names[0], self._alone(stmt, loops)))
+
+    def _expand(self, buffer: tirx.Buffer, loops: list[tirx.For]) -> None:
+        bound = tvm.sym.Analyzer().const_int_bound
+        shape = [loop.extent for loop in loops]
+        shape += [_int64(bound(extent).max_value) for extent in buffer.shape]
+        expanded = tirx.decl_buffer(
+            shape, buffer.dtype, buffer.name, scope=buffer.scope(), data_alignment=16
+        )
+        self.buffers.append(expanded)
+        self._expanded.append((buffer, expanded, [loop.loop_var for loop in loops]))
+
+    def _alone(self, stmt: tirx.Stmt, loops: list[tirx.For]) -> tirx.Stmt:
+        simplify = tvm.sym.Analyzer().simplify
+
+        def place(buffer: tirx.Var, indices: Any) -> tuple[tirx.Buffer, list[Any]] | None:
+            for old, new, around in self._expanded:
+                if buffer.same_as(old):
+                    return new, [*around, *map(simplify, indices)]
+            return None
+
+        def load(node: TensorLoad) -> tirx.Expr:
+            found = place(node.source, node.indices)
+            return tirx.BufferLoad(*found) if found else node
+
+        def store(node: tirx.BufferStore) -> tirx.Stmt:
+            found = place(node.buffer, node.indices)
+            return tirx.BufferStore(found[0], node.value, found[1]) if found else node
+
+        def plain(node: SBlockRealize) -> tirx.Stmt:
+            always = isinstance(node.predicate, tirx.IntImm) and node.predicate.value == 1
+            # Computing on registers that were not loaded harms nothing, and has no branch.
+            if always or node.block.name_hint.endswith("_out"):
+                return node.block.body
+            return tirx.IfThenElse(node.predicate, node.block.body, None)
+
+        stmt = tvm_ffi.structural_map(
+            stmt,
+            (
+                (TensorLoad, load),
+                (tirx.BufferStore, store),
+                (SBlockRealize, plain),
+            ),
+        )
+        for loop in reversed(loops):
+            var = tirx.Var(loop.loop_var.name, "int64")
+            body = _substitute(stmt, [(loop.loop_var, var)])
+            stmt = tirx.For(var, loop.min, loop.extent, loop.kind, body)
+        return stmt
+
+
+# ---- 2. and 3. join and wait -------------------------------------------------------------------
+
+
+def _vector_store(words: int, streaming: bool) -> tuple[str, str]:
+    """Return name and code of a device function that stores 32-bit words in one access.
+
+    Left to itself nvcc 13.0 makes four 32-bit stores of some of them.
+    """
+    instruction = "st.global.cs" if streaming else "st.global"
+    kind, suffix, parts = {
+        1: ("uint", "b32", ("",)),
+        2: ("uint2", "v2.b32", (".x", ".y")),
+        4: ("uint4", "v4.b32", (".x", ".y", ".z", ".w")),
+    }[words]
+    registers = ", ".join(f"%{1 + i}" for i in range(words))
+    registers = registers if words == 1 else f"{{{registers}}}"
+    values = ", ".join(f'"r"(v{part})' for part in parts)
+    code = f"""(void* to, const void* from) {{
+  {kind} v = *(const {kind}*)from;
+  asm volatile("{instruction}.{suffix} [%0], {registers};" : : "l"(to), {values} : "memory");
+}}
+"""
+    return f"qknorm_store{'_streaming' if streaming else ''}_{4 * words}", code
+
+
+def _vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
+    """Spell out the vector accesses of a thread's stores to global memory."""
+
+    def one_copy(store: tirx.BufferStore, lane: tirx.For) -> tirx.Stmt:
+        bits = tvm.DataType(str(store.buffer.dtype)).bits * int(lane.extent)
+        name, code = _vector_store(bits // 32, streaming)
+        first = [(lane.loop_var, _int64(0))]
+        indices = [_substitute(index, first) for index in store.indices]
+        to = tirx.address_of(tirx.BufferLoad(store.buffer, indices))
+        return _device_call(name, to, tirx.address_of(_substitute(store.value, first)), code=code)
+
+    def vectors(loop: tirx.For) -> tirx.Stmt:
+        if loop.kind != tirx.ForKind.VECTORIZED:
+            return loop
+        if isinstance(loop.body, tirx.IfThenElse):
+            guarded = one_copy(loop.body.then_case, loop)
+            return tirx.IfThenElse(loop.body.condition, guarded, None)
+        return one_copy(loop.body, loop)
+
+    return tvm_ffi.structural_map(stage, (tirx.For, vectors))
+
+
+def _one_thread(loop: tirx.For, tag: str, config: dict[str, Any]) -> tuple[list[tirx.Stmt], list]:
+    """Return what one thread of an operand does, in order, and its registers."""
+    nest = _Distributor()
+    nest.visit(loop.body, [])
+    stages: dict[str, list[tirx.Stmt]] = {}
+    for name, stmt in nest.stages:
+        stages.setdefault(name, []).append(stmt)
+    expected = [f"gamma_{tag}_local", f"{tag}_local", f"rs_{tag}", f"{tag}_out", f"{tag}_out_local"]
+    if sorted(stages) != sorted(expected):
+        raise ValueError(f"expected blocks {sorted(expected)} for {tag}, got {sorted(stages)}")
+    gamma, load, rs, compute, store = (stages[name] for name in expected)
+    store = [_vector_stores(stage, bool(config["streaming_stores"])) for stage in store]
+    loads = [*load, *gamma, *rs]
+    if config["dependent_launch"] != "off":
+        loads.insert(0, _grid_dependency("wait"))
+    if config["dependent_launch"] == "after_loads":
+        loads.append(_grid_dependency("launch_dependents"))
+    return [*loads, *compute, *store], nest.buffers
+
+
+def _bind(var: tirx.Var, extent: tirx.Expr, tag: str, body: tirx.Stmt) -> tirx.For:
+    axis = tirx.IterVar(
+        Range(_int64(0), extent), tirx.Var(tag, "int64"), tirx.IterVar.ThreadIndex, tag
+    )
+    return tirx.For(var, _int64(0), extent, tirx.ForKind.THREAD_BINDING, body, axis)
+
+
+def _config_of(loop: tirx.For) -> dict[str, Any]:
+    config = {
+        str(name).removeprefix(NOTE): value
+        for name, value in loop.annotations.items()
+        if str(name).startswith(NOTE)
+    }
+    if "threads" not in config:
+        raise ValueError(f"loop {loop.loop_var.name} carries no {NOTE}threads annotation")
+    return config
+
+
+def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Make one kernel of what `schedules.cuda.schedule_body` leaves.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        A loop over tiles of rows whose body is a loop over threads for Q and one for K, both
+        annotated with the fields of the config.
+
+    Returns
+    -------
+    tirx.PrimFunc
+        The function with its loops bound to the grid.
+
+    Raises
+    ------
+    ValueError
+        The function is not of that form; the message says what was expected.
+    """
+    func = _compact(func)
+    root = func.body.block
+    tiles = root.body
+    if not isinstance(tiles, tirx.For) or not isinstance(tiles.body, tirx.SeqStmt):
+        raise ValueError("expected one loop over rows that holds a loop for Q and one for K")
+    first, second = tiles.body.seq
+    config = _config_of(first)
+    threads = int(config["threads"])
+    simplify = tvm.sym.Analyzer().simplify
+
+    # 1. Every thread's statements, loads first.
+    q_order, q_registers = _one_thread(first, "q", config)
+    k_order, k_registers = _one_thread(second, "k", config)
+
+    # 2. One range of threads, cut into blocks.
+    thread, part = tirx.Var("thread", "int64"), tirx.Var("part", "int64")
+    total = simplify(first.extent + second.extent)
+    parts = simplify(tirx.floordiv(total + (threads - 1), _int64(threads)))
+    one_part = isinstance(parts, tirx.IntImm) and parts.value == 1
+    place = thread if one_part else part * threads + thread
+    q_body = _substitute(tirx.SeqStmt(q_order), [(first.loop_var, place)])
+    k_body = _substitute(tirx.SeqStmt(k_order), [(second.loop_var, place - first.extent)])
+    if not (isinstance(total, tirx.IntImm) and total.value % threads == 0):
+        k_body = tirx.IfThenElse(place < total, k_body, None)
+    body: tirx.Stmt = tirx.IfThenElse(place < first.extent, q_body, k_body)
+
+    # 3. Let the next kernel start at once, if the config says so.
+    if config["dependent_launch"] == "first":
+        body = tirx.SeqStmt([_grid_dependency("launch_dependents"), body])
+    registers = [tirx.AllocBuffer(buffer) for buffer in (*q_registers, *k_registers)]
+    body = _bind(thread, _int64(threads), "threadIdx.x", tirx.SeqStmt([*registers, body]))
+    if one_part:
+        body = _bind(tiles.loop_var, tiles.extent, "blockIdx.x", body)
+    elif config["grid_order"] == "rows":
+        body = _bind(part, parts, "blockIdx.y", body)
+        body = _bind(tiles.loop_var, tiles.extent, "blockIdx.x", body)
+    else:
+        block = tirx.Var("block", "int64")
+        body = _substitute(
+            body,
+            [
+                (tiles.loop_var, tirx.floordiv(block, parts)),
+                (part, tirx.floormod(block, parts)),
+            ],
+        )
+        body = _bind(block, tiles.extent * parts, "blockIdx.x", body)
+    func = func.with_body(SBlockRealize([], True, SBlock([], [], [], "root", body)))
+    return func.with_attr(DEPENDENT_ATTR, config["dependent_launch"] != "off")
