@@ -366,7 +366,8 @@ def build(
     """
     archs = specs[0].parsed_target.variants
     functions: list[tuple[str, Any]] = []
-    per_spec, described = [], []
+    per_spec: list[tuple[Variant, ...]] = []
+    described: list[dict[str, Any]] = []
     for index, (spec, given) in enumerate(zip(specs, configs, strict=True)):
         variants = default_variants(spec, given)
         symbols: dict[tuple[Any, ...], str] = {}  # variants may share a kernel
@@ -386,16 +387,16 @@ def build(
                 )
             )
         per_spec.append(tuple(entries))
-        described.append(
+        described += [
             {
                 "spec": spec.text,
-                "source": "user" if given else "heuristic",
-                "variants": [
-                    {"name": v.name, "min_rows": v.min_rows, "config": v.config.to_dict()}
-                    for v in variants
-                ],
+                "source": "user" if given and variant.config == given else "heuristic",
+                "min_rows": variant.min_rows,
+                "config": variant.config.to_dict(),
+                "variants": [variant.name],
             }
-        )
+            for variant in variants
+        ]
     source = directory / "module.cu"
     source.write_text(cuda_source(functions) + device_check_source(functions[0][0], archs))
     device_object = directory / "cuda.o"

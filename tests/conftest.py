@@ -7,6 +7,18 @@ import shutil
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Examples are the same in every run, and never fail for the time that they take. Here, because a
+# test takes its settings when its file is imported.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("repeatable")
 
 #: Set in the process that made the session's cache folder, and inherited by its workers.
 _SESSION = "QKNORM_TVM_TEST_SESSION"
@@ -29,18 +41,3 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 _folder = pytest.StashKey[str]()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _hypothesis_profile() -> None:
-    """Examples are the same in every run, and are never failed for the time that they take."""
-    from hypothesis import HealthCheck, settings
-
-    settings.register_profile(
-        "repeatable",
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-    settings.load_profile("repeatable")

@@ -59,11 +59,10 @@ def runs_here(metadata: Mapping[str, Any]) -> tuple[bool, str]:
             found = cuda_target(0).partition(":")[2]
         except (OSError, RuntimeError):
             return False, "no: this machine has no CUDA driver, or no GPU"
-        archs = str(metadata.get("target", "")).partition(":")[2]
-        held = archs.split(",") if archs else []
-        if not held or found in held:
+        held = [str(arch) for arch in metadata["architectures"]]
+        if any(_runs_on(arch, found) for arch in held):
             return True, f"yes, on this machine's GPU ({found})"
-        return False, f"no machine code for this machine's GPU ({found})"
+        return False, f"no: it holds {', '.join(held)}, and this machine's GPU is {found}"
     from ..targets import host_features
 
     features = host_features()
@@ -74,6 +73,16 @@ def runs_here(metadata: Mapping[str, Any]) -> tuple[bool, str]:
     return False, f"no: this CPU lacks {', '.join(lacking)}"
 
 
+def _runs_on(held: str, found: str) -> bool:
+    """Whether code for one architecture, or PTX (``compute_…``), runs on a GPU of another.
+
+    Machine code runs on its own generation from its own version on, PTX on all that is newer.
+    """
+    kind, _, version = held.partition("_")
+    number, gpu = (int(text.rstrip("af")) for text in (version, found.partition("_")[2]))
+    return number <= gpu and (kind == "compute" or number // 10 == gpu // 10)
+
+
 def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     """Return tables of a module's metadata."""
     from rich.console import Group
@@ -81,12 +90,14 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     from ..spec import KernelSpec
     from .output import facts, table
 
-    code = table("code", "spec", "config", "variants", left=(0, 2, 3))
+    numbers = {KernelSpec(**one).text: f"#{i}" for i, one in enumerate(metadata["specs"])}
+    code = table("code", "spec", "from M", "config", "variants", left=(0, 3, 4))
     for level in metadata.get("levels", []):
         for index, one in enumerate(level.get("code", [])):
             code.add_row(
                 level["name"] if index == 0 else "",
-                f"#{index}",
+                numbers.get(one["spec"], "?"),
+                f"{one['min_rows']:,}",
                 f"{config_text(one['config'])} ({one['source']})",
                 ", ".join(one["variants"]),
             )

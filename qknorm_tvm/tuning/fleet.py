@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import gc
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +27,9 @@ _TRACKER_S = 5
 _ATTEMPTS = 3
 #: Seconds to wait for a server to come back when none is left: a restarted one needs some.
 _GRACE_S = 8
-#: Seconds after which a session is given back, so that others get their turn.
-_SESSION_S = 20
+#: Seconds after which a session is given back, so that others get their turn, and those after
+#: which one that is not used is: a worker that waits may need this very server.
+_SESSION_S, _IDLE_S = 20, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,53 +243,78 @@ def _outcome(future: concurrent.futures.Future) -> tuple[str, Any]:
 # ---- what runs in the worker processes -----------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Open:
-    """This process's session and its arrays, kept for some candidates."""
+class _Held:
+    """This process's session with its arrays, kept from one candidate to the next."""
 
-    key: tuple[str, int]
-    session: Any
-    bench: Any
-    since: float
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[str, int] | None = None
+        self._bench: Any = None
+        self._since = 0.0
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> _Held:
+        self._lock.acquire()
+        if self._timer is not None:
+            self._timer.cancel()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer = threading.Timer(_IDLE_S, self._idle)
+        self._timer.daemon = True
+        self._timer.start()
+        self._lock.release()
+
+    def _idle(self) -> None:
+        with self._lock:
+            self.drop()
+
+    def drop(self) -> None:
+        """End the session: it does when nothing refers to it any more."""
+        self._bench = self._key = None
+        gc.collect()
+
+    def bench(self, fleet: Fleet, text: str, spec: str, rows: int) -> Any:
+        """Return what measures, with a session on a server."""
+        from .target import open_target
+
+        if self._key != (spec, rows) or time.monotonic() - self._since > _SESSION_S:
+            self.drop()
+        if self._bench is None:
+            fleet.check()
+            session = fleet.connect()
+            self._bench = open_target(text).bench(KernelSpec.from_text(spec), rows, session)
+            self._key, self._since = (spec, rows), time.monotonic()
+        return self._bench
 
 
-_open: list[_Open] = []
+_held = _Held()
 
 
 def _remote_task(
     function: Callable[..., Any], fleet: Fleet, text: str, spec: str, rows: int, *rest: Any
 ) -> tuple[str, Any]:
     """Run `function` with a session; says whether it was done, failed, or its server is lost."""
-    try:
-        bench = _remote_bench(fleet, text, spec, rows)
-    except TuningError as error:
-        return "no server", str(error)
-    except Exception as error:
-        _open.clear()
-        return "lost", cause(error)
-    try:
-        return "done", function(bench, *rest)
-    except Exception as error:
-        # The candidate's fault, or the server's? One that is alive still answers.
+    with _held:
+        try:
+            bench = _held.bench(fleet, text, spec, rows)
+        except TuningError as error:
+            return "no server", str(error)
+        except Exception as error:
+            _held.drop()
+            return "lost", cause(error)
+        try:
+            return "done", function(bench, *rest)
+        except Exception as error:
+            # The candidate's fault, or the server's? One that is alive still answers.
+            reason = cause(error)
         try:
             bench.session.get_function("runtime.GetDeviceAttr")
         except Exception:
-            _open.clear()
+            del bench
+            _held.drop()
             return "lost", "the server was lost while it ran"
-        return "failed", cause(error)
-
-
-def _remote_bench(fleet: Fleet, text: str, spec: str, rows: int) -> Any:
-    from .target import open_target
-
-    if _open and (_open[0].key != (spec, rows) or time.monotonic() - _open[0].since > _SESSION_S):
-        _open.clear()
-    if not _open:
-        fleet.check()
-        session = fleet.connect()
-        bench = open_target(text).bench(KernelSpec.from_text(spec), rows, session)
-        _open.append(_Open((spec, rows), session, bench, time.monotonic()))
-    return _open[0].bench
+        return "failed", reason
 
 
 def _measure_remote(bench: Any, built: Built, plan: Plan) -> list[float]:

@@ -85,12 +85,13 @@ def cause(error: BaseException) -> str:
         return "it took too long and was stopped"
     if isinstance(error, ChildProcessError):
         return "its process died"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # TVM's errors end with the message, after the traceback; a compiler's begin with it.
-    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
-    return line[:300]
+    text = str(error)
+    # A worker's exceptions come with their traceback as the message: the first line that is not
+    # indented, after the last one's head, is what was raised.
+    last = text.rpartition("Traceback (most recent call last)")[2] if "Traceback" in text else ""
+    lines = [line for line in (last or text).splitlines()[bool(last) :] if line.strip()]
+    plain = [line for line in lines if not line.startswith(" ")] or lines
+    return plain[0].strip()[:300] if plain else type(error).__name__
 
 
 # ---- what runs in the processes ------------------------------------------------------------
