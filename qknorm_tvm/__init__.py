@@ -8,9 +8,11 @@ compiled or called.
 from ._version import __version__
 from .api import apply_qk_rms_norm
 from .build import CompiledModule, compile
-from .errors import BuildError, ModuleFileError, QKNormError
+from .cache import use
+from .errors import BuildError, ModuleFileError, QKNormError, TuningError
 from .runtime import Module, get_num_threads, load, set_num_threads
 from .spec import KernelSpec
+from .tuning import tune
 
 __all__ = [
     "BuildError",
@@ -19,10 +21,13 @@ __all__ = [
     "Module",
     "ModuleFileError",
     "QKNormError",
+    "TuningError",
     "__version__",
     "apply_qk_rms_norm",
     "compile",
     "get_num_threads",
     "load",
     "set_num_threads",
+    "tune",
+    "use",
 ]

@@ -19,6 +19,7 @@ from .spec import KernelSpec
 from .targets import host_cpu_target
 
 _loaded: dict[KernelSpec, Module] = {}
+_given: list[Module] = []
 _lock = threading.Lock()
 
 
@@ -127,8 +128,44 @@ def _load_or_build(spec: KernelSpec) -> Module:
     return load(path)
 
 
+def use(module: Module) -> None:
+    """Serve calls of `qknorm_tvm.apply_qk_rms_norm` from a loaded module, instead of compiling.
+
+    Where it holds the dtypes and columns of a call, for the kind of device of its arrays; the
+    module given last comes first. So a machine without TVM or a compiler can use the Python API.
+
+    Parameters
+    ----------
+    module : Module
+        From `qknorm_tvm.load`.
+
+    Raises
+    ------
+    TypeError
+        `module` is no `Module`.
+    """
+    from . import api
+
+    if not isinstance(module, Module):
+        raise TypeError(f"module must be a qknorm_tvm.Module, got {type(module).__name__}")
+    with _lock:
+        _given.insert(0, module)
+        _loaded.clear()
+    api.forget_entries()
+
+
+def _holds(module: Module, spec: KernelSpec) -> bool:
+    return any(
+        (held.op, held.in_dtype, held.out_dtype) == (spec.op, spec.in_dtype, spec.out_dtype)
+        and held.q_cols in (None, spec.q_cols)
+        and held.k_cols in (None, spec.k_cols)
+        and held.parsed_target.kind == spec.parsed_target.kind
+        for held in module.specs
+    )
+
+
 def module_for(spec: KernelSpec) -> Module:
-    """Return the module of a spec: from memory, from disk, or compiled now.
+    """Return the module of a spec: given by `use`, from memory, from disk, or compiled now.
 
     Raises
     ------
@@ -140,7 +177,8 @@ def module_for(spec: KernelSpec) -> Module:
         with _lock:
             module = _loaded.get(spec)
             if module is None:
-                module = _loaded[spec] = _load_or_build(spec)
+                given = next((one for one in _given if _holds(one, spec)), None)
+                module = _loaded[spec] = given or _load_or_build(spec)
     return module
 
 
