@@ -117,7 +117,7 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
 
 
 def _columns(name: str, array: Any) -> int:
-    adapter_of(name, array)
+    adapter_of(name, array).check_shape(name, array)
     if len(array.shape) != 2:
         raise ValueError(f"{name} must have 2 dimensions, got {len(array.shape)}")
     if array.shape[1] < 1:
@@ -145,7 +145,7 @@ def _find_entry(q: Any, k: Any, q_out: Any) -> Callable[..., Any]:
     function = module_for(spec).apply_qk_rms_norm
     is_cuda = spec.parsed_target.kind == "cuda"
 
-    return adapter.fast_call(function, _general(function, is_cuda))
+    return adapter.fast_call(function, _general(function, is_cuda), spec)
 
 
 def _general(function: Callable[..., Any], is_cuda: bool) -> Callable[..., Any]:

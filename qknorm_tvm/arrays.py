@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .spec import DTYPE_BYTES
+from .spec import DTYPE_BYTES, KernelSpec
 from .targets import host_cpu_target
 
 Call = Callable[..., Any]
@@ -39,6 +39,9 @@ class Adapter:
             return cuda_target(int(index))
         raise ValueError(f"q must be on the CPU or a CUDA device, got DLPack device type {kind}")
 
+    def check_shape(self, name: str, array: Any) -> None:
+        """Refuse an array whose shape cannot be asked for."""
+
     def device_index(self, array: Any) -> int:
         """Return the number of the array's device."""
         return int(array.__dlpack_device__()[1])
@@ -62,7 +65,7 @@ class Adapter:
             f"allocate ({tvm_ffi.__name__} passes it by DLPack), got None"
         )
 
-    def fast_call(self, function: Call, general: Call) -> Call:
+    def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         """Return the shortest way to `function` for calls with arrays of this framework.
 
         Both take the seven tensors, epsilon and a stream. What the short way does not expect, an
@@ -88,7 +91,7 @@ class _nothing:
 class NumpyAdapter(Adapter):
     """NumPy arrays, with ml_dtypes' bfloat16, which DLPack does not know."""
 
-    def fast_call(self, function: Call, general: Call) -> Call:
+    def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         import ml_dtypes
         import numpy as np
 
@@ -189,8 +192,11 @@ def _writable_alias(array: Any) -> Any:
 class TorchAdapter(Adapter):
     """torch tensors: tvm-ffi takes them as they are, with torch's current stream."""
 
-    def fast_call(self, function: Call, general: Call) -> Call:
+    def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         grad_enabled = sys.modules["torch"].is_grad_enabled
+        # Views of complex tensors may be negated only when read (`is_neg`), which DLPack cannot
+        # say. There is no complex type of bfloat16.
+        may_negate = (spec.in_dtype, spec.out_dtype) != ("bfloat16", "bfloat16")
 
         def call(
             q_out: Any, k_out: Any, gamma_q: Any, gamma_k: Any, qk_var: Any, q: Any, k: Any,
@@ -206,7 +212,10 @@ class TorchAdapter(Adapter):
                     or q_out.requires_grad
                     or k_out.requires_grad
                 )
-                if stream is None and not needs_grad:
+                negated = gamma_q.is_neg() or gamma_k.is_neg() or qk_var.is_neg()
+                if may_negate and not negated:
+                    negated = q.is_neg() or k.is_neg() or q_out.is_neg() or k_out.is_neg()
+                if stream is None and not needs_grad and not negated:
                     function(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)
                     return
             except Exception:  # said again, with the argument's name
@@ -221,6 +230,10 @@ class TorchAdapter(Adapter):
         if array.device.type == "cuda":
             return cuda_target(array.device.index)
         raise ValueError(f"q must be on the CPU or a CUDA device, got {array.device}")
+
+    def check_shape(self, name: str, array: Any) -> None:
+        if array.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got nested")
 
     def device_index(self, array: Any) -> int:
         return int(array.device.index or 0)
@@ -241,6 +254,11 @@ class TorchAdapter(Adapter):
             raise ValueError(
                 f"{name} must not require grad (there is no backward), got a tensor that does: "
                 "call under torch.no_grad(), or pass a detached tensor"
+            )
+        if array.is_neg():
+            raise ValueError(
+                f"{name} must hold its values as they are, got a view that negates them when read "
+                "(torch's is_neg()): pass resolve_neg() of it"
             )
         return array.detach()
 

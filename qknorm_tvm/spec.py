@@ -18,7 +18,7 @@ MAX_COLS = 1 << 24
 
 _TEXT = re.compile(
     r"(?P<op>\w+)\[(?P<in_dtype>\w+)->(?P<out_dtype>\w+), q=(?P<q>\d+|any), k=(?P<k>\d+|any)"
-    r"(?P<reproducible>, reproducible)?\]@(?P<target>[\w.,+-]+)"
+    r"(?P<reproducible>, reproducible)?\]@(?P<target>[\w.,:+-]+)"
 )
 
 

@@ -1,0 +1,224 @@
+"""The cache on disk: found again, safe to load from, whole whoever writes to it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import environment, make_case, run_python
+
+import qknorm_tvm
+from qknorm_tvm import KernelSpec, ModuleFileError, cache, reference
+from qknorm_tvm.targets import host_cpu_target
+
+#: Computes with columns 5 and 3 through the public API and checks the result.
+_USE = """
+import sys
+import numpy as np
+import qknorm_tvm
+from qknorm_tvm import reference
+q, k = np.ones((2, 5), np.float32) / 3, np.ones((2, 3), np.float32) / 7
+var, gamma = np.full((2, 2), 0.3, np.float32), np.full(5, 1.7, np.float32)
+arguments = q, k, var, gamma, gamma[:3]
+outputs = qknorm_tvm.apply_qk_rms_norm(*arguments)
+for got, want in zip(outputs, reference.apply_qk_rms_norm(*arguments)):
+    assert reference.differing(got, want) == 0
+print("tvm" in sys.modules)
+"""
+
+
+def _spec() -> KernelSpec:
+    return KernelSpec(in_dtype="float32", q_cols=5, k_cols=3, target=host_cpu_target())
+
+
+def _use(folder: Path, **env: str) -> bool:
+    """Compute in a fresh process; returns whether the compiler was needed."""
+    done = run_python(_USE, env={"QKNORM_TVM_CACHE_DIR": str(folder), **env})
+    return done.stdout.strip() == "True"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file that the cache holds for `_USE`, built once."""
+    folder = tmp_path_factory.mktemp("built") / "cache"
+    assert _use(folder)
+    return (folder / cache.cache_key(_spec())).read_bytes()
+
+
+def _fill(folder: Path, content: bytes) -> Path:
+    folder.mkdir(mode=0o700)
+    path = folder / cache.cache_key(_spec())
+    path.write_bytes(content)
+    path.chmod(0o755)
+    return path
+
+
+def _modules(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_second_process_does_not_compile(folder: Path, built: bytes) -> None:
+    """Two seconds at the start of every process; a key that differs between processes."""
+    path = _fill(folder, built)
+    before = path.stat().st_mtime_ns, path.stat().st_ino
+    assert not _use(folder, PYTHONHASHSEED="1")
+    assert not _use(folder, PYTHONHASHSEED="2")
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
+    assert _modules(folder) == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "altered", "empty", "text", "another spec's"])
+def test_unusable_file_is_built_again(kind: str, folder: Path, built: bytes) -> None:
+    """A crash, or a wrong result, from what a killed process or a full disk left."""
+    altered = bytearray(built)
+    altered[len(built) // 2] ^= 1
+    content = {
+        "truncated": built[: len(built) // 2],
+        "altered": bytes(altered),
+        "empty": b"",
+        "text": b"not a library",
+    }.get(kind)
+    if content is None:
+        other = _spec().replace(q_cols=6)
+        with environment(QKNORM_TVM_CACHE_DIR=str(folder.with_name("other"))):
+            content = cache.module_for(other).path.read_bytes()
+    path = _fill(folder, content)
+    assert _use(folder)
+    assert path.read_bytes() == built
+    assert not _use(folder)
+
+
+def test_file_that_others_may_write_to_is_built_again(folder: Path, built: bytes) -> None:
+    """Code that another user put into a file of ours."""
+    path = _fill(folder, built)
+    path.chmod(0o777)
+    assert _use(folder)
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+def test_four_processes_at_once(folder: Path, built: bytes) -> None:
+    """Two writers of one file; a reader of half a file."""
+    code = 'import sys\nsys.modules["torch"] = None\n' + _USE
+    env = {**os.environ, "QKNORM_TVM_CACHE_DIR": str(folder)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(4)
+    ]
+    ends = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0] * 4, ends
+    assert sum(out.strip() == b"True" for out, _ in ends) == 1, "compiled more than once"
+    assert (folder / cache.cache_key(_spec())).read_bytes() == built
+    assert _modules(folder) == [cache.cache_key(_spec())]
+
+
+def test_folder_is_made_for_its_user_alone(folder: Path, built: bytes) -> None:
+    """A cache that others may write to, whatever the umask."""
+    assert built
+    deep = folder / "a" / "b"
+    before = os.umask(0)
+    try:
+        with environment(QKNORM_TVM_CACHE_DIR=str(deep)):
+            assert cache.cache_directory() == deep
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(deep.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_folder_that_others_may_write_to_is_refused(mode: int, folder: Path) -> None:
+    """A ``.so`` is a program: whoever writes to the folder runs as the user."""
+    folder.mkdir()
+    folder.chmod(mode)
+    with (
+        environment(QKNORM_TVM_CACHE_DIR=str(folder)),
+        pytest.raises(ModuleFileError, match=r"others may write to .* run `chmod go-w"),
+    ):
+        cache.cache_directory()
+
+
+def test_folder_of_somebody_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(mode=0o700)
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with (
+        environment(QKNORM_TVM_CACHE_DIR=str(folder)),
+        pytest.raises(ModuleFileError, match=rf"belongs to another user \(uid {owner}\)"),
+    ):
+        cache.cache_directory()
+
+
+def test_default_folder_is_the_users(tmp_path: Path) -> None:
+    """A cache in the current folder or in /tmp."""
+    with environment(QKNORM_TVM_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path)):
+        assert cache.cache_directory() == tmp_path / "qknorm-tvm"
+
+
+def _call_with_new_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr("qknorm_tvm.api._entries", {})
+    case = make_case(2, 5, 3, "float32")
+    outputs = qknorm_tvm.apply_qk_rms_norm(case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
+    for got, want in zip(outputs, case.expected(), strict=True):
+        assert reference.differing(got, want) == 0
+    return outputs
+
+
+@pytest.mark.parametrize("how", ["is below a file", "cannot be written"])
+def test_without_a_folder_it_warns_and_works(
+    how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only home folder that makes the operation unusable, or slow without a word."""
+    if how == "is below a file":
+        folder.write_text("")
+        given = folder / "cache"
+    else:
+        given = folder
+        folder.mkdir(mode=0o700)
+        access = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: Path(path) != folder and access(path, mode)
+        )
+    with (
+        environment(QKNORM_TVM_CACHE_DIR=str(given)),
+        pytest.warns(RuntimeWarning, match=r"compiles anew in every process: no cache folder \(.*"),
+    ):
+        _call_with_new_memory(monkeypatch)
+
+
+def test_with_a_folder_nothing_is_warned_of(
+    folder: Path, built: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fill(folder, built)
+    with environment(QKNORM_TVM_CACHE_DIR=str(folder)), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _call_with_new_memory(monkeypatch)
+
+
+def test_memory_holds_one_module_a_spec() -> None:
+    """A file read and checked at every call."""
+    assert cache.module_for(_spec()) is cache.module_for(_spec())
+
+
+def test_key_changes_with_versions_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of an older version that is served after an upgrade."""
+    key = cache.cache_key(_spec())
+    assert key.startswith(_spec().digest)
+    assert cache.cache_key(_spec().replace(q_cols=6)) != key
+    monkeypatch.setattr(cache, "_source_digest", lambda: "other")
+    other = cache.cache_key(_spec())
+    assert other != key
+    monkeypatch.setattr("qknorm_tvm.build.versions", lambda: {"apache-tvm": "9"})
+    assert cache.cache_key(_spec()) not in (key, other)

@@ -1,0 +1,136 @@
+"""`KernelSpec`: what is refused, and text and hash that mean the same everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import DTYPES, run_python
+
+from qknorm_tvm import KernelSpec
+from qknorm_tvm.spec import MAX_COLS
+
+_COLUMNS = st.none() | st.integers(1, MAX_COLS)
+_TARGETS = st.sampled_from(
+    [
+        "cpu",
+        "x86-64-v2",
+        "x86-64-v3",
+        "x86-64-v4",
+        "znver4",
+        "cuda",
+        "cuda:sm_90",
+        "cuda:sm_80,sm_90a",
+    ]
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> KernelSpec:
+    return KernelSpec(
+        in_dtype=draw(st.sampled_from(DTYPES)),
+        out_dtype=draw(st.none() | st.sampled_from(DTYPES)),
+        q_cols=draw(_COLUMNS),
+        k_cols=draw(_COLUMNS),
+        target=draw(_TARGETS),
+        reproducible=draw(st.booleans()),
+    )
+
+
+@given(specs())
+def test_text_is_read_back(spec: KernelSpec) -> None:
+    """A field that the text loses: two specs would share a cached module."""
+    assert KernelSpec.from_text(spec.text) == spec
+    assert str(spec) == spec.text
+    assert KernelSpec(**spec.to_dict()) == spec
+
+
+@given(specs(), specs())
+def test_equal_text_means_equal_spec(a: KernelSpec, b: KernelSpec) -> None:
+    assert (a == b) == (a.text == b.text) == (a.digest == b.digest)
+    if a == b:
+        assert hash(a) == hash(b)
+
+
+def test_text_and_digest_are_the_same_in_other_processes() -> None:
+    """A cache key that depends on Python's hash seed is never found again."""
+    spec = KernelSpec(in_dtype="float16", q_cols=1536, target="cuda:sm_90,sm_80")
+    code = """
+        from qknorm_tvm import KernelSpec
+        spec = KernelSpec(in_dtype="float16", q_cols=1536, target="cuda:sm_80,sm_90,sm_80")
+        print(spec.text, spec.digest)
+    """
+    printed = {
+        run_python(code, env={"PYTHONHASHSEED": seed}).stdout.strip() for seed in ("0", "1", "77")
+    }
+    assert printed == {f"{spec.text} {spec.digest}"}
+
+
+def test_text_and_digest_do_not_change_between_versions() -> None:
+    """Files and caches of users carry this text."""
+    spec = KernelSpec(q_cols=1536, k_cols=256)
+    assert spec.text == "apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu"
+    assert spec.digest == "e0e1cb1d0515cd75"
+    other = KernelSpec(in_dtype="float32", out_dtype="bfloat16", reproducible=True)
+    assert other.text == "apply_qk_rms_norm[float32->bfloat16, q=any, k=any, reproducible]@cpu"
+
+
+def test_out_dtype_defaults_to_in_dtype() -> None:
+    assert KernelSpec(in_dtype="float16") == KernelSpec(in_dtype="float16", out_dtype="float16")
+
+
+def test_spec_is_frozen() -> None:
+    """A spec changed after it became a key."""
+    with pytest.raises(dataclasses.FrozenInstanceError, match="q_cols"):
+        KernelSpec().q_cols = 3  # type: ignore[misc]
+
+
+def test_replace_validates() -> None:
+    assert KernelSpec().replace(q_cols=7).q_cols == 7
+    with pytest.raises(ValueError, match=r"^q_cols must be from 1 to"):
+        KernelSpec().replace(q_cols=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("op", "rms_norm", ValueError, "op must be one of apply_qk_rms_norm, got 'rms_norm'"),
+        ("op", None, ValueError, "op must be one of apply_qk_rms_norm, got None"),
+        ("in_dtype", "float64", ValueError, "in_dtype must be one of bfloat16, float16, float32"),
+        ("in_dtype", None, TypeError, "in_dtype must be a str, got NoneType"),
+        ("out_dtype", "bf16", ValueError, "out_dtype must be one of .*, got 'bf16'"),
+        ("out_dtype", 16, TypeError, "out_dtype must be a str, got int"),
+        ("q_cols", 0, ValueError, "q_cols must be from 1 to 16777216, or None, got 0"),
+        ("q_cols", -1, ValueError, "q_cols must be from 1 to 16777216, or None, got -1"),
+        ("k_cols", MAX_COLS + 1, ValueError, "k_cols must be from 1 to .*, got 16777217"),
+        ("k_cols", 1.0, TypeError, "k_cols must be an int or None, got float"),
+        ("k_cols", True, TypeError, "k_cols must be an int or None, got bool"),
+        ("k_cols", "256", TypeError, "k_cols must be an int or None, got str"),
+        ("reproducible", 1, TypeError, "reproducible must be a bool, got int"),
+        ("target", "gpu!", ValueError, "target must be 'cpu', .* got 'gpu!'"),
+        ("target", None, TypeError, "target must be a str, got NoneType"),
+    ],
+)
+def test_wrong_field(field: str, value: Any, error: type[Exception], message: str) -> None:
+    """A spec that can be made but not built, or a message that does not name the field."""
+    with pytest.raises(error, match=f"^{message}"):
+        KernelSpec(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "apply_qk_rms_norm",
+        "apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]",
+        "apply_qk_rms_norm[bfloat16->bfloat16, q=-1, k=256]@cpu",
+        "apply_qk_rms_norm[bfloat16->bfloat16, q=None, k=256]@cpu",
+        "apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu\n",
+    ],
+)
+def test_text_that_is_no_spec(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^spec must look like 'apply_qk_rms_norm\[.* got "):
+        KernelSpec.from_text(text)
