@@ -186,5 +186,12 @@ def _on_stream(function: Any, is_cuda: bool, q: Any, stream: Any, *args: Any) ->
     if isinstance(handle, bool) or not isinstance(handle, int):
         raise TypeError(f"stream must be an int or a stream object, got {type(stream).__name__}")
     device = adapter_of("q", q).device_index(q)
+    # As tensors of tvm-ffi: with torch's own it would take torch's current stream all the same.
+    args = tuple(
+        tvm_ffi.from_dlpack(one)
+        if hasattr(one, "__dlpack__") and not isinstance(one, tvm_ffi.Tensor)
+        else one
+        for one in args
+    )
     with tvm_ffi.use_raw_stream(tvm_ffi.device(f"cuda:{device}"), handle):
         function(*args)

@@ -305,6 +305,8 @@ def nvcc_compile(source: Path, out: Path, archs: Sequence[str]) -> None:
             "-prec-div=true",
             "-prec-sqrt=true",
             "-Xcompiler=-fPIC,-fvisibility=hidden,-ffunction-sections",
+            # Else a header's __FILE__ puts this machine's folders into what is shipped.
+            f"-Xcompiler=-fmacro-prefix-map={ffi.find_include_path()}/=",
             # Of TVM's text: statements without effect, variables that are not used.
             "-diag-suppress=174,177",
             "-Xfatbin=-compress-all",

@@ -11,13 +11,14 @@ from .inputs import Activations
 from .reference import NUMPY_DTYPES
 from .spec import DTYPE_BYTES
 
-LAYOUTS = ("packed", "strided", "misaligned", "in place", "in place, strided")
+#: "fused": slices of a QKV projection; "strided": of one with rows at every alignment.
+LAYOUTS = ("packed", "fused", "strided", "misaligned", "in place", "in place, strided")
 _CANARY = 0xA5
 
 
 def layouts_for(in_dtype: str, out_dtype: str) -> tuple[str, ...]:
     """Return the layouts that a pairing allows: in place needs one dtype."""
-    return LAYOUTS if in_dtype == out_dtype else LAYOUTS[:3]
+    return LAYOUTS if in_dtype == out_dtype else LAYOUTS[:4]
 
 
 class Placed:
@@ -29,29 +30,45 @@ class Placed:
         The inputs, as views of memory of their own.
     q_out, k_out : ndarray
         The outputs; before the call they hold no result, unless in place.
+
+    Parameters
+    ----------
+    original : Activations
+    out_dtype : str
+    layout : str
+        One of `LAYOUTS`.
+    by_element : bool
+        Misaligned means off by one element, which is what GPUs can address, not by one byte.
     """
 
-    def __init__(self, original: Activations, out_dtype: str, layout: str):
+    def __init__(
+        self, original: Activations, out_dtype: str, layout: str, *, by_element: bool = False
+    ):
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         self._original = original
         self._in_place = layout.startswith("in place")
-        offset = 1 if layout == "misaligned" else 0
-        strided = layout.endswith("strided")
-        self._inputs, q, k = _projections(original, original.dtype, strided, offset)
+        misaligned, strided = layout == "misaligned", layout.endswith("strided")
+        fused = strided or layout == "fused"
+
+        def offset(dtype: str) -> int:
+            return (DTYPE_BYTES[dtype] if by_element else 1) if misaligned else 0
+
+        dtype = original.dtype
+        self._inputs, q, k = _projections(original, dtype, fused, strided, offset(dtype))
         q[...], k[...] = original.q, original.k
         if self._in_place:
             self._outputs, self.q_out, self.k_out = self._inputs, q, k
         else:
-            found = _projections(original, out_dtype, strided, offset)
+            found = _projections(original, out_dtype, fused, strided, offset(out_dtype))
             self._outputs, self.q_out, self.k_out = found
         self.activations = dataclasses.replace(
             original,
             q=q,
             k=k,
-            qk_var=_moved(original.qk_var, offset, pad=3 if strided else 0),
-            gamma_q=_moved(original.gamma_q, offset),
-            gamma_k=_moved(original.gamma_k, offset),
+            qk_var=_moved(original.qk_var, offset("float32"), pad=3 if strided else 0),
+            gamma_q=_moved(original.gamma_q, offset("float32")),
+            gamma_k=_moved(original.gamma_k, offset("float32")),
         )
 
     def intact(self) -> bool:
@@ -68,12 +85,12 @@ class Placed:
 
 
 def _projections(
-    a: Activations, dtype: str, strided: bool, offset: int
+    a: Activations, dtype: str, fused: bool, strided: bool, offset: int
 ) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
     """Return memory and, in it, arrays like q and k: apart, or slices of one QKV projection."""
     item = DTYPE_BYTES[dtype]
-    # A V like K, and some more: an odd row stride, so that rows start at every alignment.
-    cols = a.q_cols + a.k_cols + (a.k_cols + 3 if strided else 0)
+    # A V like K; where strided some more, so that an odd stride has rows start at every alignment.
+    cols = a.q_cols + a.k_cols + fused * a.k_cols + 3 * strided
     cols += strided and cols % 2 == 0
     guard = 64
     memory = np.full(max(a.rows, 1) * cols * item + 3 * guard + offset, _CANARY, np.uint8)
@@ -84,7 +101,7 @@ def _projections(
             (a.rows, columns), NUMPY_DTYPES[dtype], memory, at, (row_stride * item, item)
         )
 
-    if strided:
+    if fused:
         return (
             memory,
             array(start, a.q_cols, cols),

@@ -288,7 +288,7 @@ def run_case(module: Module, case: Case, threads: Sequence[int], report: Report)
                 wrong = reference.differing(actual, wanted)
                 tally.from_numpy += wrong
                 if wrong:
-                    report.note(f"{where}: {_describe(operand, inputs, actual, wanted)}")
+                    report.note(f"{where}: {describe_difference(operand, inputs, actual, wanted)}")
             # The graphs are compared with each other once a case; a second look at each layout
             # could not find more.
             if by_torch is not None and layout == case.layouts[0] and count == threads[0]:
@@ -299,7 +299,7 @@ def run_case(module: Module, case: Case, threads: Sequence[int], report: Report)
                     wrong = reference.differing(actual, wanted)
                     tally.from_torch += wrong
                     if wrong:
-                        told = _describe(operand, inputs, actual, wanted)
+                        told = describe_difference(operand, inputs, actual, wanted)
                         report.note(f"{where}, against torch: {told}")
             if not placed.intact():
                 tally.spoilt += 1
@@ -319,7 +319,9 @@ def _torch_outputs(inputs: Activations, out_dtype: str) -> tuple[npt.NDArray, ..
     return tuple(to_numpy(x) for x in out)
 
 
-def _describe(operand: str, a: Activations, actual: npt.NDArray, wanted: npt.NDArray) -> str:
+def describe_difference(
+    operand: str, a: Activations, actual: npt.NDArray, wanted: npt.NDArray
+) -> str:
     """Describe the first element that differs."""
     bits = f"u{wanted.itemsize}"
     got, want = np.ascontiguousarray(actual).view(bits), np.ascontiguousarray(wanted).view(bits)

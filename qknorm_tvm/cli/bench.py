@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 CSV_COLUMNS = (
     "q_cols", "k_cols", "rows", "in_dtype", "out_dtype", "threads", "candidate", "median_us",
     "q1_us", "q3_us", "samples", "calls_per_sample", "bytes_per_call", "bandwidth_GB_per_s",
-    "ratio_to_copy", "ratio_to_ours", "exact", "note", "target", "config", "device", "versions",
+    "ratio_to_copy", "ratio_to_ours", "ratio_to_empty", "exact", "note", "target",
+    "config", "device", "versions",
 )  # fmt: skip
 
 
@@ -38,6 +39,11 @@ CSV_COLUMNS = (
 @click.option("--target", help="What to generate code for.  [default: this CPU's level]")
 @click.option("--config", "pairs", multiple=True, metavar="NAME=VALUE",
               help="A choice of the schedule, as for export.")  # fmt: skip
+@click.option("--module", "files", multiple=True, metavar="FILE.so",
+              type=click.Path(dir_okay=False, path_type=Path),
+              help="CUDA: time these, not what is compiled now; several times.")  # fmt: skip
+@click.option("--misaligned", is_flag=True,
+              help="CUDA: rows that start at every alignment.")  # fmt: skip
 @click.option("--min-time", type=click.FloatRange(0), default=0.5, show_default=True,
               help="Seconds for each candidate.")  # fmt: skip
 @click.option("--torch-compile/--no-torch-compile", default=True,
@@ -59,6 +65,8 @@ def bench(
     threads: tuple[int, ...] | None,
     target: str | None,
     pairs: tuple[str, ...],
+    files: tuple[Path, ...],
+    misaligned: bool,
     min_time: float,
     torch_compile: bool,
     host: bool,
@@ -76,6 +84,10 @@ def bench(
     torch.compile  the graph compiled for this very shape
     scalar         the same schedule with vector=1 and row_tile=1; LLVM still vectorises what it can
 
+    With --device cuda: launches in a chain inside a CUDA graph, where the empty kernel is what a
+    launch takes at least; copy is torch's copy_ of as many bytes, once for q and k together and
+    once for each; buffers beyond L2 rotate.
+
     Each sample is a run of calls after as many that warm up; candidates take turns. Where torch is
     not installed, its lines say so.
 
@@ -85,6 +97,8 @@ def bench(
       qknorm-tvm bench --shapes 1536/256 --rows 1,4096 --threads 1 --no-torch-compile
       qknorm-tvm bench --dtype bfloat16 --dtype float32 --csv bench.csv
       qknorm-tvm bench --cold
+      qknorm-tvm bench --device cuda --rows 1,16,64,256,1024,16384
+      qknorm-tvm bench --device cuda --module qk.so --shapes 1536/256
 
     Exit status: 0, 1 when a result is not exact, 2 when the input is wrong.
     """
@@ -92,9 +106,15 @@ def bench(
     from ..machine import load_warning
     from ..spec import KernelSpec
     from ..targets import host_cpu_target
+    from .cuda import gpu_target, measure_cuda
     from .export import check_folder
     from .options import parse_config
 
+    on_gpu = device == "cuda"
+    if not on_gpu and (files or misaligned):
+        raise click.UsageError("--module and --misaligned are for --device cuda")
+    if on_gpu and (threads or cold):
+        raise click.UsageError("--threads and --cold are for --device cpu")
     if csv_file is not None:
         check_folder(csv_file)
     specs = [
@@ -103,20 +123,25 @@ def bench(
             out_dtype=out_dtype or dtype,
             q_cols=q_cols,
             k_cols=k_cols,
-            target=target or host_cpu_target(),
+            target=gpu_target(target) if on_gpu else target or host_cpu_target(),
         )
         for dtype in dict.fromkeys(dtypes)
         for q_cols, k_cols in shapes
     ]
-    if specs[0].parsed_target.kind != "cpu":
+    if not on_gpu and specs[0].parsed_target.kind != "cpu":
         raise click.UsageError(f"--target must be a CPU's for --device cpu, got {target}")
     busy = load_warning()
     if cold:
         return _cold(specs[0], as_json, busy)
-    config = parse_config(pairs, "cpu")
-    results, host_timings, module_facts = _measured(
-        specs, rows, threads, config, min_time, torch_compile, host
-    )
+    config = parse_config(pairs, device)
+    if on_gpu:
+        results, host_timings, module_facts = measure_cuda(
+            specs, rows, files, config, min_time, torch_compile, host, misaligned
+        )
+    else:
+        results, host_timings, module_facts = _measured(
+            specs, rows, threads, config, min_time, torch_compile, host
+        )
     lines = [line for spec, result in results for line in csv_lines(spec, result, module_facts)]
     if csv_file is not None:
         with csv_file.open("w", newline="") as file:
@@ -215,7 +240,7 @@ def csv_lines(
             "rows": result.rows,
             "in_dtype": result.in_dtype,
             "out_dtype": result.out_dtype,
-            "threads": result.threads,
+            "threads": result.threads or None,
             "candidate": timing.name,
             "median_us": figure(timing.median * 1e6, 4),
             "q1_us": figure(timing.q1 * 1e6, 4),
@@ -226,6 +251,7 @@ def csv_lines(
             "bandwidth_GB_per_s": figure(result.bandwidth(timing), 3),
             "ratio_to_copy": figure(result.ratio(timing, "copy"), 4),
             "ratio_to_ours": figure(result.ratio(timing, "ours"), 4),
+            "ratio_to_empty": figure(result.ratio(timing, "empty kernel"), 4),
             "exact": timing.exact,
             "note": timing.note,
             **module_facts,
@@ -266,13 +292,14 @@ def _print(
         printer.print(f"\n{busy}")
     printer.print()
     for (spec, threads), group in itertools.groupby(results, lambda x: (x[0], x[1].threads)):
-        title = f"{spec.text}, {plural(threads, 'thread')}"
+        title = spec.text + (f", {plural(threads, 'thread')}" if threads else "")
         printer.print(timing_table([result for _, result in group], title=title))
     for line in timing_notes([result for _, result in results]):
         printer.print(line)
     if host_timings:
         printer.print()
-        calls = table("One call from Python, M = 1, outputs given", "µs", "quartiles")
+        m = 1 if results[0][1].threads else 16
+        calls = table(f"One call from Python, M = {m}, outputs given", "µs", "quartiles")
         for timing in host_timings:
             spread = f"{microseconds(timing.q1)}-{microseconds(timing.q3)}"
             calls.add_row(

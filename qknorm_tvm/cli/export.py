@@ -22,6 +22,8 @@ from .options import Columns, debug_option, dtype_choice, parse_config
 @click.option("--target", default="cpu", show_default=True,
               help="cpu (x86-64-v2, v3 and v4 in one file, chosen when it is loaded), one such "
               "level, a CPU's LLVM name such as znver4, cuda, or cuda:sm_90,... .")  # fmt: skip
+@click.option("--arch", "archs", metavar="sm_80,sm_90,...",
+              help="Code for these GPUs: short for --target cuda:sm_80,sm_90,...")  # fmt: skip
 @click.option("--reproducible", is_flag=True,
               help="CUDA: an rsqrt that gives the CPU's bits; CPUs give them always.")  # fmt: skip
 @click.option("--spec", "texts", multiple=True, metavar="TEXT",
@@ -41,6 +43,7 @@ def export(
     dtype: str,
     out_dtype: str | None,
     target: str,
+    archs: str | None,
     reproducible: bool,
     texts: tuple[str, ...],
     pairs: tuple[str, ...],
@@ -61,6 +64,7 @@ def export(
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256
       qknorm-tvm export qk.so --dtype float16 --out-dtype float32
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target x86-64-v3
+      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --arch sm_80,sm_90
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --config vector=16 --config row_tile=2
       qknorm-tvm export qk.so \\
           --spec 'apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu' \\
@@ -69,6 +73,11 @@ def export(
     from ..build import compile
     from ..spec import KernelSpec
 
+    if archs is not None:
+        given = ctx.get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
+        if given and target != "cuda":
+            raise click.UsageError(f"--arch names GPUs, and --target is {target}: give one of them")
+        target = f"cuda:{archs}"
     if texts:
         _refuse_fields(ctx)
         specs = [KernelSpec.from_text(text) for text in texts]
@@ -100,9 +109,9 @@ def export(
 
 
 def _refuse_fields(ctx: click.Context) -> None:
-    for name in ("q_cols", "k_cols", "dtype", "out_dtype", "target", "reproducible"):
+    for name in ("q_cols", "k_cols", "dtype", "out_dtype", "target", "archs", "reproducible"):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = "--" + name.replace("_", "-")
+            option = "--arch" if name == "archs" else "--" + name.replace("_", "-")
             raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")
 
 

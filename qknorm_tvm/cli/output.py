@@ -85,7 +85,9 @@ def plural(count: int, noun: str) -> str:
 
 def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
     """Return the timings of several shapes: a line each candidate, blocks by shape."""
-    made = table("M", "", "µs", "quartiles", "GB/s", "/ copy", "/ ours", "exact", left=(1,))
+    on_gpu = any(not result.threads for result in results)
+    ratios = ("/ empty", "/ copy") if on_gpu else ("/ copy", "/ ours")
+    made = table("M", "", "µs", "quartiles", "GB/s", *ratios, "exact", left=(1,))
     made.title = title
     made.columns[1].no_wrap = True  # names
     for result in results:
@@ -102,22 +104,30 @@ def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
 def _figures(result: CaseResult, timing: Timing) -> list[str]:
     if not timing.measured:
         return ["-"] * 6
+    to = ("copy", "ours") if result.threads else ("empty kernel", "copy")
     exact = {None: "", True: "yes", False: "NO"}[timing.exact]
     return [
         microseconds(timing.median),
         f"{microseconds(timing.q1)}-{microseconds(timing.q3)}",
         f"{result.bandwidth(timing):.1f}",
-        ratio(result.ratio(timing, "copy")),
-        ratio(result.ratio(timing, "ours")),
+        *(ratio(result.ratio(timing, name)) for name in to),
         exact,
     ]
 
 
 def timing_notes(results: Sequence[CaseResult]) -> list[str]:
     """Return what must be said below a timing table, each note once."""
-    notes = [
+    on_gpu = any(not result.threads for result in results)
+    method = (
         "µs: median of a call, interleaved; quartiles: of the samples; / copy, / ours: ratios of "
-        "medians; exact: equal to the unfused NumPy graph bit for bit.",
+        "medians; exact: equal to the unfused NumPy graph bit for bit."
+    )
+    if on_gpu:
+        from ..benchmark_cuda import METHOD
+
+        method = METHOD
+    notes = [
+        method,
         f"GB/s: {BYTES_FORMULA}.",
     ]
     seen: dict[tuple[str, str], list[str]] = {}

@@ -36,6 +36,8 @@ Q_COLS, K_COLS, ROWS = 1536, 256, (1, 16, 512, 4096)
 @device_option
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT.so",
               help="Where to write the module.  [default: the user's cache folder]")  # fmt: skip
+@click.option("--module", "module_file", type=click.Path(dir_okay=False, path_type=Path),
+              metavar="FILE.so", help="Use a module exported before.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1),
               help="Threads to use.  [default: every processor of this process]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="For random activations.  [default: 0]")
@@ -48,6 +50,7 @@ def run(
     input_file: Path | None,
     device: str,
     output: Path | None,
+    module_file: Path | None,
     target: str | None,
     epsilon: float,
     threads: int | None,
@@ -60,7 +63,8 @@ def run(
     The fresh process has the file and apache-tvm-ffi, not the compiler. In it the outputs must
     equal the unfused NumPy graph bit for bit, and the unfused torch graph where torch is installed.
     Then the module is timed, interleaved, against a copy of the same bytes, both graphs and
-    torch.compile.
+    torch.compile. With --device cuda all of that happens on the GPU: equal to unfused torch on that
+    GPU, timed inside a CUDA graph.
 
     Without options: the Q and K projections of MiniMax-M2 on one rank at tensor parallel 4.
 
@@ -70,6 +74,7 @@ def run(
       qknorm-tvm run --q-cols 6144 --k-cols 1024 --rows 1,256,4096 --threads 1
       qknorm-tvm run --dtype float16 --out-dtype float32 --output qk.so
       qknorm-tvm run --input activations.safetensors
+      qknorm-tvm run --device cuda
 
     Exit status: 0, 1 when a result is not exact, 2 when the input is wrong or something cannot be
     built.
@@ -84,27 +89,36 @@ def run(
     )
     from ..spec import KernelSpec
     from ..targets import host_cpu_target
+    from .cuda import gpu_target, need_compiler, report_run
 
     spec = KernelSpec(
         in_dtype=request["dtype"],
         out_dtype=given["out_dtype"] or request["dtype"],
         q_cols=request["q_cols"],
         k_cols=request["k_cols"],
-        target=target or host_cpu_target(),
+        target=gpu_target(target) if device == "cuda" else target or host_cpu_target(),
     )
-    if spec.parsed_target.kind != "cpu":
+    if device == "cpu" and spec.parsed_target.kind != "cpu":
         raise click.UsageError(f"--target must be a CPU's for --device cpu, got {spec.target}")
+    if module_file is not None and not module_file.is_file():
+        raise click.UsageError(f"{module_file}: no such file")
     request.update(out_dtype=spec.out_dtype)
 
     from .output import console
 
     progress = console(stderr=True)
     with progress.status("importing TVM") as status:
-        path, seconds = _export(spec, output, status.update)
-        request["module"] = str(path)
+        path, seconds = module_file, None
+        if path is None:
+            need_compiler("give --module FILE.so, exported")
+            path, seconds = _export(spec, output, status.update)
+        request["module"] = str(path.absolute())
         from .fresh import call_fresh_process
 
-        found = call_fresh_process(request, status.update)
+        job = "cuda:prove" if device == "cuda" else "run:prove"
+        found = call_fresh_process(request, status.update, job)
+    if device == "cuda":
+        return report_run(spec, path, seconds, found)
     return _report(spec, path, seconds, found)
 
 
@@ -158,7 +172,7 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     return output, time.perf_counter() - start
 
 
-def _report(spec: KernelSpec, path: Path, seconds: float, found: dict[str, Any]) -> int:
+def _report(spec: KernelSpec, path: Path, seconds: float | None, found: dict[str, Any]) -> int:
     from ..benchmark import CaseResult
     from ..machine import cpu_name, load_warning
     from ..module_file import read_metadata
@@ -166,6 +180,7 @@ def _report(spec: KernelSpec, path: Path, seconds: float, found: dict[str, Any])
     from .output import console, facts, plural, size, table, timing_notes, timing_table
 
     printer = console()
+    how = "given" if seconds is None else f"compiled in {seconds:.1f} s"
     metadata = read_metadata(path)
     level = next(one for one in metadata["levels"] if one["name"] == found["level"])
     code = level["code"][0]
@@ -178,7 +193,7 @@ def _report(spec: KernelSpec, path: Path, seconds: float, found: dict[str, Any])
                 ("config", f"{config_text(code['config'])} ({code['source']})"),
                 ("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())),
                 ("inputs", "; ".join([found["source"], *found["notes"]])),
-                ("compiled", f"in {seconds:.1f} s, {size(path.stat().st_size)}"),
+                ("module", f"{how}, {size(path.stat().st_size)}"),
             ]
         )
     )

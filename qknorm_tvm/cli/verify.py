@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Compare with the unfused graph, bit for bit.")
-@click.argument("file", required=False, metavar="[FILE.so]", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, metavar="[FILE.so]...", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True,
               help="Compile for this instead of this CPU's level; may be given several "
               "times.")  # fmt: skip
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 @device_option
 @debug_option
 def verify(
-    file: Path | None, targets: tuple[str, ...], thorough: bool, float32_sweep: bool, device: str
+    files: tuple[Path, ...],
+    targets: tuple[str, ...],
+    thorough: bool,
+    float32_sweep: bool,
+    device: str,
 ) -> int:
     """Compare outputs with the unfused float32 graph in NumPy, and torch's where it is installed.
 
@@ -42,25 +46,39 @@ def verify(
     With FILE.so the specs in it are checked, in the code that this machine runs; otherwise a module
     for every pairing of dtypes with open columns, and one with fixed columns, compiled now.
 
+    With --device cuda the same cases run on the GPU, addresses off by one element instead of a
+    byte, and must equal torch's graph on that GPU; reproducible specs must equal NumPy's.
+
     \b
     Examples:
       qknorm-tvm verify
       qknorm-tvm verify qk.so --thorough
       qknorm-tvm verify --target x86-64-v2
+      qknorm-tvm verify --device cuda
       qknorm-tvm verify --float32-sweep
 
     Exit status: 0, 1 when anything differs, 2 when the input is wrong.
     """
     check_device(device)
-    if file is not None and (targets or float32_sweep):
+    if files and (targets or float32_sweep):
         given = "--target" if targets else "--float32-sweep"
         raise click.UsageError(f"{given} and FILE.so exclude each other")
     if float32_sweep:
+        if device != "cpu":
+            raise click.UsageError("--float32-sweep is for --device cpu")
         return _sweep(targets)
     start = time.perf_counter()
-    modules = [_loaded(file)] if file is not None else _compiled(targets, thorough)
-    report = _verified(modules, thorough)
-    return _print_report(report, modules, time.perf_counter() - start)
+    if device == "cuda":
+        from . import cuda
+
+        if len(targets) > 1:
+            raise click.UsageError("--target may be given once for --device cuda")
+        modules = cuda.load_modules(files) or cuda.compile_for_verify(*targets or (None,))
+        report = cuda.verify_cuda(modules, thorough)
+    else:
+        modules = [_loaded(file) for file in files] or _compiled(targets, thorough)
+        report = _verified(modules, thorough)
+    return _print_report(report, modules, time.perf_counter() - start, device)
 
 
 def _loaded(file: Path) -> Module:
@@ -108,7 +126,7 @@ def _verified(modules: list[Module], thorough: bool) -> Report:
     threads = sorted({1, usable_processors()})
     report = verification.Report()
     cases = list(verification.iterate(modules, thorough=thorough))
-    with _progress(console(stderr=True)) as progress:
+    with progress_bar(console(stderr=True)) as progress:
         task = progress.add_task("verifying", total=len(cases))
         for module, case in cases:
             progress.update(task, description=case.description)
@@ -117,7 +135,8 @@ def _verified(modules: list[Module], thorough: bool) -> Report:
     return report
 
 
-def _progress(printer: Any) -> Any:
+def progress_bar(printer: Any) -> Any:
+    """Return a progress bar that goes when it is done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
@@ -125,7 +144,7 @@ def _progress(printer: Any) -> Any:
     return Progress(*columns, console=printer, transient=True)
 
 
-def _print_report(report: Report, modules: list[Module], seconds: float) -> int:
+def _print_report(report: Report, modules: list[Module], seconds: float, device: str) -> int:
     from ..machine import cpu_name
     from ..reference_torch import torch_or_none
     from .output import console, facts, table
@@ -133,9 +152,10 @@ def _print_report(report: Report, modules: list[Module], seconds: float) -> int:
     printer = console()
     specs = [spec for module in modules for spec in module.specs]
     has_torch = torch_or_none() is not None
+    on_gpu = device == "cuda"
     levels = list(dict.fromkeys(module.active_level for module in modules))
     lines = [
-        ("machine", cpu_name()),
+        ("machine", _gpu_name() if on_gpu else cpu_name()),
         ("code run", ", ".join(levels)),
         ("specs", specs[0].text if len(specs) == 1 else f"{len(specs)} in {len(modules)} modules"),
         ("took", f"{seconds:.1f} s"),
@@ -146,13 +166,15 @@ def _print_report(report: Report, modules: list[Module], seconds: float) -> int:
         counts.add_row(
             name,
             f"{tally.checks:,}",
-            f"{tally.elements:,}",
-            f"{tally.from_numpy:,}",
+            f"{max(tally.elements, tally.torch_elements):,}",
+            f"{tally.from_numpy:,}" if tally.elements else "not compared",
             f"{tally.from_torch:,}" if has_torch else "not installed",
             f"{tally.spoilt:,}",
         )
     printer.print(counts)
-    if has_torch:
+    if on_gpu:
+        printer.print("Compared with torch's graph on this GPU; reproducible specs with NumPy's.")
+    elif has_torch:
         printer.print("torch's graph is compared once for each set of inputs, NumPy's every call.")
     if report.exact:
         printer.print("EXACT: every output equals the unfused float32 graph bit for bit.")
@@ -160,6 +182,12 @@ def _print_report(report: Report, modules: list[Module], seconds: float) -> int:
     printer.print("NOT EXACT. First difference:")
     printer.print(report.first_difference, soft_wrap=True)
     return 1
+
+
+def _gpu_name() -> str:
+    from ..benchmark_cuda import device_facts
+
+    return ", ".join(device_facts().values())
 
 
 def _sweep(targets: tuple[str, ...]) -> int:
@@ -176,7 +204,7 @@ def _sweep(targets: tuple[str, ...]) -> int:
         compiled = compile(list(sweep.sweep_specs(target)))
         module = compiled.module
     start = time.perf_counter()
-    with _progress(progress_printer) as progress:
+    with progress_bar(progress_printer) as progress:
         task = progress.add_task("float32 patterns", total=1 << 32)
         result = sweep.sweep(
             module,

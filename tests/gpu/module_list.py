@@ -1,0 +1,92 @@
+"""Which modules the GPU tests use, by name; each is one file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+from qknorm_tvm import KernelSpec
+
+DTYPES = ("bfloat16", "float16", "float32")
+PAIRINGS = tuple(itertools.product(DTYPES, DTYPES))
+#: What the benchmarks time too: dtypes, and columns of Q and K.
+FIXED = (
+    ("bfloat16", "bfloat16", 1536, 256),
+    ("bfloat16", "bfloat16", 6144, 1024),
+    ("bfloat16", "bfloat16", 768, 128),
+    ("bfloat16", "bfloat16", 256, 64),
+    ("bfloat16", "bfloat16", 1537, 257),
+    ("bfloat16", "bfloat16", 7, 1),
+    ("bfloat16", "float32", 1536, 256),
+    ("float32", "bfloat16", 1536, 256),
+    ("float16", "float16", 1536, 256),
+    ("float32", "float32", 1536, 256),
+    ("float32", "float32", 6144, 1024),
+)
+
+
+def module_specs(target: str) -> dict[str, list[KernelSpec]]:
+    """Return the specs of each module.
+
+    Parameters
+    ----------
+    target : str
+        The GPU's own, such as ``"cuda:sm_90"``.
+    """
+
+    def fixed(items: Sequence[tuple[str, str, int, int]]) -> list[KernelSpec]:
+        return [
+            KernelSpec(in_dtype=a, out_dtype=b, q_cols=q, k_cols=k, target=target)
+            for a, b, q, k in items
+        ]
+
+    single = fixed(FIXED[:1])
+    return {
+        "fixed": fixed(FIXED),
+        "open": [KernelSpec(in_dtype=a, out_dtype=b, target=target) for a, b in PAIRINGS],
+        "single": single,
+        "reproducible": [
+            KernelSpec(in_dtype=d, q_cols=1536, k_cols=256, target=target, reproducible=True)
+            for d in ("bfloat16", "float32")
+        ],
+        # Its wait for the previous kernel is taken out: shows that a test would notice.
+        "without_wait": single,
+        # For a GPU that is older than what the file holds, and for one that is newer.
+        "newer_gpu": [single[0].replace(target="cuda:sm_120")],
+        "older_gpu": [single[0].replace(target="cuda:sm_80")],
+    }
+
+
+def file_name(name: str, specs: Sequence[KernelSpec]) -> str:
+    """Return a module's file name: another list of specs has another name."""
+    digest = hashlib.sha256("\n".join(spec.text for spec in specs).encode()).hexdigest()[:12]
+    return f"{name}-{digest}.so"
+
+
+@contextlib.contextmanager
+def _no_wait() -> Iterator[None]:
+    from tvm import tirx
+
+    from qknorm_tvm import lowering_cuda
+
+    original = lowering_cuda._grid_dependency
+
+    def without(action: str) -> tirx.Stmt:
+        return tirx.Evaluate(0) if action == "wait" else original(action)
+
+    with mock.patch.object(lowering_cuda, "_grid_dependency", without):
+        yield
+
+
+def build_module(name: str, specs: Sequence[KernelSpec], folder: Path) -> Path:
+    """Build one module into a folder; needs TVM and nvcc, and no GPU."""
+    from qknorm_tvm import compile
+
+    path = folder / file_name(name, specs)
+    with _no_wait() if name == "without_wait" else contextlib.nullcontext():
+        compile(list(specs)).export(path)
+    return path
