@@ -26,13 +26,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .configs import cuda_buckets
 from .declaration import declare
 from .errors import BuildError
 from .lowering_cuda import DEPENDENT_ATTR
 from .module_file import seal
 from .native_build import Level, Variant, compile_entry, run_compiler, tables
 from .schedules.cuda import schedule
-from .schedules.cuda_config import CudaConfig, CudaVariant, default_variants
+from .schedules.cuda_config import CudaConfig, CudaVariant
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -371,13 +372,12 @@ def build(
     per_spec: list[tuple[Variant, ...]] = []
     described: list[dict[str, Any]] = []
     for index, (spec, given) in enumerate(zip(specs, configs, strict=True)):
-        variants = default_variants(spec, given)
         symbols: dict[tuple[Any, ...], str] = {}  # variants may share a kernel
         entries = []
-        for variant in variants:
+        for variant, source_of_config, record in cuda_buckets(spec, given):
             key = (variant.config, variant.stride_unit, variant.alignment)
             if key not in symbols:
-                symbols[key] = f"qkn_cuda_{index}_{variant.name}"
+                symbols[key] = f"qkn_cuda_{index}_{len(symbols)}_{variant.name}"
                 functions.append((symbols[key], scheduled_variant(spec, variant)))
             entries.append(
                 Variant(
@@ -388,17 +388,17 @@ def build(
                     alignment=variant.alignment or 1,
                 )
             )
+            described.append(
+                {
+                    "spec": spec.text,
+                    "source": source_of_config,
+                    **({} if record is None else {"record": dict(record)}),
+                    "min_rows": variant.min_rows,
+                    "config": variant.config.to_dict(),
+                    "variants": [variant.name],
+                }
+            )
         per_spec.append(tuple(entries))
-        described += [
-            {
-                "spec": spec.text,
-                "source": "user" if given and variant.config == given else "heuristic",
-                "min_rows": variant.min_rows,
-                "config": variant.config.to_dict(),
-                "variants": [variant.name],
-            }
-            for variant in variants
-        ]
     source = directory / "module.cu"
     source.write_text(cuda_source(functions) + device_check_source(functions[0][0], archs))
     device_object = directory / "cuda.o"

@@ -31,15 +31,10 @@ def _source_digest() -> str:
         ("qknorm_tvm", (".py",)),
         ("qknorm_tvm.native", (".c", ".h")),
         ("qknorm_tvm.schedules", (".py",)),
-        ("qknorm_tvm.tuning_logs", (".json",)),
     ):
-        pending = [resources.files(package)]
-        while pending:
-            for entry in sorted(pending.pop().iterdir(), key=lambda e: e.name):
-                if entry.is_file() and entry.name.endswith(suffixes):
-                    digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
-                elif entry.is_dir() and package.endswith("tuning_logs"):
-                    pending.append(entry)
+        for entry in sorted(resources.files(package).iterdir(), key=lambda e: e.name):
+            if entry.is_file() and entry.name.endswith(suffixes):
+                digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
     return digest.hexdigest()
 
 
@@ -83,8 +78,17 @@ def _check_owner(path: Path) -> None:
 def cache_key(spec: KernelSpec) -> str:
     """Return the file name of a spec's module: all that decides its code is in it."""
     from .build import versions
+    from .machine import cpu_name
+    from .tuning import selection
 
-    parts = [spec.text, _source_digest(), *(f"{k}={v}" for k, v in sorted(versions().items()))]
+    # Tuned records are picked by device: a folder shared by machines must hold a module for each.
+    tuned = [selection.digest(), cpu_name()] if selection.has_outcomes() else []
+    parts = [
+        spec.text,
+        _source_digest(),
+        *tuned,
+        *(f"{k}={v}" for k, v in sorted(versions().items())),
+    ]
     return f"{spec.digest}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.so"
 
 

@@ -125,3 +125,83 @@ def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> l
         }
         buckets.append(Bucket(start, config_type.from_dict(dict(outcome.config)), "record", about))
     return merge(buckets) or [Bucket(1, default(1), "heuristic")]
+
+
+def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[str, Any] | None]]:
+    """Choose the kernels of a spec for CUDA, in the order in which the entry point tries them.
+
+    Tuned records hold for the layouts that the heuristic's aligned kernels are for, and only where
+    the target is the one architecture that was tuned.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+    given : CudaConfig or None
+        The user's.
+
+    Returns
+    -------
+    list of (CudaVariant, source, record)
+        The last takes any number of rows and any layout.
+    """
+    from .schedules.cuda_config import CudaConfig, default_variants, vector_width
+
+    variants = default_variants(spec, given)
+    if given is not None:
+        return [(v, "user" if v.config == given else "heuristic", None) for v in variants]
+    plain = [(variant, "heuristic", None) for variant in variants]
+    if spec.q_cols is None or spec.k_cols is None or len(spec.parsed_target.variants) > 1:
+        return list(plain)
+    from .tuning.selection import cuda_device, tuned
+
+    device = cuda_device(spec)
+    if device is None:
+        return list(plain)
+    from .tuning.cuda_target import CudaTarget
+    from .tuning.space import workload_hash
+
+    target = CudaTarget(spec.target)
+    found = tuned(
+        spec,
+        spec.target,
+        device,
+        schedule_version=target.schedule_version,
+        default=lambda rows: target.default(spec, rows),
+        workload=lambda rows: workload_hash(target.workload(spec, rows)),
+    )
+    if not any(outcome.source == "record" for outcome, _ in found.values()):
+        return list(plain)
+    width = vector_width(spec)
+    aligned = [v for v in variants if v.alignment is not None or width is None]
+    unaligned = [(v, "heuristic", None) for v in variants if v not in aligned]
+    # Borders are the records' and the heuristic's own: between records that keeps its choices.
+    starts = bucket_starts(list(found))
+    rows_at = {start: rows for rows, start in starts.items()}
+    borders = sorted({*rows_at, *(v.min_rows for v in aligned)})
+    buckets = []
+    for border in borders:
+        rows = rows_at[max(start for start in rows_at if start <= border)]
+        outcome, place = found[rows]
+        if outcome.source == "record":
+            about = {"device": place, "rows": rows, "date": outcome.date}
+            about["gain"] = round(outcome.gain["median"], 3)
+            config = CudaConfig.from_dict(dict(outcome.config))
+            buckets.append(Bucket(border, config, "record", about))
+        else:
+            buckets.append(Bucket(border, target.default(spec, border), "heuristic"))
+    template = aligned[0]
+    chosen: list[tuple[Any, str, Mapping[str, Any] | None]] = [
+        (
+            dataclasses.replace(
+                template,
+                name=f"rows_{bucket.min_rows}",
+                config=bucket.config,
+                min_rows=bucket.min_rows,
+                stride_unit=template.stride_unit,
+            ),
+            bucket.source,
+            bucket.record,
+        )
+        for bucket in merge(buckets)
+    ]
+    return [*chosen, *unaligned]

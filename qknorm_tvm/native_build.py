@@ -100,8 +100,7 @@ def tables(
     lines.append(f"static const qkn_level qkn_levels[] = {{{rows}}};")
     for si in range(len(specs)):
         rows = ", ".join(
-            f"{{variants_{li}_{si}, {len(level.variants[si])}}}"
-            for li, level in enumerate(levels)
+            f"{{variants_{li}_{si}, {len(level.variants[si])}}}" for li, level in enumerate(levels)
         )
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
     lines.append(f"#define QKN_NUM_SPECS {len(specs)}")

@@ -84,7 +84,9 @@ def tune(
 
         kind = "cuda" if parse_target(target).kind == "cuda" else "cpu"
         specs = [
-            KernelSpec(in_dtype=dtype, out_dtype=out_dtype, q_cols=q, k_cols=k, target=kind)
+            KernelSpec(
+                in_dtype=dtype, out_dtype=out_dtype or dtype, q_cols=q, k_cols=k, target=kind
+            )
             for q, k in shapes or default_shapes()
         ]
     if tracker is None and load_warning():

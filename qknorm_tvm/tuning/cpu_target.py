@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +121,7 @@ class CpuTarget:
         obj = directory / "candidate.o"
         generate(self.text, [(spec, config, one) for one in variants]).write_to_file(str(obj), "o")
         level = Level(self.text, self.features, (tuple(variants),))
-        metadata = {"kind": "cpu", "candidate": config.to_dict()}
-        table = tables([spec], [level], metadata, cuda=False)
+        table = tables([spec], [level], {"kind": "cpu"}, cuda=False)
         out = directory / "candidate.so"
         link([*_native_objects(directory, table), obj], out)
         largest = max(one.row_tile for one in variants)
@@ -157,12 +156,15 @@ def _needed(variants: Sequence[Variant], spec: KernelSpec, rows: int) -> list[Va
 
 
 def _native_objects(directory: Path, table: str) -> list[Path]:
-    """Compile the entry point; the thread pool is the same for all candidates of a session."""
-    kept = directory.parent / "pool.o"
-    if kept.exists():
-        return [*compile_entry(directory, table, pool=False), kept]
-    entry, pool = compile_entry(directory, table, pool=True)
-    # Two workers may come here at once: each puts a whole file in place.
-    shutil.copyfile(pool, directory / "pool.copy.o")
-    os.replace(directory / "pool.copy.o", kept)
-    return [entry, pool]
+    """Compile the entry point and the thread pool, or take those of an equal candidate.
+
+    Many candidates of a session differ in generated code alone, and compiling C takes a third of
+    their time.
+    """
+    name = hashlib.sha256(table.encode()).hexdigest()[:16]
+    kept = [directory.parent / f"{name}-{part}.o" for part in ("entry", "pool")]
+    if not all(path.exists() for path in kept):
+        # Two workers may come here at once: each puts whole files in place.
+        for made, path in zip(compile_entry(directory, table, pool=True), kept, strict=True):
+            os.replace(made, path)
+    return kept

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import TuningError
 from ..spec import KernelSpec
+from . import interrupts
 from .measure import Plan
 from .target import Built
 from .workers import Workers, cause
@@ -25,8 +26,9 @@ from .workers import Workers, cause
 _TRACKER_S = 5
 #: Times that a candidate is tried elsewhere when its server is lost.
 _ATTEMPTS = 3
-#: Seconds to wait for a server to come back when none is left: a restarted one needs some.
-_GRACE_S = 8
+#: Seconds to wait for a server to come back when none is left: one that ends a session starts
+#: anew and registers again, which took over 2 s on a busy machine.
+_GRACE_S = 10
 #: Seconds after which a session is given back, so that others get their turn, and those after
 #: which one that is not used is: a worker that waits may need this very server.
 _SESSION_S, _IDLE_S = 20, 1.0
@@ -192,8 +194,7 @@ class FleetRunner:
                 for index in todo
             }  # fmt: skip
             retry = {}
-            for future in concurrent.futures.as_completed(futures):
-                index = futures[future]
+            for future, index in futures.items():
                 kind, value = _outcome(future)
                 if kind == "done":
                     results[index] = value
@@ -212,6 +213,7 @@ class FleetRunner:
     def _wait_for_server(self) -> None:
         until = time.monotonic() + _GRACE_S
         while not self._fleet.count():
+            interrupts.check()
             if time.monotonic() > until:
                 raise TuningError(
                     f"no server with key {self._fleet.key!r} is left at the tracker "
@@ -231,7 +233,7 @@ class FleetRunner:
 
 def _outcome(future: concurrent.futures.Future) -> tuple[str, Any]:
     try:
-        return future.result()
+        return interrupts.wait(future)
     except ChildProcessError as error:
         return "lost", cause(error)
     except TimeoutError as error:

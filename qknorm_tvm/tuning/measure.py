@@ -68,6 +68,7 @@ class Bench:
         self.device = self._make_device()
         self._checks: dict[int, tuple[list[Any], tuple[npt.NDArray, npt.NDArray]]] = {}
         self._timed: list[Any] | None = None
+        self._loads = 0
 
     def _make_device(self) -> Any:
         import tvm
@@ -76,14 +77,14 @@ class Bench:
 
     def load(self, path: str) -> Any:
         """Load a candidate where it is to run."""
-        import os
-
         import tvm
 
         if self.session is None:
             return tvm.runtime.load_module(path)
-        # A name of its own: a file that is in use must not be overwritten.
-        remote = f"qknorm_{os.getpid()}_{abs(hash(path)):x}.so"
+        # A name of its own each time: to write over a file that is loaded crashes the server, and
+        # TVM's servers do not outlive a session that crashed.
+        self._loads += 1
+        remote = f"candidate_{self._loads}.so"
         self.session.upload(path, remote)
         return self.session.load_module(remote)
 

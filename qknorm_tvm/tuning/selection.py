@@ -159,6 +159,11 @@ def default_logs() -> Path:
     return user_logs()
 
 
+def has_outcomes() -> bool:
+    """Whether there are any outcomes that a build may read."""
+    return any(any(folder.glob(f"*/{FILE_NAME}")) for folder in log_folders())
+
+
 def digest() -> str:
     """Return a digest of all outcomes that a build may read."""
     state = hashlib.sha256()
@@ -182,6 +187,21 @@ def cpu_device(cpu: str) -> str | None:
     except RuntimeError:
         return None
     return host_device()
+
+
+def cuda_device(spec: KernelSpec) -> str | None:
+    """Return the folder that holds outcomes for a spec's one architecture, or None.
+
+    Where several GPUs of one architecture were tuned, the first by name.
+    """
+    for folder in log_folders():
+        for path in sorted(folder.glob(f"nvidia-*/{FILE_NAME}")):
+            try:
+                if any(one.spec == spec.text for one in read_outcomes(path.parent)):
+                    return path.parent.name
+            except ValueError:
+                continue  # `tuned` says so when it is read
+    return None
 
 
 def host_device() -> str:

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import signal
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 from ..errors import TuningError
 from ..spec import KernelSpec
-from . import provenance, records, selection
+from . import interrupts, provenance, records, selection
 from .lock import FolderLock
 from .measure import Plan
 from .report import Progress, Reporter, Task
@@ -97,23 +95,6 @@ class Summary:
         return 60 * self.measured / self.seconds if self.seconds else math.nan
 
 
-@contextlib.contextmanager
-def terminated_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that it too ends in good order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Session:
     """Tunes specs on one device, into one folder.
 
@@ -158,7 +139,7 @@ class Session:
         tasks = [(spec, count) for spec in specs for count in sorted(set(rows))]
         self.folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        with FolderLock(self.folder), terminated_as_interrupt(), self._resources():
+        with FolderLock(self.folder), interrupts.deferred(), self._resources():
             ended = "interrupted"
             try:
                 self._open_logs()
@@ -166,6 +147,7 @@ class Session:
                 place = f"{self.target.text} on {self.device.folder}, logs in {self.folder}"
                 self.reporter.begin(told, place, self.options.cost_model)
                 for index, (spec, count) in enumerate(tasks):
+                    interrupts.check()
                     self.reporter.task(index, told[index])
                     self._tune(index, spec, count)
                 ended = "complete"
@@ -329,16 +311,16 @@ class Session:
                 self._measure(spec, rows, mod, first, known, failed, state)
             self._report(index, default, known, failed, state)
             for candidates in search.batches() if spent() < budget else ():
-                new: dict[tuple, Any] = {}
-                # The strategy may propose again what it knows; the rest of the batch is drawn.
-                drawn = search.draw({*known, *failed}, options.batch)
-                for candidate in (*first, *candidates, *drawn):
-                    key = key_of(fields_of(candidate))
-                    if key not in known and key not in failed:
-                        new.setdefault(key, candidate)
-                first = []
                 room = min(options.batch, budget - spent())
-                new = dict(list(new.items())[:room])
+                new: dict[tuple, Any] = {}
+                for candidate in (*first, *candidates):
+                    key = key_of(fields_of(candidate))
+                    if key not in known and key not in failed and len(new) < room:
+                        new[key] = candidate
+                first = []
+                # The strategy may propose again what it knows; the rest of the batch is drawn.
+                for candidate in search.draw({*known, *failed, *new}, room - len(new)):
+                    new[key_of(fields_of(candidate))] = candidate
                 if new:
                     self._measure(spec, rows, mod, list(new.values()), known, failed, state)
                     self._report(index, default, known, failed, state)
@@ -348,9 +330,9 @@ class Session:
         finally:
             search.close()
         if not known:
-            first = next(iter(failed.values()), "none was found")
+            why = next(iter(failed.values()), "none was found")
             raise TuningError(
-                f"no candidate of {spec.text} at {rows} rows works: {first} ({len(failed)} tried)"
+                f"no candidate of {spec.text} at {rows} rows works: {why} ({len(failed)} tried)"
             )
 
     def _report(

@@ -151,7 +151,8 @@ class Search:
     def candidate(self, fields: Mapping[str, int]) -> Any:
         """Return the candidate of given fields."""
         sch = Schedule(self.mod)
-        self.target.sample(sch, self.choices, fields)
+        # Schedules of several structures come as a list: here there is one.
+        (sch,) = self.target.sample(sch, self.choices, fields) or [sch]
         args = ms.arg_info.ArgInfo.from_entry_func(self.mod, remove_preproc=False)
         return ms.MeasureCandidate(sch, args)
 
@@ -164,6 +165,8 @@ class Search:
             Sorted items of the fields that are known.
         count : int
         """
+        if count < 1:
+            return []
         size = math.prod(len(values) for values in self.choices.values())
         picked = self._random.sample(range(size), min(size, count + len(known)))
         found = []

@@ -65,7 +65,7 @@ class TunableTarget(Protocol):
     """
 
     text: str
-    words: Mapping[str, Sequence[str]]
+    words: Mapping[str, Sequence[Any]]
     schedule_version: int
 
     def tvm_target(self) -> tvm.target.Target:
@@ -79,8 +79,11 @@ class TunableTarget(Protocol):
 
     def sample(
         self, sch: Schedule, choices: Mapping[str, Sequence[int]], decisions: Any = None
-    ) -> None:
-        """Apply the product's schedule with fields that MetaSchedule samples."""
+    ) -> Sequence[Schedule] | None:
+        """Apply the product's schedule with fields that MetaSchedule samples.
+
+        In place, or in copies that it returns where some fields decide the structure.
+        """
 
     def default(self, spec: KernelSpec, rows: int) -> Any:
         """Return the heuristic's config."""

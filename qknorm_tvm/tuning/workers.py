@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec import KernelSpec
+from . import interrupts
 from .measure import Plan
 from .target import Built
 
@@ -175,7 +176,7 @@ class LocalRunner:
         task = self._workers.submit(
             compare_task, self._target, spec.text, rows, list(paths), plan, rounds
         )
-        found: list[list[float]] = task.result()
+        found: list[list[float]] = interrupts.wait(task)
         return found
 
     def warm(self) -> None:
@@ -190,6 +191,6 @@ class LocalRunner:
 def outcome(future: concurrent.futures.Future) -> Any:
     """Return a task's result, or as a string why it failed."""
     try:
-        return future.result()
+        return interrupts.wait(future)
     except Exception as error:
         return cause(error)

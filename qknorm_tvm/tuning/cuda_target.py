@@ -1,0 +1,199 @@
+"""Tuning for NVIDIA GPUs: the space, and candidates built exactly as the product builds its code.
+
+Runs on the GPU's machine: launches are shorter than a call from the host, so they are timed in CUDA
+graphs, through torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+
+from ..declaration import declare
+from ..errors import TuningError
+from ..schedules import cuda_sampling
+from ..schedules.cuda_config import (
+    ACCESS_BYTES,
+    GRID_ORDERS,
+    CudaConfig,
+    CudaVariant,
+    default_variants,
+    vector_width,
+)
+from ..spec import KernelSpec
+from ..targets import parse_target
+from .space import specialise
+from .target import Built, Device, encode
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
+    from .measure import Bench
+
+
+def resolve_cuda(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
+    """Return the architecture to generate code for, and this machine's GPU.
+
+    Raises
+    ------
+    TuningError
+        There is no GPU or no torch with CUDA, or the GPU is of another architecture.
+    ValueError
+        The target names several architectures.
+    """
+    if fleet is not None:
+        raise TuningError(
+            "a CUDA device is tuned on its own machine, without --tracker: launches are timed in "
+            "CUDA graphs, which TVM's RPC does not offer"
+        )
+    from ..reference_torch import torch_or_none
+
+    torch = torch_or_none()
+    if torch is None or not torch.cuda.is_available():
+        raise TuningError(
+            "tuning for CUDA needs an NVIDIA GPU and torch with CUDA, to time launches in CUDA "
+            "graphs; run it on the GPU's machine, with torch installed as "
+            "https://pytorch.org/get-started says"
+        )
+    major, minor = torch.cuda.get_device_capability(0)
+    own = f"cuda:sm_{major}{minor}"
+    if target != "cuda" and parse_target(target).text != own:
+        raise TuningError(f"this machine's GPU is {own}, got target {target!r}; give {own}")
+    about = torch.cuda.get_device_properties(0)
+    details = {
+        "gpu": about.name,
+        "memory_gb": round(about.total_memory / 1e9, 1),
+        "multiprocessors": about.multi_processor_count,
+        "l2_bytes": getattr(about, "L2_cache_size", None),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    return own, Device(device or folder_name(about.name), details)
+
+
+def folder_name(gpu: str) -> str:
+    """Return the folder of records for a GPU's name: without memory size, type and socket."""
+    words = re.split(r"[ -]+", gpu.lower())
+    noise = re.compile(r"\d+gb|hbm\d\w?|sxm\d?|pcie|nvl")
+    return "-".join(word for word in words if word and not noise.fullmatch(word))
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else "unknown"
+
+
+class CudaTarget:
+    """One CUDA architecture; see `tuning.target.TunableTarget`.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``"cuda:sm_90"``.
+    """
+
+    words: Mapping[str, Sequence[Any]] = cuda_sampling.WORDS
+    schedule_version = cuda_sampling.SCHEDULE_VERSION
+
+    def __init__(self, text: str):
+        self.text = text
+        self.archs = parse_target(text).variants
+        if len(self.archs) != 1:
+            raise ValueError(f"target must be one architecture to be tuned, got {text!r}")
+
+    def tvm_target(self) -> tvm.target.Target:
+        """Return TVM's target, which goes into records."""
+        return tvm.target.Target(
+            {
+                "kind": "cuda",
+                "arch": self.archs[0],
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": 49152,
+                "thread_warp_size": 32,
+            }
+        )
+
+    def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
+        """Return the declared function, specialised to a row count, with the widest alignment."""
+        unit = vector_width(spec) or 1
+        func = declare(spec, stride_unit=unit, alignment=ACCESS_BYTES if unit > 1 else None)
+        return specialise(func, rows, stride_unit=unit)
+
+    def default(self, spec: KernelSpec, rows: int) -> CudaConfig:
+        """Return the heuristic's config for a row count."""
+        return next(one.config for one in default_variants(spec) if rows >= one.min_rows)
+
+    def config(self, fields: Mapping[str, Any]) -> CudaConfig:
+        """Build a config from its fields."""
+        return CudaConfig.from_dict(dict(fields))
+
+    def choices(self, spec: KernelSpec, rows: int) -> dict[str, list[int]]:
+        """Return the values of each field worth trying, the default's among them."""
+        base = encode(self, self.default(spec, rows))
+        width = vector_width(spec)
+        waits = int(re.sub(r"\D", "", self.archs[0])) >= 90
+        launches = range(len(self.words["dependent_launch"]))
+        options = {
+            "threads": [64, 96, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024],
+            "vector": [1] if width is None else [width // 2, width] if width > 1 else [width],
+            "columns": [1, 2, 4] if width is None else [1, 2],
+            "rows": [tile for tile in (1, 2, 4, 8) if tile <= rows],
+            # Before sm_90 nothing waits, and all of them are one.
+            "dependent_launch": list(launches) if waits else [],
+            "grid_order": list(range(len(GRID_ORDERS))),
+            "streaming_stores": [0, 1],
+        }
+        return {name: sorted({*values, base[name]}) for name, values in options.items()}
+
+    def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> Any:
+        """Return a schedule for each structure, with fields that MetaSchedule samples."""
+        return cuda_sampling.sample(sch, choices, decisions)
+
+    def build(self, spec: KernelSpec, rows: int, config: CudaConfig, directory: Path) -> Built:
+        """Build the product's entry point with the one kernel, for this architecture alone."""
+        from ..build_cuda import (
+            cuda_source,
+            device_check_source,
+            link_cuda,
+            nvcc_compile,
+            scheduled_variant,
+        )
+        from ..native_build import Level, Variant, compile_entry, tables
+
+        spec = spec.replace(target=self.text)
+        aligned = {"stride_unit": config.vector, "alignment": ACCESS_BYTES}
+        variant = CudaVariant(
+            name="candidate", config=config, **(aligned if config.vector > 1 else {})
+        )
+        symbol = "qkn_cuda_candidate"
+        source = directory / "candidate.cu"
+        func = scheduled_variant(spec, variant)
+        source.write_text(cuda_source([(symbol, func)]) + device_check_source(symbol, self.archs))
+        device_object = directory / "candidate.o"
+        nvcc_compile(source, device_object, self.archs)
+        entry = Variant(
+            "candidate",
+            symbol,
+            stride_unit=variant.stride_unit,
+            alignment=variant.alignment or 1,
+        )
+        metadata = {"kind": "cuda", "candidate": config.to_dict()}
+        table = tables([spec], [Level("cuda", (), ((entry,),))], metadata, cuda=True)
+        out = directory / "candidate.so"
+        link_cuda([*compile_entry(directory, table, pool=False), device_object], out)
+        return Built(str(out), (1, 4 * config.rows + 1))
+
+    def bench(self, spec: KernelSpec, rows: int, session: Any = None) -> Bench:
+        """Return what measures candidates."""
+        from .cuda_measure import CudaBench
+
+        assert session is None
+        return CudaBench(spec.replace(target=self.text), rows)

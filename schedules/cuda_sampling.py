@@ -1,0 +1,82 @@
+"""The CUDA schedule with fields that MetaSchedule samples. Imports no TVM until it is used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .cuda_config import DEPENDENT_LAUNCHES, GRID_ORDERS
+
+if TYPE_CHECKING:
+    from tvm.s_tir import Schedule
+
+#: Raised when the schedule, its lowering or the declaration changes so much that times measured
+#: before say nothing: tuned records of another version are not used.
+SCHEDULE_VERSION = 1
+
+#: Fields that are no numbers: MetaSchedule samples the index of a value.
+WORDS: dict[str, Sequence[Any]] = {
+    "dependent_launch": DEPENDENT_LAUNCHES,
+    "grid_order": GRID_ORDERS,
+    "streaming_stores": (False, True),
+}
+#: Fields on which the shape of the loops depends. A trace would freeze what Python decides from
+#: them, so each of their combinations is a design space of its own.
+STRUCTURAL = ("vector", "columns", "rows")
+
+
+class _Fields:
+    """A config whose fields may be MetaSchedule's random variables."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        self._fields = dict(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._fields[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._fields
+
+
+def sample(
+    sch: Schedule,
+    choices: Mapping[str, Sequence[int]],
+    decisions: Mapping[str, int] | None = None,
+) -> list[Schedule]:
+    """Schedule with sampled fields; `lowering_cuda.join_operands` is left to the build.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Of a specialised instance of the declared function.
+    choices : mapping
+        Values by field of `CudaConfig`; those of `WORDS` as an index.
+    decisions : mapping, optional
+        The value to take for each field; by default MetaSchedule draws them.
+
+    Returns
+    -------
+    list of Schedule
+        One for each combination of the `STRUCTURAL` fields. Every field is annotated as
+        ``qknorm.<field>``, so that a record's trace says the whole config.
+    """
+    from .cuda import schedule_body
+
+    fixed = [
+        choices[name] if decisions is None else [decisions[name]] for name in STRUCTURAL
+    ]  # fmt: skip
+    spaces = []
+    for values in itertools.product(*fixed):
+        one = sch.copy()
+        fields: dict[str, Any] = dict(zip(STRUCTURAL, values, strict=True))
+        for name, options in choices.items():
+            if name not in STRUCTURAL:
+                fields[name] = one.sample_categorical(
+                    list(options),
+                    [1 / len(options)] * len(options),
+                    None if decisions is None else list(options).index(decisions[name]),
+                )
+        schedule_body(one, _Fields(fields))  # type: ignore[arg-type]
+        spaces.append(one)
+    return spaces

@@ -1,0 +1,278 @@
+"""Tuning for real, on small spaces: search, resume, interruption, and what the build uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import Case, check_exact, make_case
+
+from qknorm_tvm import KernelSpec, TuningError, compile, tune
+from qknorm_tvm.targets import host_cpu_target
+from qknorm_tvm.tuning import maintenance, records, selection
+
+pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
+pytest.importorskip("psutil", reason="tuning needs the extra qknorm-tvm[tune]")
+
+SPEC = KernelSpec(q_cols=96, k_cols=64, target="cpu")
+TUNE = """
+import sys
+from qknorm_tvm import KernelSpec, tune
+tune([KernelSpec(q_cols=96, k_cols=64)], rows=(16,), trials=int(sys.argv[2]),
+     cost_model="random", logs=sys.argv[1])
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that spin beside other tests' would measure the scheduler."""
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A device's folder, tuned with the random model."""
+    logs = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVM_NUM_THREADS", "1")
+        began = time.monotonic()
+        summary = tune([SPEC], rows=(1, 16), trials=10, cost_model="random", logs=logs)
+        assert time.monotonic() - began < 60
+    assert summary.failed == 0, summary.first_failure
+    assert [one.rows for one in summary.outcomes] == [1, 16]
+    assert [one.trials for one in summary.outcomes] == [summary.measured - 10, 10]
+    return summary.folder
+
+
+@pytest.fixture
+def copy(tuned: Path, tmp_path: Path) -> Path:
+    """A copy of the tuned folder, to change."""
+    return Path(shutil.copytree(tuned, tmp_path / "logs" / tuned.name))
+
+
+def test_a_tuned_folder_is_whole(tuned: Path) -> None:
+    assert maintenance.validate(tuned) == []
+    provenance = json.loads((tuned / "provenance.json").read_text())
+    assert provenance["device"]["cpu"]
+    (session,) = provenance["sessions"]
+    assert (session["trials"], session["seed"], session["ended"]) == (10, 0, "complete")
+    assert sorted(one["rows"] for one in provenance["workloads"].values()) == [1, 16]
+    # The default is always among the measured.
+    logs = records.read_logs(tuned)
+    for one in selection.read_outcomes(tuned):
+        wanted = maintenance._encoded(KernelSpec.from_text(one.spec), one.default)
+        assert any(r.workload == one.workload and r.fields == wanted for r in logs.records)
+
+
+def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
+    before = (copy / records.RECORDS).read_bytes()
+    summary = tune([SPEC], rows=(1, 16), trials=10, cost_model="random", logs=copy.parent)
+    assert summary.measured == 0
+    assert summary.reused == len(before.splitlines())
+    assert (copy / records.RECORDS).read_bytes() == before
+
+
+def test_xgboost_goes_on_where_random_ended_past_damaged_lines(copy: Path) -> None:
+    pytest.importorskip("xgboost")
+    path = copy / records.RECORDS
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "", "{}", *lines[1:-1], lines[-1][:50]]) + "\n")
+    summary = tune([SPEC], rows=(16,), trials=28, cost_model="xgb", logs=copy.parent)
+    assert [one.line for one in summary.rejected] == [2, 3, len(lines) + 2]
+    (outcome,) = summary.outcomes
+    assert outcome.trials == 28
+    assert summary.measured == 28 - 9
+    found = records.read_logs(copy)
+    assert found.problems == []
+    assert len({one.key for one in found.records}) == len(found.records)
+
+
+def test_a_killed_session_keeps_its_batches_and_its_lock_is_free(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", TUNE, str(tmp_path), "60"]
+    with subprocess.Popen(arguments, start_new_session=True) as tuner:
+        while not _recorded(tmp_path):
+            assert tuner.poll() is None
+            time.sleep(0.1)
+        # Meanwhile nobody else may write there.
+        with pytest.raises(TuningError, match=f"in use by process {tuner.pid} "):
+            tune([SPEC], rows=(16,), trials=1, logs=tmp_path)
+        os.kill(tuner.pid, signal.SIGKILL)
+    kept = _recorded(tmp_path)
+    assert kept >= 1
+    # A line may have been cut, or written after it was killed.
+    summary = tune([SPEC], rows=(16,), trials=kept + 2, cost_model="random", logs=tmp_path)
+    assert 1 <= summary.measured <= 3
+    assert _recorded(tmp_path) == kept + 2
+
+
+def test_sigterm_ends_in_good_order(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", TUNE, str(tmp_path), "60"]) as tuner:
+        while not _recorded(tmp_path):
+            assert tuner.poll() is None
+            time.sleep(0.1)
+        tuner.terminate()
+        assert tuner.wait(20) != 0
+    (folder,) = tmp_path.iterdir()
+    (session,) = json.loads((folder / "provenance.json").read_text())["sessions"]
+    assert session["ended"] == "interrupted"
+    assert records.read_logs(folder).problems == []
+    assert not (folder / ".lock-holder").exists()
+
+
+def _recorded(logs: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in logs.glob(f"*/{records.RECORDS}"))
+
+
+# ---- the build ------------------------------------------------------------------------------
+
+
+def keep_records(folder: Path) -> dict[int, dict]:
+    """Declare a record that is not the default the winner at every row count."""
+    logs = records.read_logs(folder)
+    outcomes, configs = [], {}
+    for one in selection.read_outcomes(folder):
+        for record in logs.records:
+            fields = {**record.fields, "rounding": ("mask", "shift")[record.fields["rounding"]]}
+            if record.workload == one.workload and fields != one.default:
+                configs[one.rows] = fields
+        changes = {**one.__dict__, "source": "record", "config": configs[one.rows]}
+        outcomes.append(selection.Outcome(**changes))
+    selection.write_outcomes(folder, outcomes)
+    return configs
+
+
+def test_the_build_uses_records_by_rows_and_stays_exact(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records end in configs by the heuristic's own door, each for the rows it was measured at."""
+    configs = keep_records(copy)
+    assert configs[1] != configs[16]
+    assert maintenance.validate(copy) == []
+    monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
+    module = compile(SPEC.replace(target=host_cpu_target()))
+    code = module.metadata["levels"][0]["code"]
+    assert [(one["min_rows"], one["source"], one["config"]) for one in code] == [
+        (4, "record", configs[16]),
+        (1, "record", configs[1]),
+    ]
+    assert code[0]["record"]["device"] == copy.name
+    assert code[0]["record"]["rows"] == 16
+    for rows in (0, 1, 3, 4, 5, 16, 17, 33, 257):
+        check_exact(module.module, make_case(rows, 96, 64), what=f"{rows} rows")
+    check_exact(module.module, _strided(17), what="strided")
+
+
+def _strided(rows: int) -> Case:
+    case = make_case(rows, 96, 64)
+    wide = make_case(rows, 200, 64).q
+    wide[:, :96] = case.q
+    case.q = wide[:, :96]
+    return case
+
+
+def test_records_are_for_their_device_and_level_and_a_user_comes_first(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qknorm_tvm.schedules.llvm_config import LLVMConfig
+
+    configs = keep_records(copy)
+    monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
+    levels = {one["name"]: one["code"] for one in compile(SPEC).metadata["levels"]}
+    for name, code in levels.items():
+        expected = "record" if name == host_cpu_target() else "heuristic"
+        assert {one["source"] for one in code} == {expected}, name
+    mine = LLVMConfig(vector=8)
+    (code,) = compile(SPEC.replace(target=host_cpu_target()), config=mine).metadata["levels"][0][
+        "code"
+    ]
+    assert (code["source"], code["config"]) == ("user", mine.to_dict())
+    assert configs
+
+
+def test_records_of_another_declaration_are_not_used_and_validate_says_so(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_records(copy)
+    monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
+    from qknorm_tvm.tuning import space
+
+    monkeypatch.setattr(space, "workload_hash", lambda mod: "1")
+    module = compile(SPEC.replace(target=host_cpu_target()))
+    assert {one["source"] for one in module.metadata["levels"][0]["code"]} == {"heuristic"}
+    found = maintenance.validate(copy)
+    assert len(found) == 2
+    assert all("another version of the declaration" in one for one in found)
+
+
+def test_validate_finds_a_config_without_a_record(copy: Path) -> None:
+    keep_records(copy)
+    path = copy / selection.FILE_NAME
+    content = json.loads(path.read_text())
+    content["outcomes"][0]["config"]["bytes_per_task"] = 12345
+    path.write_text(json.dumps(content))
+    (problem,) = maintenance.validate(copy, deep=False)
+    assert "has no record in the database" in problem
+
+
+def test_prune_keeps_what_is_in_use(copy: Path) -> None:
+    keep_records(copy)
+    before = len(records.read_logs(copy).records)
+    gone = maintenance.prune(copy, 1)
+    assert gone > 0
+    assert len(records.read_logs(copy).records) == before - gone
+    assert maintenance.validate(copy) == []
+
+
+# ---- candidates that fail -------------------------------------------------------------------
+
+
+def test_candidates_that_are_not_exact_fail_and_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fast wrong answer must not win: here the reference expects another epsilon."""
+    import cloudpickle
+
+    from qknorm_tvm.tuning import workers
+
+    # The worker processes do not know this file.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(workers, "measure_task", _measure_wrongly)
+    with pytest.raises(TuningError, match=r"no candidate of .* works: .*not exact: q_out differs"):
+        tune([SPEC], rows=(16,), trials=2, cost_model="random", logs=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert records.read_logs(folder).records == []
+    (session,) = json.loads((folder / "provenance.json").read_text())["sessions"]
+    assert session["failed"] == 2
+
+
+def _measure_wrongly(text: str, spec: str, rows: int, built: object, plan: object) -> list[float]:
+    from qknorm_tvm import reference
+    from qknorm_tvm.tuning import workers
+
+    right = reference.apply_qk_rms_norm
+    reference.apply_qk_rms_norm = lambda *a: right(*a[:5], 1.0, a[6])
+    return workers.measure_task(text, spec, rows, built, plan)  # type: ignore[arg-type]
+
+
+def test_a_space_with_no_candidate_that_builds_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cloudpickle
+
+    from qknorm_tvm.tuning import session
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(session, "build_task", _build_nothing)
+    with pytest.raises(TuningError, match=r"works: RuntimeError: no such instruction \(1 tried\)"):
+        tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path)
+
+
+def _build_nothing(*_: object) -> None:
+    raise RuntimeError("no such instruction")
