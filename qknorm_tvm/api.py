@@ -81,9 +81,9 @@ def apply_qk_rms_norm(
         q_out, k_out = _outputs(q, k, q_out, k_out, out_dtype)
     key: tuple | None
     try:
-        key = (q.dtype, q_out.dtype, q.shape[1:], k.shape[1:], type(q), type(q_out), q.device)
+        key = (q.dtype, q_out.dtype, q.shape[-1], k.shape[-1], type(q), type(q_out), q.device)
         entry = _entries.get(key)
-    except (AttributeError, TypeError):
+    except (AttributeError, IndexError, RuntimeError, TypeError):
         key = entry = None
     if entry is None:
         entry = _find_entry(q, k, q_out)
