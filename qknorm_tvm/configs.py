@@ -44,6 +44,10 @@ class Bucket:
         return {**about, "config": self.config.to_dict()}
 
 
+#: Most bytes of a task that a record may ask for.
+MOST_TASK_BYTES = 1 << 18
+
+
 def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
     """Return from how many rows on each measured row count speaks.
 
@@ -106,7 +110,21 @@ def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bu
             default=lambda rows: default,
             workload=workload,
         )
-    return from_outcomes(found, type(default), lambda rows: default)
+    buckets = from_outcomes(found, type(default), lambda rows: default)
+    return [
+        bucket if bucket.source != "record" else dataclasses.replace(bucket, config=_capped(bucket))
+        for bucket in buckets
+    ]
+
+
+def _capped(bucket: Bucket) -> Any:
+    """Return a record's config with a task size that also suits fewer rows than were measured.
+
+    A large task left calls at the lower end of a bucket to one thread that ran on two before:
+    1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.
+    """
+    size = min(bucket.config.bytes_per_task, MOST_TASK_BYTES)
+    return dataclasses.replace(bucket.config, bytes_per_task=size)
 
 
 def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> list[Bucket]:

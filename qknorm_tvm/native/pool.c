@@ -4,8 +4,9 @@
  * libtvm_runtime.so; a module that needs it crashes where only tvm-ffi is installed, and uses half
  * of the processors by default. This one is inside the module and needs nothing but pthreads.
  *
- * A launch publishes tasks; the caller and the workers draw them one by one, so that a worker that
- * wakes late costs nothing: the caller has done its share by then. Workers spin for some tens of
+ * A launch publishes tasks. Each thread claims its own share first, the same at every launch, so
+ * that rows stay in the cache of the processor that had them before; then whatever is left of the
+ * others', so that a worker that wakes late costs nothing. Workers spin for some tens of
  * microseconds after a launch, then sleep in a futex. A launch that finds the pool busy (another
  * thread is in it) runs its tasks itself.
  *
@@ -32,7 +33,7 @@
 
 #include "module.h"
 
-enum { kMaxThreads = 1024, kSpins = 1000, kSpinsBeforeYield = 4000 };
+enum { kMaxThreads = 1024, kMaxTasks = 2 * kMaxThreads, kSpins = 1000, kSpinsBeforeYield = 4000 };
 
 /* The layout that generated code reads: the number of tasks in this launch. */
 typedef struct {
@@ -41,13 +42,15 @@ typedef struct {
 } group_env;
 
 typedef struct {
-  /* generation << 32 | number of tasks << 16 | next task */
-  _Alignas(64) atomic_uint_fast64_t ticket;
+  /* Tasks of the current launch that nobody has claimed are 1; all others 0. */
+  _Alignas(64) atomic_uchar waiting[kMaxTasks];
   _Alignas(64) atomic_int remaining;
   _Alignas(64) atomic_uint epoch; /* changes with every launch; workers wait on it */
   atomic_int sleepers;
   _Alignas(64) qkn_task task;
   void* closure;
+  atomic_int num_tasks;
+  atomic_int team; /* threads among which the tasks are shared out */
   pthread_mutex_t busy;
   int num_workers;         /* threads started; guarded by busy */
   atomic_int num_threads;  /* threads to use, the caller included; 0: not decided yet */
@@ -82,14 +85,21 @@ static inline void run_task(qkn_task task, int index, int num_tasks, void* closu
 #endif
 }
 
-static void draw_tasks(void) {
-  for (;;) {
-    uint64_t ticket = atomic_fetch_add_explicit(&pool.ticket, 1, memory_order_acq_rel);
-    int next = (int)(ticket & 0xffff), num_tasks = (int)(ticket >> 16 & 0xffff);
-    if (next >= num_tasks) return;
-    /* A ticket drawn is a task not yet done: the launch it belongs to cannot have ended, so task
-     * and closure are its own. */
-    run_task(pool.task, next, num_tasks, pool.closure);
+/* Claim and run tasks until none is left; `member` is this thread's place in the team. */
+static void draw_tasks(int member) {
+  /* These two may be an earlier launch's: they only say where to begin to look. */
+  int num_tasks = atomic_load_explicit(&pool.num_tasks, memory_order_relaxed);
+  int team = atomic_load_explicit(&pool.team, memory_order_relaxed);
+  int share = team > 0 ? (num_tasks + team - 1) / team : num_tasks;
+  int first = member * share < num_tasks ? member * share : 0;
+  for (int i = 0; i < num_tasks; ++i) {
+    int index = first + i < num_tasks ? first + i : first + i - num_tasks;
+    if (!atomic_load_explicit(&pool.waiting[index], memory_order_relaxed)) continue;
+    if (!atomic_exchange_explicit(&pool.waiting[index], 0, memory_order_acquire)) continue;
+    /* A task claimed is not yet done: the launch it belongs to cannot have ended, so what is read
+     * here is its own. */
+    int total = atomic_load_explicit(&pool.num_tasks, memory_order_relaxed);
+    run_task(pool.task, index, total, pool.closure);
     atomic_fetch_sub_explicit(&pool.remaining, 1, memory_order_release);
   }
 }
@@ -97,7 +107,7 @@ static void draw_tasks(void) {
 static void* work(void* argument) {
   int index = (int)(intptr_t)argument;
   unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
-  draw_tasks(); /* the launch that started this thread */
+  draw_tasks(index + 1); /* the launch that started this thread */
   for (;;) {
     unsigned epoch;
     int spins = 0;
@@ -111,14 +121,18 @@ static void* work(void* argument) {
       atomic_fetch_sub(&pool.sleepers, 1);
     }
     seen = epoch;
-    if (index < atomic_load_explicit(&pool.num_threads, memory_order_relaxed) - 1) draw_tasks();
+    if (index < atomic_load_explicit(&pool.num_threads, memory_order_relaxed) - 1) {
+      draw_tasks(index + 1);
+    }
   }
   return NULL;
 }
 
+static int (*openmp_member)(void); /* omp_get_thread_num */
+
 static void draw_tasks_in_team(void* unused) {
   (void)unused;
-  draw_tasks();
+  draw_tasks(openmp_member());
 }
 
 static openmp_parallel find_openmp(void) {
@@ -129,7 +143,10 @@ static openmp_parallel find_openmp(void) {
   }
   if (openmp_forbidden) return NULL;
   /* Asked again as long as there is none: torch may be imported later. */
-  if (!found) found = (openmp_parallel)(intptr_t)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (!found) {
+    openmp_member = (int (*)(void))(intptr_t)dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    if (openmp_member) found = (openmp_parallel)(intptr_t)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  }
   return found;
 }
 
@@ -139,7 +156,7 @@ static void after_fork_in_child(void) {
   pool.num_workers = 0;
   atomic_store(&pool.sleepers, 0);
   atomic_store(&pool.remaining, 0);
-  atomic_store(&pool.ticket, 0);
+  for (int i = 0; i < kMaxTasks; ++i) atomic_store(&pool.waiting[i], 0);
   pthread_mutex_init(&pool.busy, NULL);
 }
 
@@ -166,6 +183,7 @@ static void run_alone(qkn_task task, void* closure) { run_task(task, 0, 1, closu
 static int own_get_num_threads(void);
 
 static void own_parallel(qkn_task task, void* closure, int num_tasks) {
+  if (num_tasks > kMaxTasks) num_tasks = kMaxTasks;
   if (num_tasks <= 1 || pthread_mutex_trylock(&pool.busy)) {
     run_alone(task, closure);
     return;
@@ -178,23 +196,25 @@ static void own_parallel(qkn_task task, void* closure, int num_tasks) {
   pool.task = task;
   pool.closure = closure;
   atomic_store_explicit(&pool.remaining, num_tasks, memory_order_relaxed);
-  unsigned epoch = atomic_load_explicit(&pool.epoch, memory_order_relaxed) + 1;
-  atomic_store_explicit(&pool.ticket, (uint64_t)epoch << 32 | (uint64_t)num_tasks << 16,
-                        memory_order_release);
   int helpers = own_get_num_threads() - 1;
   if (helpers > num_tasks - 1) helpers = num_tasks - 1;
+  atomic_store_explicit(&pool.num_tasks, num_tasks, memory_order_relaxed);
+  atomic_store_explicit(&pool.team, helpers + 1, memory_order_relaxed);
+  for (int i = 0; i < num_tasks; ++i) {
+    atomic_store_explicit(&pool.waiting[i], 1, memory_order_release);
+  }
   openmp_parallel openmp = find_openmp();
   if (openmp && helpers > 0) {
-    openmp(draw_tasks_in_team, NULL, (unsigned)helpers + 1, 0); /* returns when all are done */
-    pthread_mutex_unlock(&pool.busy);
-    return;
+    openmp(draw_tasks_in_team, NULL, (unsigned)helpers + 1, 0);
+  } else {
+    atomic_fetch_add_explicit(&pool.epoch, 1, memory_order_seq_cst);
+    if (atomic_load_explicit(&pool.sleepers, memory_order_seq_cst) > 0) {
+      syscall(SYS_futex, &pool.epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    }
+    if (pool.num_workers < helpers) start_workers(helpers);
+    draw_tasks(0);
   }
-  atomic_store_explicit(&pool.epoch, epoch, memory_order_seq_cst);
-  if (atomic_load_explicit(&pool.sleepers, memory_order_seq_cst) > 0) {
-    syscall(SYS_futex, &pool.epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-  }
-  if (pool.num_workers < helpers) start_workers(helpers);
-  draw_tasks();
+  /* Of OpenMP's team too: a worker of ours that woke late may have claimed a task. */
   for (int spins = 0; atomic_load_explicit(&pool.remaining, memory_order_acquire) > 0;) {
     if (++spins < kSpinsBeforeYield) {
       relax();
