@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_folder] = folder
         os.environ[_SESSION] = folder
         os.environ["QKNORM_TVM_CACHE_DIR"] = os.path.join(folder, "cache")
+        # The same code on every machine: no records of the one at hand.
+        os.environ["QKNORM_TVM_TUNING_LOGS"] = ""
         os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
 
 
