@@ -5,6 +5,13 @@ modules. Importing this package imports neither TVM nor tvm-ffi: that waits unti
 compiled or called.
 """
 
+import os as _os
+
+# In a checkout `schedules` and `tuning_logs` lie beside this package, not in it: Python started
+# there finds this folder before the installed one.
+if not _os.path.isdir(_os.path.join(__path__[0], "schedules")):
+    __path__.append(_os.path.dirname(__path__[0]))
+
 from ._version import __version__
 from .api import apply_qk_rms_norm
 from .build import CompiledModule, compile

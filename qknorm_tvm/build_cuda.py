@@ -377,7 +377,9 @@ def build(
         for variant, source_of_config, record in cuda_buckets(spec, given):
             key = (variant.config, variant.stride_unit, variant.alignment)
             if key not in symbols:
-                symbols[key] = f"qkn_cuda_{index}_{len(symbols)}_{variant.name}"
+                symbol = f"qkn_cuda_{index}_{variant.name}"
+                # Records may give one name several configs.
+                symbols[key] = f"{symbol}_{len(symbols)}" if symbol in symbols.values() else symbol
                 functions.append((symbols[key], scheduled_variant(spec, variant)))
             entries.append(
                 Variant(
