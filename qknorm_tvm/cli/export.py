@@ -54,7 +54,7 @@ def export(
 
     \b
       import tvm_ffi
-      module = tvm_ffi.load_module("OUT.so")
+      module = tvm_ffi.load_module("./OUT.so")
       module.apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, 1e-6)
 
     Columns that are given are fixed: faster, and the call is checked against them.
