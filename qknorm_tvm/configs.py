@@ -127,6 +127,17 @@ def _capped(bucket: Bucket) -> Any:
     return dataclasses.replace(bucket.config, bytes_per_task=size)
 
 
+def _from_record(start: int, rows: int, outcome: Any, device: str, config_type: Any) -> Bucket:
+    """Return the bucket of a record that was measured at `rows` and is used from `start` on."""
+    about = {
+        "device": device,
+        "rows": rows,
+        "date": outcome.date,
+        "gain": round(outcome.gain["median"], 3),
+    }
+    return Bucket(start, config_type.from_dict(dict(outcome.config)), "record", about)
+
+
 def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> list[Bucket]:
     """Return the buckets of tuned outcomes, and of the heuristic where there are none."""
     buckets = []
@@ -135,13 +146,7 @@ def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> l
         if outcome.source != "record":
             buckets.append(Bucket(start, default(rows), "heuristic"))
             continue
-        about = {
-            "device": device,
-            "rows": rows,
-            "date": outcome.date,
-            "gain": round(outcome.gain["median"], 3),
-        }
-        buckets.append(Bucket(start, config_type.from_dict(dict(outcome.config)), "record", about))
+        buckets.append(_from_record(start, rows, outcome, device, config_type))
     return merge(buckets) or [Bucket(1, default(1), "heuristic")]
 
 
@@ -201,10 +206,7 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
         rows = rows_at[max(start for start in rows_at if start <= border)]
         outcome, place = found[rows]
         if outcome.source == "record":
-            about = {"device": place, "rows": rows, "date": outcome.date}
-            about["gain"] = round(outcome.gain["median"], 3)
-            config = CudaConfig.from_dict(dict(outcome.config))
-            buckets.append(Bucket(border, config, "record", about))
+            buckets.append(_from_record(border, rows, outcome, place, CudaConfig))
         else:
             buckets.append(Bucket(border, target.default(spec, border), "heuristic"))
     template = aligned[0]

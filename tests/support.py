@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 
 from qknorm_tvm import BuildError, KernelSpec, Module, compile, load, reference
+from qknorm_tvm.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
+from qknorm_tvm.reference_torch import to_torch  # noqa: F401
 from qknorm_tvm.targets import X86_LEVELS, host_features
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -375,24 +377,6 @@ def run_python(
     if check:
         assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
-
-
-def to_torch(array: np.ndarray) -> Any:
-    """Return a torch tensor over the same memory."""
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def from_torch(tensor: Any) -> np.ndarray:
-    """Return a NumPy array over the same memory."""
-    import torch
-
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(reference.NUMPY_DTYPES["bfloat16"])
-    return tensor.numpy()
 
 
 Call = Callable[..., Any]
