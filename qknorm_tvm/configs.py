@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .spec import KernelSpec
+
+#: Makes a config of a record's fields.
+Decode = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,24 +113,21 @@ def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bu
             default=lambda rows: default,
             workload=workload,
         )
-    buckets = from_outcomes(found, type(default), lambda rows: default)
-    return [
-        bucket if bucket.source != "record" else dataclasses.replace(bucket, config=_capped(bucket))
-        for bucket in buckets
-    ]
+    return from_outcomes(found, lambda config: _capped(type(default), config), lambda rows: default)
 
 
-def _capped(bucket: Bucket) -> Any:
+def _capped(config_type: Any, record: Mapping[str, Any]) -> Any:
     """Return a record's config with a task size that also suits fewer rows than were measured.
 
     A large task left calls at the lower end of a bucket to one thread that ran on two before:
     1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.
     """
-    size = min(bucket.config.bytes_per_task, MOST_TASK_BYTES)
-    return dataclasses.replace(bucket.config, bytes_per_task=size)
+    config = config_type.from_dict(dict(record))
+    size = min(config.bytes_per_task, MOST_TASK_BYTES)
+    return dataclasses.replace(config, bytes_per_task=size)
 
 
-def _from_record(start: int, rows: int, outcome: Any, device: str, config_type: Any) -> Bucket:
+def _from_record(start: int, rows: int, outcome: Any, device: str, decode: Decode) -> Bucket:
     """Return the bucket of a record that was measured at `rows` and is used from `start` on."""
     about = {
         "device": device,
@@ -135,10 +135,10 @@ def _from_record(start: int, rows: int, outcome: Any, device: str, config_type: 
         "date": outcome.date,
         "gain": round(outcome.gain["median"], 3),
     }
-    return Bucket(start, config_type.from_dict(dict(outcome.config)), "record", about)
+    return Bucket(start, decode(outcome.config), "record", about)
 
 
-def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> list[Bucket]:
+def from_outcomes(found: Mapping[int, Any], decode: Decode, default: Any) -> list[Bucket]:
     """Return the buckets of tuned outcomes, and of the heuristic where there are none."""
     buckets = []
     for rows, start in bucket_starts(list(found)).items():
@@ -146,7 +146,7 @@ def from_outcomes(found: Mapping[int, Any], config_type: Any, default: Any) -> l
         if outcome.source != "record":
             buckets.append(Bucket(start, default(rows), "heuristic"))
             continue
-        buckets.append(_from_record(start, rows, outcome, device, config_type))
+        buckets.append(_from_record(start, rows, outcome, device, decode))
     return merge(buckets) or [Bucket(1, default(1), "heuristic")]
 
 
@@ -199,6 +199,10 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     unaligned = [(v, "heuristic", None) for v in variants if v not in aligned]
     # Borders are the records' and the heuristic's own: between records that keeps its choices.
     starts = bucket_starts(list(found))
+
+    def decode(record: Mapping[str, Any]) -> CudaConfig:
+        return CudaConfig.from_dict(dict(record))
+
     rows_at = {start: rows for rows, start in starts.items()}
     borders = sorted({*rows_at, *(v.min_rows for v in aligned)})
     buckets = []
@@ -206,7 +210,7 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
         rows = rows_at[max(start for start in rows_at if start <= border)]
         outcome, place = found[rows]
         if outcome.source == "record":
-            buckets.append(_from_record(border, rows, outcome, place, CudaConfig))
+            buckets.append(_from_record(border, rows, outcome, place, decode))
         else:
             buckets.append(Bucket(border, target.default(spec, border), "heuristic"))
     template = aligned[0]

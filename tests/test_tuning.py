@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -227,6 +228,17 @@ def test_prune_keeps_what_is_in_use(copy: Path) -> None:
     gone = maintenance.prune(copy, 1)
     assert gone > 0
     assert len(records.read_logs(copy).records) == before - gone
+    assert maintenance.validate(copy) == []
+
+
+def test_prune_in_use_leaves_the_outcomes_of_dropped_workloads(copy: Path) -> None:
+    keep_records(copy)
+    outcomes = selection.read_outcomes(copy)
+    first = dataclasses.replace(outcomes[0], source="heuristic", config=outcomes[0].default)
+    selection.write_outcomes(copy, [first, *outcomes[1:]])
+    maintenance.prune(copy, 1, in_use=True)
+    assert len(selection.read_outcomes(copy)) == len(outcomes)
+    assert set(records.read_logs(copy).workloads) == {one.workload for one in outcomes[1:]}
     assert maintenance.validate(copy) == []
 
 

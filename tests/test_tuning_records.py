@@ -188,7 +188,7 @@ def test_neighbours_of_one_config_are_one_bucket() -> None:
 def test_a_row_count_whose_default_was_kept_is_not_spoken_for_by_its_neighbour() -> None:
     found = {rows: (outcome(rows, source), "device") for rows, source in
              [(1, "heuristic"), (16, "record"), (64, "heuristic")]}  # fmt: skip
-    buckets = from_outcomes(found, LLVMConfig, lambda rows: LLVMConfig())
+    buckets = from_outcomes(found, LLVMConfig.from_dict, lambda rows: LLVMConfig())
     assert [(one.min_rows, one.source) for one in buckets] == [
         (32, "heuristic"),
         (4, "record"),

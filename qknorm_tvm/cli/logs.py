@@ -107,11 +107,16 @@ def dedupe(logs: Path | None) -> int:
 @_logs_option
 @click.option("--keep", type=click.IntRange(min=1), default=3, show_default=True,
               help="Fastest records to keep of each shape and row count.")  # fmt: skip
+@click.option("--in-use", is_flag=True,
+              help="Drop all records of shapes and row counts that keep the default.")  # fmt: skip
 @debug_option
-def prune(logs: Path | None, keep: int) -> int:
-    """Keep the fastest records, the default's and those in use."""
+def prune(logs: Path | None, keep: int, in_use: bool) -> int:
+    """Keep the fastest records, the default's and those in use.
+
+    What was decided stays, in tuned.json; tuning again measures again what was dropped.
+    """
     from ..tuning.maintenance import prune as trim
 
     for folder in _folders(logs):
-        click.echo(f"{folder.name}: {trim(folder, keep)} records dropped")
+        click.echo(f"{folder.name}: {trim(folder, keep, in_use=in_use)} records dropped")
     return 0

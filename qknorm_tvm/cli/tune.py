@@ -111,7 +111,7 @@ def show(summary: Summary) -> None:
 
     out = console()
     made = table(
-        "Nq/Nk", "M", "default µs", "tuned µs", "gain", "at least", "spread", "trials", "kept"
+        "Nq/Nk", "M", "default µs", "best µs", "gain", "at least", "spread", "trials", "kept"
     )
     last = ""
     for one in summary.outcomes:
@@ -135,8 +135,8 @@ def show(summary: Summary) -> None:
         "nothing beat by more than the noise"
     )
     out.print(
-        "tuned: the fastest candidate, timed in turns with the default; at least: the low end of "
-        "the gain's 95 % interval; spread: quartiles over median"
+        "best: the candidate that seemed fastest, timed anew in turns with the default; at least: "
+        "the low end of the gain's 95 % interval; spread: quartiles over median"
     )
     if summary.failed:
         out.print(f"{summary.failed} candidates failed, the first: {summary.first_failure}")

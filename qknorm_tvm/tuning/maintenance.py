@@ -193,7 +193,7 @@ def deduplicate(folder: Path) -> int:
     return gone
 
 
-def prune(folder: Path, keep: int) -> int:
+def prune(folder: Path, keep: int, *, in_use: bool = False) -> int:
     """Keep the fastest records of each workload, and those that outcomes name.
 
     Parameters
@@ -201,6 +201,8 @@ def prune(folder: Path, keep: int) -> int:
     folder : Path
     keep : int
         Records of a workload.
+    in_use : bool
+        Drop workloads whose outcome is the default, with all their records; the outcome stays.
 
     Returns
     -------
@@ -211,12 +213,18 @@ def prune(folder: Path, keep: int) -> int:
         records.repair(folder)
         logs = records.read_logs(folder)
         always = []
-        for one in selection.read_outcomes(folder):
+        outcomes = selection.read_outcomes(folder)
+        before = len(logs.records)
+        if in_use:
+            used = {one.workload for one in outcomes if one.source == "record"}
+            logs.records[:] = [one for one in logs.records if one.workload in used]
+        for one in outcomes:
             for config in (one.config, one.default):
                 fields = _encoded(KernelSpec.from_text(one.spec), config)
                 if fields is not None:
                     always.append((one.workload, fields))
-        gone = records.prune(logs, keep, always)
+        records.prune(logs, keep, always)
+        gone = before - len(logs.records)
         records.write_logs(logs)
         provenance = Provenance(folder)
         if not provenance.damage:

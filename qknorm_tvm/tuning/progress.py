@@ -84,11 +84,15 @@ class RichReporter(Reporter):
     def outcome(self, index: int, outcome: Outcome) -> None:
         """Print a line for a task that is done."""
         self._done[index] = self._tasks[index].trials
-        what = "default kept" if outcome.source == "heuristic" else "record kept"
+        times = f"default kept, {time_text(outcome.default_us)}"
+        if outcome.source == "record":
+            times = (
+                f"record kept, {time_text(outcome.default_us)} -> {time_text(outcome.best_us)} "
+                f"({outcome.gain['median']:.2f}x)"
+            )
         self._console.print(
-            f"[{index + 1}/{len(self._tasks)}] {short(outcome.spec, outcome.rows)}: {what}, "
-            f"{time_text(outcome.default_us)} -> {time_text(outcome.best_us)} "
-            f"({outcome.gain['median']:.2f}x), {outcome.trials} trials"
+            f"[{index + 1}/{len(self._tasks)}] {short(outcome.spec, outcome.rows)}: {times}, "
+            f"{outcome.trials} trials"
         )
 
     def end(self) -> None:

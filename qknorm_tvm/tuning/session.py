@@ -125,6 +125,8 @@ class Session:
         self._date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._versions = provenance.versions(target)
         self._known: dict[str, dict[tuple, list[float]]] = {}
+        # Candidates of the task at hand, by config: the decision times some of them again.
+        self._built: dict[Any, Built] = {}
 
     def run(self, specs: Sequence[KernelSpec], rows: Sequence[int]) -> Summary:
         """Tune every spec at every row count.
@@ -278,6 +280,7 @@ class Session:
             self._outcomes[key] = settled
             selection.write_outcomes(self.folder, self._outcomes.values())
             self._provenance.write()
+        self._forget_built()
         self.summary.outcomes.append(settled)
         self.reporter.outcome(index, settled)
 
@@ -388,18 +391,23 @@ class Session:
                     candidate.args_info,
                 )
             )
-        for one in good:
-            shutil.rmtree(Path(one.path).parent, ignore_errors=True)
 
     def _build(self, spec: KernelSpec, rows: int, configs: Sequence[Any]) -> list[Built | str]:
-        futures = [
-            self._builders.submit(
+        futures = {
+            config: self._builders.submit(
                 build_task, self.target.text, self.device.threads, spec.text, rows,
                 config.to_dict(), self._scratch,
             )
-            for config in configs
-        ]  # fmt: skip
-        return [outcome(future) for future in futures]
+            for config in configs if config not in self._built
+        }  # fmt: skip
+        results = {config: outcome(future) for config, future in futures.items()}
+        self._built |= {c: one for c, one in results.items() if isinstance(one, Built)}
+        return [self._built.get(config) or results[config] for config in configs]
+
+    def _forget_built(self) -> None:
+        for one in self._built.values():
+            shutil.rmtree(Path(one.path).parent, ignore_errors=True)
+        self._built.clear()
 
     # ---- the decision ----------------------------------------------------------------------
 
@@ -439,8 +447,6 @@ class Session:
             gain = paired_ratio(base_times, times)
             if gain.low > MIN_GAIN:
                 source, config = "record", usable[best][0]
-        for _, one in usable:
-            shutil.rmtree(Path(one.path).parent, ignore_errors=True)
         return selection.Outcome(
             spec=spec.text,
             rows=rows,
