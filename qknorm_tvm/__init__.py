@@ -1,8 +1,8 @@
 """Fused QK-RMSNorm on Apache TVM: bit-exact, one launch, compiled modules that run alone.
 
-``apply_qk_rms_norm`` is the operation; `compile`, `CompiledModule.export` and `load` make and use
-modules. Importing this package imports neither TVM nor tvm-ffi: that waits until something is
-compiled or called.
+`apply_qk_rms_norm` is the operation, `row_mean_of_squares_qk` makes its statistics, `qk_rms_norm`
+does both; `compile`, `CompiledModule.export` and `load` make and use modules. Importing this
+package imports neither TVM nor tvm-ffi: that waits until something is compiled or called.
 """
 
 import os as _os
@@ -13,7 +13,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "schedules")):
     __path__.append(_os.path.dirname(__path__[0]))
 
 from ._version import __version__
-from .api import apply_qk_rms_norm
+from .api import apply_qk_rms_norm, qk_rms_norm, row_mean_of_squares_qk
 from .build import CompiledModule, compile
 from .cache import use
 from .errors import BuildError, ModuleFileError, QKNormError, TuningError
@@ -34,6 +34,8 @@ __all__ = [
     "compile",
     "get_num_threads",
     "load",
+    "qk_rms_norm",
+    "row_mean_of_squares_qk",
     "set_num_threads",
     "tune",
     "use",

@@ -46,30 +46,33 @@ class Adapter:
         """Return the number of the array's device."""
         return int(array.__dlpack_device__()[1])
 
-    def empty(self, like: Any, shape: tuple[int, int], dtype: str) -> Any:
-        """Allocate a packed array of the same framework and device."""
+    def empty(
+        self, like: Any, shape: tuple[int, int], dtype: str, *, name: str = "q_out and k_out"
+    ) -> Any:
+        """Allocate a packed array of the same framework and device; `name` is for messages."""
         import tvm_ffi
 
         namespace = getattr(like, "__array_namespace__", None)
         xp = namespace() if namespace else None
         if xp is not None and xp.__name__.partition(".")[0] == "jax":
             raise ValueError(
-                "q_out and k_out must be given for JAX arrays, which cannot be written to, got "
-                "None: pass NumPy arrays"
+                f"{name} must be given for JAX arrays, which cannot be written to, got None: pass "
+                "NumPy arrays"
             )
         if xp is not None:
             with like.device if hasattr(like.device, "__enter__") else _nothing():
                 return xp.empty(shape, dtype=dtype)
         raise ValueError(
-            f"q_out and k_out must be given for {type(like).__name__}, which has no way to "
+            f"{name} must be given for {type(like).__name__}, which has no way to "
             f"allocate ({tvm_ffi.__name__} passes it by DLPack), got None"
         )
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         """Return the shortest way to `function` for calls with arrays of this framework.
 
-        Both take the seven tensors, epsilon and a stream. What the short way does not expect, an
-        error included, it leaves to `general`: the module has written nothing by then.
+        Both take the tensors of the spec's operation, epsilon if it has one, and a stream. What
+        the short way does not expect, an error included, it leaves to `general`: the module has
+        written nothing by then.
         """
         return general
 
@@ -96,7 +99,38 @@ class NumpyAdapter(Adapter):
         import numpy as np
 
         bfloat16, bits = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
+        if spec.op == "apply_qk_rms_norm":
+            return self._fast_apply(function, general, bfloat16, bits)
+        names = spec.operation.tensors
+        outputs = [names.index(name) for name in spec.operation.outputs]
+        # Those that come as uint16 below, which the module cannot tell from a caller's own.
+        alike = [(names.index("q"), names.index("k"))]
+        if spec.operation.normalises:
+            alike.append((names.index("q_out"), names.index("k_out")))
 
+        def call(*args: Any) -> None:
+            try:
+                if (
+                    args[-1] is None
+                    and all(args[one].flags.writeable for one in outputs)
+                    and all(args[one].dtype == args[other].dtype for one, other in alike)
+                ):
+                    function(
+                        *[
+                            one.view(bits) if getattr(one, "dtype", None) == bfloat16 else one
+                            for one in args[:-1]
+                        ],
+                        1,
+                    )
+                    return
+            except Exception:  # said again, with the argument's name
+                pass
+            general(*args)
+
+        return call
+
+    def _fast_apply(self, function: Call, general: Call, bfloat16: Any, bits: Any) -> Call:
+        # Spelt out: loops over the arguments cost a third more at M = 1, where the call is all.
         def call(
             q_out: Any, k_out: Any, gamma_q: Any, gamma_k: Any, qk_var: Any, q: Any, k: Any,
             epsilon: float, stream: Any,
@@ -137,7 +171,9 @@ class NumpyAdapter(Adapter):
     def device_index(self, array: Any) -> int:
         return 0
 
-    def empty(self, like: Any, shape: tuple[int, int], dtype: str) -> Any:
+    def empty(
+        self, like: Any, shape: tuple[int, int], dtype: str, *, name: str = "q_out and k_out"
+    ) -> Any:
         import numpy as np
 
         from .reference import NUMPY_DTYPES
@@ -194,8 +230,38 @@ class TorchAdapter(Adapter):
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         grad_enabled = sys.modules["torch"].is_grad_enabled
+        if spec.op == "apply_qk_rms_norm":
+            return self._fast_apply(function, general, spec, grad_enabled)
+        names = spec.operation.tensors
+        count = len(names)
         # Views of complex tensors may be negated only when read (`is_neg`), which DLPack cannot
         # say. There is no complex type of bfloat16.
+        may_negate = [
+            index
+            for index, name in enumerate(names)
+            if {"q": spec.in_dtype, "k": spec.in_dtype, "q_out": spec.out_dtype,
+                "k_out": spec.out_dtype}.get(name) != "bfloat16"
+        ]  # fmt: skip
+
+        def call(*args: Any) -> None:
+            try:
+                if (
+                    args[-1] is None
+                    and not (grad_enabled() and any(one.requires_grad for one in args[:count]))
+                    and not any(args[index].is_neg() for index in may_negate)
+                ):
+                    function(*args[:-1])
+                    return
+            except Exception:  # said again, with the argument's name
+                pass
+            general(*args)
+
+        return call
+
+    def _fast_apply(
+        self, function: Call, general: Call, spec: KernelSpec, grad_enabled: Any
+    ) -> Call:
+        # Spelt out, as for NumPy.
         may_negate = (spec.in_dtype, spec.out_dtype) != ("bfloat16", "bfloat16")
 
         def call(
@@ -238,7 +304,9 @@ class TorchAdapter(Adapter):
     def device_index(self, array: Any) -> int:
         return int(array.device.index or 0)
 
-    def empty(self, like: Any, shape: tuple[int, int], dtype: str) -> Any:
+    def empty(
+        self, like: Any, shape: tuple[int, int], dtype: str, *, name: str = "q_out and k_out"
+    ) -> Any:
         torch = sys.modules["torch"]
         # Not empty_like: that keeps a slice's row stride, the parent's.
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)

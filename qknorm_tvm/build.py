@@ -50,8 +50,18 @@ class CompiledModule:
 
     @property
     def apply_qk_rms_norm(self) -> Any:
-        """The entry point, see `Module.apply_qk_rms_norm`."""
+        """The entry point, see `Module`."""
         return self.module.apply_qk_rms_norm
+
+    @property
+    def row_mean_of_squares_qk(self) -> Any:
+        """The entry point, see `Module`."""
+        return self.module.row_mean_of_squares_qk
+
+    @property
+    def qk_rms_norm(self) -> Any:
+        """The entry point, see `Module`."""
+        return self.module.qk_rms_norm
 
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Write the module to a file, atomically.
@@ -102,8 +112,8 @@ def compile(
     Parameters
     ----------
     spec : KernelSpec or sequence of KernelSpec
-        What to compile. Several specs must share the target; the entry point picks one by the
-        dtypes and columns of the call.
+        What to compile. Several specs must share the target; a module has an entry point for each
+        of their operations, which picks a spec by the dtypes and columns of the call.
     config : LLVMConfig, CudaConfig, or mapping from spec to config, optional
         Choices of the schedule; by default a heuristic's.
 
@@ -136,7 +146,7 @@ def compile(
     _check_configs(kind, configs)
     metadata = {
         "format": FORMAT,
-        "op": specs[0].op,
+        "ops": sorted({one.op for one in specs}),
         "target": specs[0].target,
         "specs": [one.to_dict() for one in specs],
         "versions": versions(),

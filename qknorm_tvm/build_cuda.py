@@ -31,7 +31,7 @@ from .declaration import declare
 from .errors import BuildError
 from .lowering_cuda import DEPENDENT_ATTR
 from .module_file import seal
-from .native_build import Level, Variant, compile_entry, run_compiler, tables
+from .native_build import Level, Variant, compile_entry, exported_symbols, run_compiler, tables
 from .schedules.cuda import schedule
 from .schedules.cuda_config import CudaConfig, CudaVariant
 
@@ -328,7 +328,7 @@ def link_cuda(objects: Sequence[Path], out: Path) -> None:
     import tvm_ffi.libinfo as ffi
 
     script = out.with_suffix(".exports")
-    script.write_text("{ global: __tvm_ffi_apply_qk_rms_norm; __tvm_ffi_qknorm_*; local: *; };\n")
+    script.write_text(exported_symbols())
     options = ["-s", "-z,nodelete", "-z,noexecstack", "-z,relro", "--gc-sections"]
     options += [f"--version-script={script}", "--build-id=none", "--no-undefined"]
     library = Path(ffi.find_libtvm_ffi())
@@ -367,6 +367,9 @@ def build(
 
     Needs no GPU. `metadata` is completed with the architectures and each spec's kernels.
     """
+    for spec in specs:
+        if spec.op != "apply_qk_rms_norm":
+            raise BuildError(f"{spec.op} cannot be built for CUDA yet, only for CPUs")
     archs = specs[0].parsed_target.variants
     functions: list[tuple[str, Any]] = []
     per_spec: list[tuple[Variant, ...]] = []

@@ -160,7 +160,8 @@ def use(module: Module) -> None:
 
 def _holds(module: Module, spec: KernelSpec) -> bool:
     return any(
-        (held.op, held.in_dtype, held.out_dtype) == (spec.op, spec.in_dtype, spec.out_dtype)
+        (held.op, held.in_dtype, held.out_dtype, held.cast_before_gamma)
+        == (spec.op, spec.in_dtype, spec.out_dtype, spec.cast_before_gamma)
         and held.q_cols in (None, spec.q_cols)
         and held.k_cols in (None, spec.k_cols)
         and held.parsed_target.kind == spec.parsed_target.kind

@@ -15,12 +15,16 @@ The arithmetic on each element, and so each result, stays the declaration's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 from tvm import s_tir, tirx
-from tvm.ir import TensorLoad
+from tvm.ir import Call, TensorLoad
 from tvm_ffi import structural_map
 
+from .declaration_statistics import LANES
 from .schedules.llvm_config import LLVMConfig
+from .schedules.llvm_statistics import PARITY, STEPS
 from .spec import KernelSpec
 
 #: Bytes to which rows must be aligned to be stored past the caches: a cache line.
@@ -83,21 +87,39 @@ def _is_bfloat16(expr: tirx.Expr) -> bool:
     return str(_type(expr)).startswith("bfloat16")
 
 
-def _even_odd(expr: tirx.Expr, lanes: int) -> tuple[tirx.Expr, tirx.Expr]:
+def _widened(words: tirx.Expr, parity: int) -> tirx.Expr:
+    """Return the even (0) or the odd (1) bfloat16 of 32-bit words as float32."""
+    lanes = _type(words).lanes
+    if parity:
+        return _floats(words & _splat(0xFFFF0000, lanes), lanes)
+    return _floats(words << _splat(16, lanes), lanes)
+
+
+def _even_odd(expr: tirx.Expr, lanes: int, rounding: str) -> tuple[tirx.Expr, tirx.Expr]:
     """Return the even and the odd elements of a float32 vector of twice `lanes` elements.
 
     A vector that is stored in order is read as two halves and shuffled; it is one of the operands
     shared by the rows of a tile, so that the shuffle is too.
     """
     if isinstance(expr, tirx.Mul):
-        (a_even, a_odd), (b_even, b_odd) = _even_odd(expr.a, lanes), _even_odd(expr.b, lanes)
-        return tirx.Mul(a_even, b_even), tirx.Mul(a_odd, b_odd)
-    if isinstance(expr, tirx.Cast) and _is_bfloat16(expr.value):
-        pairs = _words(expr.value, lanes)
-        return (
-            _floats(pairs << _splat(16, lanes), lanes),
-            _floats(pairs & _splat(0xFFFF0000, lanes), lanes),
+        (a_even, a_odd), (b_even, b_odd) = (
+            _even_odd(one, lanes, rounding) for one in (expr.a, expr.b)
         )
+        return tirx.Mul(a_even, b_even), tirx.Mul(a_odd, b_odd)
+    if isinstance(expr, tirx.Cast) and isinstance(expr.value, tirx.Cast):
+        # Rounded to q's type before gamma.
+        halves = _even_odd(expr.value.value, lanes, rounding)
+        if _is_bfloat16(expr.value):
+            high = _splat(0xFFFF0000, lanes)
+            return tuple(  # type: ignore[return-value]
+                _floats(_rounded(part, lanes, rounding) & high, lanes) for part in halves
+            )
+        kind = str(_type(expr.value)).split("x")[0]
+        return tuple(  # type: ignore[return-value]
+            tirx.Cast(f"float32x{lanes}", tirx.Cast(f"{kind}x{lanes}", part)) for part in halves
+        )
+    if isinstance(expr, tirx.Cast) and _is_bfloat16(expr.value):
+        return _widened(_words(expr.value, lanes), 0), _widened(_words(expr.value, lanes), 1)
     if isinstance(expr, tirx.Broadcast):
         value = _clear_payload(expr.value, 1)
         return tirx.Broadcast(value, lanes), tirx.Broadcast(value, lanes)
@@ -139,7 +161,7 @@ def _to_bfloat16(cast: tirx.Cast, rounding: str) -> tirx.Expr:
     value = cast.value
     if lanes >= _SMALLEST_PAIRS and isinstance(value, tirx.Mul):
         half = lanes // 2
-        even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half))
+        even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half, rounding))
         high = tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(0xFFFF0000, "uint32"))
         pairs = (even >> _splat(16, half)) | (odd & tirx.Broadcast(high, half))
         return tirx.reinterpret(f"bfloat16x{lanes}", pairs)
@@ -179,6 +201,13 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
         if isinstance(value, tirx.Cast) and _is_bfloat16(value):
             rounded = _to_bfloat16(value, config.rounding)
             node = tirx.BufferStore(node.buffer, rounded, node.indices)
+        elif spec.cast_before_gamma:
+
+            def inner(cast: tirx.Cast) -> tirx.Expr:
+                return _to_bfloat16(cast, config.rounding) if _is_bfloat16(cast) else cast
+
+            value = structural_map(value, (tirx.Cast, inner))
+            node = tirx.BufferStore(node.buffer, value, node.indices)
         written = node.buffer.name.removesuffix("_1")
         return _stream(node) if streaming and written in output else node
 
@@ -201,6 +230,93 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
     return rewrite
 
 
+def _substitute(node: Any, values: list[tuple[tirx.Var, tirx.Expr]]) -> Any:
+    def replace(var: tirx.Var) -> tirx.Expr:
+        return next((new for old, new in values if var.same_as(old)), var)
+
+    return structural_map(node, (tirx.Var, replace))
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.SplitSteps")
+def split_steps(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+    """Take the columns beyond the last whole step of a row's sum apart; a TVM pass.
+
+    Run before vectorising. The loop over whole steps then has no test, and the other columns are
+    added by a loop of their own.
+    """
+    columns = {str(one.name): one.shape[1] for one in func.params if len(_shape(one)) == 2}
+    analyzer = tvm.sym.Analyzer()
+
+    def inside(call: Call) -> tirx.Expr:
+        return call.args[1] if str(getattr(call.op, "name", "")).endswith("if_then_else") else call
+
+    def split(loop: tirx.For) -> tirx.Stmt:
+        if STEPS not in loop.annotations:
+            return loop
+        cols = columns[str(loop.annotations[STEPS])]
+        whole, rest = (analyzer.simplify(f(cols, LANES)) for f in (tirx.floordiv, tirx.floormod))
+        body = structural_map(loop.body, (Call, inside))
+        main = tirx.For(loop.loop_var, loop.min, whole, loop.kind, body)
+        if isinstance(rest, tirx.IntImm) and rest.value == 0:
+            return main
+        column = tirx.Var("column", "int64")
+        values = [(loop.loop_var, whole)]
+        loops: list[tirx.For] = []
+        while isinstance(body, tirx.For):
+            loops.append(body)
+            body = body.body
+        if len(loops) == 2:  # even and odd columns, pairs
+            values += [
+                (loops[0].loop_var, tirx.floormod(column, 2)),
+                (loops[1].loop_var, tirx.floordiv(column, 2)),
+            ]
+        else:
+            values += [(loops[0].loop_var, column)]
+        zero = tirx.const(0, "int64")
+        tail = tirx.For(column, zero, rest, tirx.ForKind.SERIAL, _substitute(body, values))
+        return tirx.SeqStmt([main, tail])
+
+    return func.with_body(structural_map(func.body, (tirx.For, split)))
+
+
+def _shape(param: tirx.Var) -> list[tirx.Expr]:
+    return list(param.shape) if hasattr(param, "shape") else []
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.ReadWords")
+def read_words(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+    """Expand the loops over even and odd columns, and read their bfloat16 as words; a TVM pass.
+
+    Run after vectorising: every second element of a vector then is a ramp of stride 2.
+    """
+
+    even = tirx.const(0, "int64")
+
+    def one_half(loop: tirx.For, parity: int) -> tirx.Stmt:
+        def widen(cast: tirx.Cast) -> tirx.Expr:
+            load = cast.value
+            if not (isinstance(load, TensorLoad) and _is_bfloat16(load)):
+                return cast
+            (index,) = load.indices
+            if not isinstance(index, tirx.Ramp):
+                return cast
+            if not (isinstance(index.stride, tirx.IntImm) and index.stride.value == 2):
+                raise ValueError(f"expected a vector of every second element, got {index}")
+            first = tirx.Ramp(_substitute(index.base, [(loop.loop_var, even)]), 1, 2 * index.lanes)
+            words = _words(tirx.BufferLoad(load.source, [first]), int(index.lanes))
+            return _widened(words, parity)
+
+        body = structural_map(loop.body, (tirx.Cast, widen))
+        return _substitute(body, [(loop.loop_var, tirx.const(parity, "int64"))])
+
+    def expand(loop: tirx.For) -> tirx.Stmt:
+        if PARITY not in loop.annotations:
+            return loop
+        return tirx.SeqStmt([one_half(loop, 0), one_half(loop, 1)])
+
+    return func.with_body(structural_map(func.body, (tirx.For, expand)))
+
+
 def lower(
     mod: tvm.IRModule, config: LLVMConfig, spec: KernelSpec, *, streaming: bool = False
 ) -> tvm.IRModule:
@@ -218,11 +334,13 @@ def lower(
                 s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
                 s_tir.transform.ConvertBlocksToOpaque(),
                 s_tir.transform.CompactBufferAllocation(),
+                split_steps,
                 s_tir.transform.StmtSimplify(),
                 s_tir.transform.LowerOpaqueBlock(),
                 tirx.transform.FlattenBuffer(),
                 s_tir.transform.LoopPartition(),
                 tirx.transform.VectorizeLoop(True),
+                read_words,
                 rewrite_stores(config, spec, streaming=streaming),
                 tirx.transform.BF16ComputeLegalize(),
                 tirx.transform.UnrollLoop(),

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import BuildError
 from .module_file import seal
-from .spec import KernelSpec
+from .spec import OPS, KernelSpec
 from .targets import X86_FEATURES
 
 _DTYPES = {
@@ -70,6 +70,8 @@ def tables(
 ) -> str:
     """Write ``tables.h``: what ``entry.c`` needs to know about one module."""
     lines = ['#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
+    for op in OPS:
+        lines.append(f"#define QKN_HAS_{op} {int(any(spec.op == op for spec in specs))}")
     lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
     for li, level in enumerate(levels):
         features = [X86_FEATURES[name] for name in level.features]
@@ -105,7 +107,8 @@ def tables(
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
     lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
     rows = ", ".join(
-        f"{{{_c_string(spec.text)}, {_DTYPES[spec.in_dtype]}, {_DTYPES[spec.out_dtype]}, "
+        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {_DTYPES[spec.in_dtype]}, "
+        f"{_DTYPES[spec.out_dtype]}, "
         f"{-1 if spec.q_cols is None else spec.q_cols}, "
         f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
         for si, spec in enumerate(specs)
@@ -164,12 +167,18 @@ def compile_entry(directory: Path, table_text: str, *, pool: bool) -> list[Path]
     return objects
 
 
+def exported_symbols() -> str:
+    """Return the linker's script for what a module shows: its entry points alone."""
+    names = "; ".join(f"__tvm_ffi_{op}" for op in OPS)
+    return f"{{ global: {names}; __tvm_ffi_qknorm_*; local: *; }};\n"
+
+
 def link(objects: Sequence[Path], out: Path) -> None:
     """Link objects to a module that exports its entry points alone, and seal it."""
     import tvm_ffi.libinfo as ffi
 
     script = out.with_suffix(".exports")
-    script.write_text("{ global: __tvm_ffi_apply_qk_rms_norm; __tvm_ffi_qknorm_*; local: *; };\n")
+    script.write_text(exported_symbols())
     command = [find_c_compiler(os.environ.get("CC")), "-shared", "-s", "-o", str(out)]
     command += map(str, objects)
     # Never unloaded: its pool's threads may serve other modules.

@@ -8,17 +8,24 @@ from typing import Any
 
 from .errors import ModuleFileError
 from .module_file import read_metadata
+from .operations import OPERATIONS
 from .spec import KernelSpec
 
 
 class Module:
     """A loaded module.
 
+    Its entry points are those of the operations that it holds. They go through tvm-ffi, and take
+    torch tensors and whatever else offers DLPack. Asking for another is an ``AttributeError``.
+
     Attributes
     ----------
     apply_qk_rms_norm : callable
-        ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)``: the module's
-        own entry point, through tvm-ffi, for torch tensors and whatever else offers DLPack.
+        ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)``.
+    row_mean_of_squares_qk : callable
+        ``row_mean_of_squares_qk(qk_var, q, k)``.
+    qk_rms_norm : callable
+        ``qk_rms_norm(q_out, k_out, gamma_q, gamma_k, q, k, epsilon)``.
     metadata : dict
         What the file says about itself.
     path : pathlib.Path
@@ -29,7 +36,16 @@ class Module:
         self.path = path
         self.metadata = metadata
         self.library = library
-        self.apply_qk_rms_norm = library.get_function("apply_qk_rms_norm")
+        for op in {spec.op for spec in self.specs}:
+            setattr(self, op, library.get_function(op))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OPERATIONS:
+            held = ", ".join(sorted({spec.op for spec in self.specs}))
+            raise AttributeError(
+                f"{self.path} holds {held}, not {name}: export a module for it with --op {name}"
+            )
+        raise AttributeError(f"'Module' object has no attribute {name!r}")
 
     @property
     def specs(self) -> list[KernelSpec]:

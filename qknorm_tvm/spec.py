@@ -7,10 +7,11 @@ import hashlib
 import re
 from typing import Any
 
+from .operations import OPERATIONS, Operation
 from .targets import Target, parse_target
 
 #: Operations that can be declared.
-OPS = ("apply_qk_rms_norm",)
+OPS = tuple(OPERATIONS)
 #: Element types of q, k and their outputs, with their size in bytes.
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 #: Columns above this are a mistake rather than a model.
@@ -18,7 +19,8 @@ MAX_COLS = 1 << 24
 
 _TEXT = re.compile(
     r"(?P<op>\w+)\[(?P<in_dtype>\w+)->(?P<out_dtype>\w+), q=(?P<q>\d+|any), k=(?P<k>\d+|any)"
-    r"(?P<reproducible>, reproducible)?\]@(?P<target>[\w.,:+-]+)"
+    r"(?P<reproducible>, reproducible)?(?P<cast_before_gamma>, cast_before_gamma)?\]"
+    r"@(?P<target>[\w.,:+-]+)"
 )
 
 
@@ -38,10 +40,11 @@ class KernelSpec:
     Parameters
     ----------
     op : str
-        The operation; ``"apply_qk_rms_norm"``.
+        The operation: ``"apply_qk_rms_norm"``, ``"row_mean_of_squares_qk"`` (its statistics) or
+        ``"qk_rms_norm"`` (both in one launch).
     in_dtype, out_dtype : str
         Element type of q and k, and of the outputs: ``"bfloat16"``, ``"float16"`` or
-        ``"float32"``, in every pairing. `out_dtype` defaults to `in_dtype`.
+        ``"float32"``, in every pairing. `out_dtype` defaults to `in_dtype`; statistics are float32.
     q_cols, k_cols : int or None
         Columns of Q and K, fixed when compiled; ``None`` leaves them open until the call.
     target : str
@@ -67,12 +70,14 @@ class KernelSpec:
     k_cols: int | None = None
     target: str = "cpu"
     reproducible: bool = False
+    cast_before_gamma: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {self.op!r}")
+        normalises = self.operation.normalises
         if self.out_dtype is None:
-            object.__setattr__(self, "out_dtype", self.in_dtype)
+            object.__setattr__(self, "out_dtype", self.in_dtype if normalises else "float32")
         for name in ("in_dtype", "out_dtype"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -81,9 +86,20 @@ class KernelSpec:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {value!r}")
         _check_cols("q_cols", self.q_cols)
         _check_cols("k_cols", self.k_cols)
-        if not isinstance(self.reproducible, bool):
-            raise TypeError(f"reproducible must be a bool, got {type(self.reproducible).__name__}")
+        for name in ("reproducible", "cast_before_gamma"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+            if value and not normalises:
+                raise ValueError(f"{name} must be False for {self.op}, got True")
+        if self.out_dtype != "float32" and not normalises:
+            raise ValueError(f"out_dtype must be float32 for {self.op}, got {self.out_dtype!r}")
         object.__setattr__(self, "target", parse_target(self.target).text)
+
+    @property
+    def operation(self) -> Operation:
+        """What the operation takes."""
+        return OPERATIONS[self.op]
 
     @property
     def in_bytes(self) -> int:
@@ -105,11 +121,9 @@ class KernelSpec:
         """The spec in one line, stable across processes; `from_text` reads it back."""
         q = "any" if self.q_cols is None else self.q_cols
         k = "any" if self.k_cols is None else self.k_cols
-        reproducible = ", reproducible" if self.reproducible else ""
-        return (
-            f"{self.op}[{self.in_dtype}->{self.out_dtype}, q={q}, k={k}{reproducible}]"
-            f"@{self.target}"
-        )
+        flags = ", reproducible" if self.reproducible else ""
+        flags += ", cast_before_gamma" if self.cast_before_gamma else ""
+        return f"{self.op}[{self.in_dtype}->{self.out_dtype}, q={q}, k={k}{flags}]@{self.target}"
 
     def __str__(self) -> str:
         return self.text
@@ -146,6 +160,7 @@ class KernelSpec:
             k_cols=cols(match["k"]),
             target=match["target"],
             reproducible=match["reproducible"] is not None,
+            cast_before_gamma=match["cast_before_gamma"] is not None,
         )
 
     def to_dict(self) -> dict[str, Any]:

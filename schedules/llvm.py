@@ -35,10 +35,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tvm_ffi
 from tvm import tirx
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, Schedule
 
 from .llvm_config import LLVMConfig
+from .llvm_statistics import schedule_mean
 
 #: Head of the annotations by which a sampled schedule says which config it is.
 NOTE = "qknorm."
@@ -108,6 +110,10 @@ def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
 
     No Python test of a number may stand here: a trace would freeze its outcome.
     """
+    blocks = {str(block.name_hint) for block in _blocks(sch)}
+    dtypes = {tag: _element_type(sch, tag) for tag in ("q", "k")}
+    if "q_out" not in blocks:
+        return _schedule_statistics(sch, dtypes, row_tile=row_tile)
     tiles = []
     for tag in ("q", "k"):
         # 1. One statement an element: the intermediates inline, in the order of the contract.
@@ -131,4 +137,33 @@ def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
         sch.compute_at(rs, tile, preserve_unit_loops=True)
         sch.unroll(sch.get_loops(rs)[-1])
     sch.parallel(tile)
+    if "mean_q" in blocks:
+        # 4. In the fused operation a tile's statistics come first; its rows are then in L1.
+        for tag in ("q", "k"):
+            mean = sch.get_sblock(f"mean_{tag}")
+            sch.compute_at(mean, tile, preserve_unit_loops=True)
+            schedule_mean(sch, tag, sch.get_loops(mean)[-1], pairs=dtypes[tag] == "bfloat16")
     return tile
+
+
+def _schedule_statistics(sch: Schedule, dtypes: Mapping[str, str], *, row_tile: Any) -> Any:
+    """Schedule the operation that only computes statistics; returns the tile loop."""
+    row, column = sch.get_loops(sch.get_sblock("mean"))
+    tile, row = sch.split(row, [None, row_tile], preserve_unit_iters=True)
+    sch.parallel(tile)
+    sch.unroll(column)
+    for tag in ("q", "k"):
+        schedule_mean(sch, tag, row, pairs=dtypes[tag] == "bfloat16")
+    return tile
+
+
+def _blocks(sch: Schedule) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, found.append))
+    return found
+
+
+def _element_type(sch: Schedule, name: str) -> str:
+    """Return the element type of a parameter."""
+    params = {str(one.name): one for one in sch.mod["main"].params}
+    return str(params[name].dtype)

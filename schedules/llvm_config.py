@@ -78,6 +78,9 @@ def default_config(spec: KernelSpec, features: frozenset[str]) -> LLVMConfig:
     """Choose a config from the spec and the instruction sets that the code may use."""
     avx512 = {"avx512bw", "avx512vl"} <= features
     register = 64 if avx512 else 32 if "avx2" in features else 16
+    if not spec.operation.normalises:
+        # The order of summation leaves nothing else to choose.
+        return LLVMConfig(vector=register // 4, row_tile=1)
     if spec.out_dtype == "bfloat16":
         # One register of outputs. The rows of a tile share gamma's shuffle into even and odd
         # elements; AVX-512 has registers for the rs of eight rows, the others for four.

@@ -8,7 +8,8 @@ import pytest
 from support import PAIRINGS
 
 from qknorm_tvm import KernelSpec
-from qknorm_tvm.declaration import FUNCTION_NAME, INTERNAL_SCALARS, declare
+from qknorm_tvm.declaration import declare
+from qknorm_tvm.spec import OPS
 
 BLOCKS = ("rs", "x32", "scaled", "weighted")
 
@@ -74,10 +75,12 @@ def test_extents_and_strides_are_int64(columns: tuple[int | None, int | None]) -
 
 def test_parameters_are_those_of_the_operation_and_the_entry_point() -> None:
     """An order other than the definition's: arguments would be mixed up silently."""
-    func = declare(KernelSpec())
-    tensors = ["q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k"]
-    assert [p.name for p in func.params] == [*tensors, "epsilon", *INTERNAL_SCALARS]
-    assert str(func.attrs["global_symbol"]) == FUNCTION_NAME
+    for spec in (KernelSpec(), *(KernelSpec(op=op, q_cols=8, k_cols=8) for op in OPS)):
+        func, operation = declare(spec), spec.operation
+        epsilon = ["epsilon"] if operation.has_epsilon else []
+        names = [*operation.tensors, *epsilon, *operation.internal_scalars]
+        assert [p.name for p in func.params] == names
+        assert str(func.attrs["global_symbol"]) == operation.name
 
 
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)

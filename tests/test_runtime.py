@@ -114,7 +114,7 @@ def test_metadata_of_file_and_function_agree(large: Path) -> None:
     answered = json.loads(module.library.get_function("qknorm_metadata")())
     assert answered == module.metadata == module_file.read_metadata(large)
     assert answered["format"] == module_file.FORMAT
-    assert answered["op"] == "apply_qk_rms_norm"
+    assert answered["ops"] == ["apply_qk_rms_norm"]
     assert answered["kind"] == "cpu"
     assert answered["specs"] == [LARGE.to_dict()]
     assert [level["name"] for level in answered["levels"]] == list(X86_LEVELS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import DTYPES, run_python
 
 from qknorm_tvm import KernelSpec
-from qknorm_tvm.spec import MAX_COLS
+from qknorm_tvm.spec import MAX_COLS, OPS
 
 _COLUMNS = st.none() | st.integers(1, MAX_COLS)
 _TARGETS = st.sampled_from(
@@ -97,8 +97,8 @@ def test_replace_validates() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [
-        ("op", "rms_norm", ValueError, "op must be one of apply_qk_rms_norm, got 'rms_norm'"),
-        ("op", None, ValueError, "op must be one of apply_qk_rms_norm, got None"),
+        ("op", "rms_norm", ValueError, "op must be one of apply_qk_rms_norm, .*, got 'rms_norm'"),
+        ("op", None, ValueError, "op must be one of apply_qk_rms_norm, .*, got None"),
         ("in_dtype", "float64", ValueError, "in_dtype must be one of bfloat16, float16, float32"),
         ("in_dtype", None, TypeError, "in_dtype must be a str, got NoneType"),
         ("out_dtype", "bf16", ValueError, "out_dtype must be one of .*, got 'bf16'"),
@@ -110,6 +110,7 @@ def test_replace_validates() -> None:
         ("k_cols", True, TypeError, "k_cols must be an int or None, got bool"),
         ("k_cols", "256", TypeError, "k_cols must be an int or None, got str"),
         ("reproducible", 1, TypeError, "reproducible must be a bool, got int"),
+        ("cast_before_gamma", 1, TypeError, "cast_before_gamma must be a bool, got int"),
         ("target", "gpu!", ValueError, "target must be 'cpu', .* got 'gpu!'"),
         ("target", None, TypeError, "target must be a str, got NoneType"),
     ],
@@ -118,6 +119,25 @@ def test_wrong_field(field: str, value: Any, error: type[Exception], message: st
     """A spec that can be made but not built, or a message that does not name the field."""
     with pytest.raises(error, match=f"^{message}"):
         KernelSpec(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("out_dtype", "bfloat16"), ("reproducible", True), ("cast_before_gamma", True)],
+)
+def test_statistics_have_no_such_choice(field: str, value: Any) -> None:
+    """Two specs for one artifact."""
+    with pytest.raises(ValueError, match=f"^{field} must be .* for row_mean_of_squares_qk, got "):
+        KernelSpec(op="row_mean_of_squares_qk", **{field: value})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("cols", [None, 128])
+def test_text_of_every_operation_reads_back(op: str, cols: int | None) -> None:
+    normalises = op != "row_mean_of_squares_qk"
+    for flag in (False, normalises):
+        spec = KernelSpec(op=op, q_cols=cols, cast_before_gamma=flag, reproducible=flag)
+        assert KernelSpec.from_text(spec.text) == spec
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-/* The entry point of an exported module: apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var,
- * q, k, epsilon).
+/* The entry points of an exported module, one for each operation that it holds:
  *
- * It checks every argument before anything is launched or written, returns at once for no rows,
+ *   apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)
+ *   row_mean_of_squares_qk(qk_var, q, k)
+ *   qk_rms_norm(q_out, k_out, gamma_q, gamma_k, q, k, epsilon)
+ *
+ * Each checks every argument before anything is launched or written, returns at once for no rows,
  * picks the spec that fits the arguments and the generated function that fits this machine, the
  * number of rows and the layout, and calls it. So a caller from C++ gets the same checks and the
  * same choices as one from Python. It allocates nothing.
  *
  * tables.h, written by the exporter for each module, defines qkn_specs, qkn_levels, QKN_NUM_SPECS,
- * QKN_NUM_LEVELS, QKN_CUDA and QKN_METADATA (JSON).
+ * QKN_NUM_LEVELS, QKN_CUDA, QKN_METADATA (JSON) and QKN_HAS_<operation>.
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <inttypes.h>
@@ -24,14 +27,33 @@
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
-#define INTERNAL_SCALARS 5 /* row_tiles and four row strides, see declaration.py */
+#define MAX_INTERNAL_SCALARS 5 /* row_tiles and up to four row strides, see operations.py */
 
-enum { Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K, NUM_TENSORS, EPSILON = NUM_TENSORS };
-static const char* const kNames[] = {"q_out",  "k_out", "gamma_q", "gamma_k",
-                                     "qk_var", "q",     "k",       "epsilon"};
+enum { Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K, NUM_TENSORS };
+static const char* const kNames[] = {"q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k"};
+
+/* How an operation is called. */
+typedef struct {
+  const char* name;
+  const char* arguments; /* for messages */
+  int num_tensors;
+  int tensors[NUM_TENSORS]; /* in the order of the call */
+  int has_epsilon;
+} operation;
+
+static const operation kOperations[] = {
+    [QKN_APPLY] = {"apply_qk_rms_norm",
+                   "8 arguments (q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)", 7,
+                   {Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K}, 1},
+    [QKN_STATISTICS] = {"row_mean_of_squares_qk", "3 arguments (qk_var, q, k)", 3,
+                        {QK_VAR, Q, K}, 0},
+    [QKN_FUSED] = {"qk_rms_norm", "7 arguments (q_out, k_out, gamma_q, gamma_k, q, k, epsilon)", 6,
+                   {Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, Q, K}, 1},
+};
 
 /* One tensor, normalised: data with its offset, strides always there, in elements. */
 typedef struct {
+  int given; /* whether the operation has it */
   char* data;
   DLDevice device;
   DLDataType dtype;
@@ -164,6 +186,7 @@ static int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
     dl = (const DLTensor*)value->v_ptr;
   }
   if (!dl) return fail("TypeError", "%s must be a tensor, got %s", name, type_name(value->type_index));
+  out->given = 1;
   out->ndim = dl->ndim;
   out->dtype = dl->dtype;
   out->device = dl->device;
@@ -283,14 +306,23 @@ static int in_place(const tensor* out, const tensor* in) {
          (out->rows <= 1 || out->row_stride == in->row_stride);
 }
 
-static int check_overlap(const tensor* t) {
+static int check_overlap(int op, const tensor* t) {
+  if (op == QKN_STATISTICS) {
+    for (int in = Q; in <= K; ++in) {
+      if (overlap(&t[QK_VAR], &t[in])) {
+        return fail("ValueError", "qk_var must not overlap %s, got tensors that share memory",
+                    kNames[in]);
+      }
+    }
+    return 0;
+  }
   if (overlap(&t[Q_OUT], &t[K_OUT])) {
     return fail("ValueError", "k_out must not overlap q_out, got tensors that share memory");
   }
   for (int out = Q_OUT; out <= K_OUT; ++out) {
     int own = out == Q_OUT ? Q : K;
     for (int in = GAMMA_Q; in < NUM_TENSORS; ++in) {
-      if (in == own && in_place(&t[out], &t[in])) continue;
+      if (!t[in].given || (in == own && in_place(&t[out], &t[in]))) continue;
       if (!overlap(&t[out], &t[in])) continue;
       if (in == own) {
         return fail("ValueError",
@@ -336,11 +368,15 @@ static void set_tasks(const qkn_variant* v, int64_t bytes) {
 }
 #endif
 
+/* Tensors of Q's and K's columns; functions take their strides in this order. */
+#define NUM_STREAMS 4
+static const int kStreams[NUM_STREAMS] = {Q_OUT, K_OUT, Q, K};
+
 static int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out_bytes) {
-  static const int kStreams[] = {Q_OUT, K_OUT, Q, K};
   if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < NUM_STREAMS; ++i) {
     const tensor* s = &t[kStreams[i]];
+    if (!s->given) continue;
     if ((uintptr_t)s->data % (uintptr_t)v->alignment) return 0;
     if (s->row_stride % v->stride_unit) return 0;
   }
@@ -349,57 +385,65 @@ static int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out
   if (v->min_out_bytes > 0 && (t[Q_OUT].data == t[Q].data || t[K_OUT].data == t[K].data)) return 0;
 #endif
   /* Functions that rely on alignment read gamma as vectors too, of 16 bytes at the most. */
-  if (v->alignment > 4) {
+  if (v->alignment > 4 && t[GAMMA_Q].given) {
     uintptr_t gamma = (uintptr_t)(v->alignment < 16 ? v->alignment : 16);
     if ((uintptr_t)t[GAMMA_Q].data % gamma || (uintptr_t)t[GAMMA_K].data % gamma) return 0;
   }
   return 1;
 }
 
-static int call_variant(const qkn_variant* v, const tensor* t, int64_t rows, double epsilon) {
+static int call_variant(const qkn_variant* v, const operation* op, const tensor* t, int64_t rows,
+                        double epsilon) {
   DLTensor dl[NUM_TENSORS];
   int64_t shape[NUM_TENSORS][2], strides[NUM_TENSORS][2];
-  TVMFFIAny args[NUM_TENSORS + 1 + INTERNAL_SCALARS], result;
+  TVMFFIAny args[NUM_TENSORS + 1 + MAX_INTERNAL_SCALARS], result;
+  int32_t used = 0;
   memset(args, 0, sizeof args);
   memset(&result, 0, sizeof result);
-  for (int i = 0; i < NUM_TENSORS; ++i) {
-    int one = t[i].ndim == 1;
-    shape[i][0] = one ? t[i].cols : rows;
-    shape[i][1] = t[i].cols;
-    strides[i][0] = one ? 1 : t[i].row_stride;
+  for (int i = 0; i < op->num_tensors; ++i) {
+    const tensor* one = &t[op->tensors[i]];
+    int flat = one->ndim == 1;
+    shape[i][0] = flat ? one->cols : rows;
+    shape[i][1] = one->cols;
+    strides[i][0] = flat ? 1 : one->row_stride;
     strides[i][1] = 1;
-    dl[i] = (DLTensor){.data = t[i].data,
-                       .device = t[i].device,
-                       .ndim = t[i].ndim,
-                       .dtype = t[i].dtype,
+    dl[i] = (DLTensor){.data = one->data,
+                       .device = one->device,
+                       .ndim = one->ndim,
+                       .dtype = one->dtype,
                        .shape = shape[i],
                        .strides = strides[i],
                        .byte_offset = 0};
-    args[i].type_index = kTVMFFIDLTensorPtr;
-    args[i].v_ptr = &dl[i];
-  }
 #if !QKN_CUDA
-  for (int i = 0; i < NUM_TENSORS; ++i) dl[i].device = (DLDevice){kDLCPU, 0};
+    dl[i].device = (DLDevice){kDLCPU, 0};
 #endif
-  args[EPSILON].type_index = kTVMFFIFloat;
-  args[EPSILON].v_float64 = epsilon;
-  const int64_t scalars[INTERNAL_SCALARS] = {
-      rows / v->row_tile, t[Q_OUT].row_stride / v->stride_unit,
-      t[K_OUT].row_stride / v->stride_unit, t[Q].row_stride / v->stride_unit,
-      t[K].row_stride / v->stride_unit};
-  for (int i = 0; i < INTERNAL_SCALARS; ++i) {
-    args[EPSILON + 1 + i].type_index = kTVMFFIInt;
-    args[EPSILON + 1 + i].v_int64 = scalars[i];
+    args[used].type_index = kTVMFFIDLTensorPtr;
+    args[used++].v_ptr = &dl[i];
   }
-  return v->call(NULL, args, NUM_TENSORS + 1 + INTERNAL_SCALARS, &result);
+  if (op->has_epsilon) {
+    args[used].type_index = kTVMFFIFloat;
+    args[used++].v_float64 = epsilon;
+  }
+  args[used].type_index = kTVMFFIInt;
+  args[used++].v_int64 = rows / v->row_tile;
+  for (int i = 0; i < NUM_STREAMS; ++i) {
+    if (!t[kStreams[i]].given) continue;
+    args[used].type_index = kTVMFFIInt;
+    args[used++].v_int64 = t[kStreams[i]].row_stride / v->stride_unit;
+  }
+  return v->call(NULL, args, used, &result);
 }
 
-static int run(const qkn_code* code, tensor* t, int64_t rows, double epsilon) {
-  int64_t row_out_bytes = t[Q_OUT].cols * t[Q_OUT].item + t[K_OUT].cols * t[K_OUT].item;
+static int run(const qkn_code* code, const operation* op, tensor* t, int64_t rows,
+               double epsilon) {
+  int64_t row_out_bytes = 0, row_bytes = 0;
+  for (int i = 0; i < NUM_STREAMS; ++i) {
+    const tensor* one = &t[kStreams[i]];
+    if (!one->given) continue;
+    row_bytes += one->cols * one->item;
+    if (kStreams[i] <= K_OUT) row_out_bytes += one->cols * one->item;
+  }
   int64_t out_bytes = rows * row_out_bytes;
-#if !QKN_CUDA
-  int64_t row_bytes = row_out_bytes + t[Q].cols * t[Q].item + t[K].cols * t[K].item;
-#endif
   while (rows > 0) {
     const qkn_variant* chosen = NULL;
     for (int i = 0; i < code->num_variants && !chosen; ++i) {
@@ -407,13 +451,15 @@ static int run(const qkn_code* code, tensor* t, int64_t rows, double epsilon) {
     }
     if (!chosen) return fail("RuntimeError", "this module has no code for this layout (a bug)");
     int64_t done = rows / chosen->row_tile * chosen->row_tile;
-#if !QKN_CUDA
+#if QKN_CUDA
+    (void)row_bytes;
+#else
     set_tasks(chosen, done * row_bytes);
 #endif
-    if (call_variant(chosen, t, done, epsilon)) return -1;
+    if (call_variant(chosen, op, t, done, epsilon)) return -1;
     rows -= done;
     for (int i = 0; i < NUM_TENSORS; ++i) {
-      if (t[i].ndim == 2) t[i].data += done * t[i].row_stride * t[i].item;
+      if (t[i].given && t[i].ndim == 2) t[i].data += done * t[i].row_stride * t[i].item;
     }
   }
   return 0;
@@ -425,23 +471,21 @@ static int float_storage(DLDataType type) {
   return type.code == kDLUInt && type.bits == 16 && type.lanes == 1;
 }
 
-/* With a ninth argument of 1, tensors of bfloat16 come as uint16: NumPy has no bfloat16 that DLPack
- * knows. (Its float16 comes as itself: taken for bfloat16's storage too, one would pass for the
- * other.) */
-static int read_flags(const TVMFFIAny* args, int32_t num_args, int* bits16) {
+/* With one more argument, of 1, tensors of bfloat16 come as uint16: NumPy has no bfloat16 that
+ * DLPack knows. (Its float16 comes as itself: taken for bfloat16's storage too, one would pass for
+ * the other.) */
+static int read_flags(const operation* op, const TVMFFIAny* args, int32_t num_args, int* bits16) {
+  int expected = op->num_tensors + op->has_epsilon;
   *bits16 = 0;
-  if (num_args == EPSILON + 1) return 0;
-  if (num_args != EPSILON + 2) {
-    return fail("TypeError",
-                "apply_qk_rms_norm takes 8 arguments (q_out, k_out, gamma_q, gamma_k, qk_var, q, k, "
-                "epsilon), got %d",
-                num_args);
+  if (num_args == expected) return 0;
+  if (num_args != expected + 1) {
+    return fail("TypeError", "%s takes %s, got %d", op->name, op->arguments, num_args);
   }
-  if (args[EPSILON + 1].type_index != kTVMFFIInt && args[EPSILON + 1].type_index != kTVMFFIBool) {
+  if (args[expected].type_index != kTVMFFIInt && args[expected].type_index != kTVMFFIBool) {
     return fail("TypeError", "storage must be an int, got %s",
-                type_name(args[EPSILON + 1].type_index));
+                type_name(args[expected].type_index));
   }
-  *bits16 = args[EPSILON + 1].v_int64 == 1;
+  *bits16 = args[expected].v_int64 == 1;
   return 0;
 }
 
@@ -457,79 +501,115 @@ static int read_epsilon(const TVMFFIAny* value, double* epsilon) {
   return 0;
 }
 
-static int find_spec(const tensor* t, int* found) {
+static int find_spec(int op, const tensor* t, int* found) {
   char in_type[64], out_type[64];
-  int by_type = -1;
+  int of_op = 0, by_type = -1, last = 0, has_out = t[Q_OUT].given;
   for (int i = 0; i < QKN_NUM_SPECS; ++i) {
     const qkn_spec* s = &qkn_specs[i];
-    if (!same_dtype(s->in_dtype, t[Q].dtype) || !same_dtype(s->out_dtype, t[Q_OUT].dtype)) continue;
+    if (s->op != op) continue;
+    ++of_op;
+    last = i;
+    if (!same_dtype(s->in_dtype, t[Q].dtype)) continue;
+    if (has_out && !same_dtype(s->out_dtype, t[Q_OUT].dtype)) continue;
     by_type = i;
     if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
       *found = i;
       return 0;
     }
   }
-  if (QKN_NUM_SPECS == 1 || by_type >= 0) {
-    *found = by_type < 0 ? 0 : by_type; /* its own check will say what does not fit */
-    if (QKN_NUM_SPECS == 1) return 0;
+  if (of_op == 1) { /* its own check will say what does not fit */
+    *found = last;
+    return 0;
+  }
+  if (by_type >= 0) {
     return fail("ValueError",
                 "q and k must have the columns of one of this module's specs, got %" PRId64
                 " and %" PRId64,
                 t[Q].cols, t[K].cols);
   }
+  dtype_name(t[Q].dtype, in_type, sizeof in_type);
+  if (!has_out) {
+    return fail("TypeError", "q must have the dtype of one of this module's specs, got %s", in_type);
+  }
   return fail("TypeError", "q and q_out must have the dtypes of one of this module's specs, got %s "
               "and %s",
-              dtype_name(t[Q].dtype, in_type, sizeof in_type),
-              dtype_name(t[Q_OUT].dtype, out_type, sizeof out_type));
+              in_type, dtype_name(t[Q_OUT].dtype, out_type, sizeof out_type));
 }
 
-EXPORT int __tvm_ffi_apply_qk_rms_norm(void* self, const TVMFFIAny* args, int32_t num_args,
-                                       TVMFFIAny* result) {
-  static const int kOrder[] = {Q, K, QK_VAR, GAMMA_Q, GAMMA_K, Q_OUT, K_OUT};
+static int check_arguments(int op, const qkn_spec* spec, tensor* t) {
   const DLDataType f32 = {kDLFloat, 32, 1};
+  int64_t rows = t[Q].rows;
+  if (check_tensor("q", &t[Q], 2, spec->in_dtype, rows, spec->q_cols, 0)) return -1;
+  if (check_tensor("k", &t[K], 2, spec->in_dtype, rows, spec->k_cols, 0)) return -1;
+  if (t[QK_VAR].given &&
+      check_tensor("qk_var", &t[QK_VAR], 2, f32, rows, 2, op == QKN_STATISTICS)) {
+    return -1;
+  }
+  if (op == QKN_STATISTICS) return 0;
+  if (check_tensor("gamma_q", &t[GAMMA_Q], 1, f32, 1, t[Q].cols, 0)) return -1;
+  if (check_tensor("gamma_k", &t[GAMMA_K], 1, f32, 1, t[K].cols, 0)) return -1;
+  if (check_tensor("q_out", &t[Q_OUT], 2, spec->out_dtype, rows, t[Q].cols, 1)) return -1;
+  return check_tensor("k_out", &t[K_OUT], 2, spec->out_dtype, rows, t[K].cols, 1);
+}
+
+static int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  static const int kOrder[] = {Q, K, QK_VAR, GAMMA_Q, GAMMA_K, Q_OUT, K_OUT};
+  const operation* about = &kOperations[op];
   tensor t[NUM_TENSORS];
-  double epsilon;
+  double epsilon = 0;
   int bits16, index = 0;
-  (void)self;
   if (active_level < 0) {
     return fail("RuntimeError",
                 "this CPU cannot run this module: it lacks %s; export it with target='cpu', which "
                 "holds code for every x86-64 level, or for this machine",
                 unsupported);
   }
-  if (read_flags(args, num_args, &bits16)) return -1;
-  for (int i = 0; i < NUM_TENSORS; ++i) {
-    if (read_tensor(kNames[i], &args[i], &t[i])) return -1;
+  if (read_flags(about, args, num_args, &bits16)) return -1;
+  for (int i = 0; i < NUM_TENSORS; ++i) t[i].given = 0;
+  for (int i = 0; i < about->num_tensors; ++i) {
+    int which = about->tensors[i];
+    if (read_tensor(kNames[which], &args[i], &t[which])) return -1;
   }
-  if (read_epsilon(&args[EPSILON], &epsilon)) return -1;
+  if (about->has_epsilon && read_epsilon(&args[about->num_tensors], &epsilon)) return -1;
   for (int i = 0; bits16 && i < NUM_TENSORS; ++i) {
-    if (float_storage(t[i].dtype)) t[i].dtype = (DLDataType){kDLBfloat, 16, 1};
+    if (t[i].given && float_storage(t[i].dtype)) t[i].dtype = (DLDataType){kDLBfloat, 16, 1};
   }
   for (int i = 0; i < NUM_TENSORS; ++i) {
-    if (check_device(kNames[kOrder[i]], &t[kOrder[i]], t[Q].device)) return -1;
+    const tensor* one = &t[kOrder[i]];
+    if (one->given && check_device(kNames[kOrder[i]], one, t[Q].device)) return -1;
   }
-  if (find_spec(t, &index)) return -1;
+  if (find_spec(op, t, &index)) return -1;
   const qkn_spec* spec = &qkn_specs[index];
-  int64_t rows = t[Q].rows;
-  if (check_tensor("q", &t[Q], 2, spec->in_dtype, rows, spec->q_cols, 0)) return -1;
-  if (check_tensor("k", &t[K], 2, spec->in_dtype, rows, spec->k_cols, 0)) return -1;
-  if (check_tensor("qk_var", &t[QK_VAR], 2, f32, rows, 2, 0)) return -1;
-  if (check_tensor("gamma_q", &t[GAMMA_Q], 1, f32, 1, t[Q].cols, 0)) return -1;
-  if (check_tensor("gamma_k", &t[GAMMA_K], 1, f32, 1, t[K].cols, 0)) return -1;
-  if (check_tensor("q_out", &t[Q_OUT], 2, spec->out_dtype, rows, t[Q].cols, 1)) return -1;
-  if (check_tensor("k_out", &t[K_OUT], 2, spec->out_dtype, rows, t[K].cols, 1)) return -1;
-  if (rows > 0) {
-    if (check_overlap(t)) return -1;
+  if (check_arguments(op, spec, t)) return -1;
+  if (t[Q].rows > 0) {
+    if (check_overlap(op, t)) return -1;
 #if QKN_CUDA
     if (qkn_check_device(t[Q].device.device_id)) return -1;
 #endif
-    if (run(&spec->code[active_level], t, rows, epsilon)) return -1;
+    if (run(&spec->code[active_level], about, t, t[Q].rows, epsilon)) return -1;
   }
   result->type_index = kTVMFFINone;
   result->zero_padding = 0;
   result->v_int64 = 0;
   return 0;
 }
+
+#define ENTRY_POINT(function, op)                                                               \
+  EXPORT int __tvm_ffi_##function(void* self, const TVMFFIAny* args, int32_t num_args,          \
+                                  TVMFFIAny* result) {                                          \
+    (void)self;                                                                                 \
+    return enter(op, args, num_args, result);                                                   \
+  }
+
+#if QKN_HAS_apply_qk_rms_norm
+ENTRY_POINT(apply_qk_rms_norm, QKN_APPLY)
+#endif
+#if QKN_HAS_row_mean_of_squares_qk
+ENTRY_POINT(row_mean_of_squares_qk, QKN_STATISTICS)
+#endif
+#if QKN_HAS_qk_rms_norm
+ENTRY_POINT(qk_rms_norm, QKN_FUSED)
+#endif
 
 static int return_text(const char* text, TVMFFIAny* result) {
   TVMFFIByteArray bytes = {text, strlen(text)};

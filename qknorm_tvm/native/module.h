@@ -36,9 +36,13 @@ typedef struct {
   int num_variants;
 } qkn_code;
 
+/* The operations, in the order of operations.py. */
+enum { QKN_APPLY, QKN_STATISTICS, QKN_FUSED };
+
 /* One spec held by the module; code[i] belongs to qkn_levels[i]. */
 typedef struct {
   const char* text;
+  int op;
   DLDataType in_dtype;
   DLDataType out_dtype;
   int64_t q_cols; /* -1: open */
