@@ -23,6 +23,12 @@ def canonical_dtype(name: str, dtype: Any) -> str:
     return text
 
 
+def _is_jax(array: Any) -> bool:
+    """Whether an array is JAX's, which cannot be written to."""
+    namespace = getattr(array, "__array_namespace__", None)
+    return namespace is not None and namespace().__name__.partition(".")[0] == "jax"
+
+
 class Adapter:
     """What differs between frameworks; this one is for whatever offers DLPack."""
 
@@ -32,7 +38,10 @@ class Adapter:
 
     def target(self, array: Any) -> str:
         """Return the spec target for the device that the array is on."""
-        kind, index = array.__dlpack_device__()
+        try:
+            kind, index = array.__dlpack_device__()
+        except Exception as error:  # such as an array that is being traced
+            raise TypeError(f"q cannot be passed by DLPack: {error}") from error
         if int(kind) in (1, 3):
             return host_cpu_target()
         if int(kind) == 2:
@@ -54,7 +63,7 @@ class Adapter:
 
         namespace = getattr(like, "__array_namespace__", None)
         xp = namespace() if namespace else None
-        if xp is not None and xp.__name__.partition(".")[0] == "jax":
+        if _is_jax(like):
             raise ValueError(
                 f"{name} must be given for JAX arrays, which cannot be written to, got None: pass "
                 "NumPy arrays"
@@ -80,6 +89,8 @@ class Adapter:
         """Return what tvm-ffi takes for this array; no copy."""
         import tvm_ffi
 
+        if writable and _is_jax(array):
+            raise ValueError(f"{name} must be writable, got a JAX array: pass a NumPy array")
         try:
             return tvm_ffi.from_dlpack(array)
         except Exception as error:

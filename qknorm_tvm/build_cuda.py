@@ -329,7 +329,7 @@ def link_cuda(objects: Sequence[Path], out: Path) -> None:
 
     script = out.with_suffix(".exports")
     script.write_text(exported_symbols())
-    options = ["-s", "-z,nodelete", "-z,noexecstack", "-z,relro", "--gc-sections"]
+    options = ["-s", "-z,nodelete", "-z,noexecstack", "-z,relro", "-z,now", "--gc-sections"]
     options += [f"--version-script={script}", "--build-id=none", "--no-undefined"]
     library = Path(ffi.find_libtvm_ffi())
     _nvcc(

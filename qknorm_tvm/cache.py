@@ -23,6 +23,15 @@ _given: list[Module] = []
 _lock = threading.Lock()
 
 
+def _new_lock() -> None:
+    """Replace the lock: in a forked child the thread that held it is gone."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
 @functools.lru_cache(maxsize=1)
 def _source_digest() -> str:
     """Digest of the sources that decide the code, so that no stale module outlives a change."""
@@ -128,6 +137,9 @@ def _load_or_build(spec: KernelSpec) -> Module:
         # to free.
         with filelock.FileLock(path.with_suffix(".lock"), mode=0o600):
             if not _usable(path, spec):
+                # Half a file of a process that was killed as it wrote; the lock is ours.
+                for left in directory.glob(f".{path.name}.*"):
+                    left.unlink(missing_ok=True)
                 place(compile(spec).path, path)
     return load(path)
 

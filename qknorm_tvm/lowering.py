@@ -22,9 +22,9 @@ from tvm import s_tir, tirx
 from tvm.ir import Call, TensorLoad
 from tvm_ffi import structural_map
 
-from .declaration_statistics import LANES
+from .declaration_statistics import BLOCK, LANES
 from .schedules.llvm_config import LLVMConfig
-from .schedules.llvm_statistics import PARITY, STEPS
+from .schedules.llvm_statistics import BLOCKS, PARITY, STEP
 from .spec import KernelSpec
 
 #: Bytes to which rows must be aligned to be stored past the caches: a cache line.
@@ -237,44 +237,71 @@ def _substitute(node: Any, values: list[tuple[tirx.Var, tirx.Expr]]) -> Any:
     return structural_map(node, (tirx.Var, replace))
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.SplitSteps")
-def split_steps(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
-    """Take the columns beyond the last whole step of a row's sum apart; a TVM pass.
+@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.SplitBlocks")
+def split_blocks(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+    """Take the columns beyond the last whole block of a row's sum apart; a TVM pass.
 
-    Run before vectorising. The loop over whole steps then has no test, and the other columns are
-    added by a loop of their own.
+    Run before vectorising. The loop over whole blocks then has no test; in the last block whole
+    steps have none, and the other columns are added by a loop of their own.
     """
     columns = {str(one.name): one.shape[1] for one in func.params if len(_shape(one)) == 2}
-    analyzer = tvm.sym.Analyzer()
+    simplify = tvm.sym.Analyzer().simplify
+    zero = tirx.const(0, "int64")
 
-    def inside(call: Call) -> tirx.Expr:
-        return call.args[1] if str(getattr(call.op, "name", "")).endswith("if_then_else") else call
+    def without_test(call: Call) -> tirx.Expr:
+        is_test = str(getattr(call.op, "name", "")).endswith("if_then_else")
+        return call.args[1] if is_test else call
+
+    def steps_of(block: tirx.For, cols: tirx.Expr) -> tirx.Stmt:
+        """Return the last block's body: its loop over steps cut short, columns after it."""
+        whole = simplify(tirx.floordiv(tirx.floormod(cols, BLOCK), LANES))
+        rest = simplify(tirx.floormod(cols, LANES))
+
+        def cut(loop: tirx.For) -> tirx.Stmt:
+            if STEP not in loop.annotations:
+                return loop
+            main = tirx.For(loop.loop_var, loop.min, whole, loop.kind, loop.body)
+            if isinstance(rest, tirx.IntImm) and rest.value == 0:
+                return main
+            column = tirx.Var("column", "int64")
+            body, loops = loop.body, []
+            while isinstance(body, tirx.For):
+                loops.append(body)
+                body = body.body
+            values = [(loop.loop_var, whole)]
+            if len(loops) == 2:  # even and odd columns, pairs
+                values.append((loops[0].loop_var, tirx.floormod(column, 2)))
+                values.append((loops[1].loop_var, tirx.floordiv(column, 2)))
+            else:
+                values.append((loops[0].loop_var, column))
+            body = _substitute(body, values)
+            return tirx.SeqStmt([main, tirx.For(column, zero, rest, tirx.ForKind.SERIAL, body)])
+
+        def renamed(loop: tirx.For) -> tirx.For:
+            var = tirx.Var(loop.loop_var.name, "int64")
+            body = _substitute(loop.body, [(loop.loop_var, var)])
+            return tirx.For(
+                var, loop.min, loop.extent, loop.kind, body, annotations=loop.annotations
+            )
+
+        index = simplify(tirx.floordiv(cols, BLOCK))
+        body = structural_map(block.body, (tirx.For, cut))
+        body = _substitute(body, [(block.loop_var, index)])
+        # A loop variable belongs to one loop.
+        return structural_map(body, (tirx.For, renamed))
 
     def split(loop: tirx.For) -> tirx.Stmt:
-        if STEPS not in loop.annotations:
+        if BLOCKS not in loop.annotations:
             return loop
-        cols = columns[str(loop.annotations[STEPS])]
-        whole, rest = (analyzer.simplify(f(cols, LANES)) for f in (tirx.floordiv, tirx.floormod))
-        body = structural_map(loop.body, (Call, inside))
-        main = tirx.For(loop.loop_var, loop.min, whole, loop.kind, body)
-        if isinstance(rest, tirx.IntImm) and rest.value == 0:
-            return main
-        column = tirx.Var("column", "int64")
-        values = [(loop.loop_var, whole)]
-        loops: list[tirx.For] = []
-        while isinstance(body, tirx.For):
-            loops.append(body)
-            body = body.body
-        if len(loops) == 2:  # even and odd columns, pairs
-            values += [
-                (loops[0].loop_var, tirx.floormod(column, 2)),
-                (loops[1].loop_var, tirx.floordiv(column, 2)),
-            ]
-        else:
-            values += [(loops[0].loop_var, column)]
-        zero = tirx.const(0, "int64")
-        tail = tirx.For(column, zero, rest, tirx.ForKind.SERIAL, _substitute(body, values))
-        return tirx.SeqStmt([main, tail])
+        cols = columns[str(loop.annotations[BLOCKS])]
+        body = structural_map(loop.body, (Call, without_test))
+        whole = tirx.For(loop.loop_var, zero, tirx.floordiv(cols, BLOCK), loop.kind, body)
+        if isinstance(cols, tirx.IntImm) and cols.value % BLOCK == 0:
+            return whole
+        last = steps_of(tirx.For(loop.loop_var, zero, whole.extent, loop.kind, body), cols)
+        if isinstance(cols, tirx.IntImm) and cols.value < BLOCK:
+            return last
+        return tirx.SeqStmt([whole, last])
 
     return func.with_body(structural_map(func.body, (tirx.For, split)))
 
@@ -334,7 +361,7 @@ def lower(
                 s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
                 s_tir.transform.ConvertBlocksToOpaque(),
                 s_tir.transform.CompactBufferAllocation(),
-                split_steps,
+                split_blocks,
                 s_tir.transform.StmtSimplify(),
                 s_tir.transform.LowerOpaqueBlock(),
                 tirx.transform.FlattenBuffer(),

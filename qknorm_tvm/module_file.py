@@ -16,8 +16,8 @@ from typing import Any
 
 from .errors import ModuleFileError
 
-#: Version of the metadata; a reader refuses what is newer.
-FORMAT = 1
+#: Version of the metadata; a reader refuses any other. 2: several operations in one module.
+FORMAT = 2
 SECTION = ".qknorm"
 MAGIC = b"QKNORM-TVM MODUL"
 _DIGEST_BYTES = 32
@@ -110,7 +110,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = metadata["format"]
     except (ValueError, KeyError, TypeError):
         raise ModuleFileError(f"{path} is damaged: its metadata is no JSON") from None
-    if not isinstance(found, int) or found > FORMAT:
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ModuleFileError(f"{path} is damaged: its metadata has format {found!r}")
+    if found < FORMAT:
+        raise ModuleFileError(
+            f"{path} has format {found}, of an earlier qknorm-tvm than this one, which reads format "
+            f"{FORMAT}: export it again"
+        )
+    if found > FORMAT:
         raise ModuleFileError(
             f"{path} has format {found}; this qknorm-tvm reads up to {FORMAT}: upgrade it"
         )

@@ -158,7 +158,7 @@ def compile_entry(directory: Path, table_text: str, *, pool: bool) -> list[Path]
         source = resources.files(__package__) / "native" / f"{name}.c"
         with resources.as_file(source) as path:
             target = directory / f"{name}.o"
-            command = [compiler, "-c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-g0"]
+            command = [compiler, "-c", "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
             command += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
             command += [f"-I{directory}", f"-I{path.parent}", f"-I{ffi.find_include_path()}"]
             command += [f"-I{ffi.find_dlpack_include_path()}", str(path), "-o", str(target)]
@@ -183,6 +183,8 @@ def link(objects: Sequence[Path], out: Path) -> None:
     command += map(str, objects)
     # Never unloaded: its pool's threads may serve other modules.
     command += ["-Wl,-z,nodelete", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,--gc-sections"]
+    # Bound when it is loaded: a tvm-ffi that lacks a function is noticed then, not in a call.
+    command += ["-Wl,-z,now"]
     command += [f"-Wl,--version-script={script}", "-Wl,--build-id=none", "-Wl,--no-undefined"]
     library = Path(ffi.find_libtvm_ffi())
     command += [f"-L{library.parent}", "-ltvm_ffi", "-lpthread", "-ldl", "-lm"]

@@ -18,7 +18,13 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 
 
 def rms_norm(
-    x: npt.NDArray, var: npt.NDArray, gamma: npt.NDArray, epsilon: float, out_dtype: str
+    x: npt.NDArray,
+    var: npt.NDArray,
+    gamma: npt.NDArray,
+    epsilon: float,
+    out_dtype: str,
+    *,
+    cast_before_gamma: bool = False,
 ) -> npt.NDArray:
     """Compute one operand: ``cast((cast(x, f32) * rsqrt(var + epsilon)) * gamma, out_dtype)``.
 
@@ -33,6 +39,8 @@ def rms_norm(
         Rounded to float32 first.
     out_dtype : str
         Element type of the result.
+    cast_before_gamma : bool
+        Round to x's type before gamma multiplies.
 
     Returns
     -------
@@ -43,6 +51,8 @@ def rms_norm(
         rs = np.float32(1) / np.sqrt(var + np.float32(epsilon))
         x32 = x.astype(np.float32)
         scaled = x32 * rs[:, None]
+        if cast_before_gamma:
+            scaled = scaled.astype(x.dtype).astype(np.float32)
         weighted = scaled * gamma
         return weighted.astype(NUMPY_DTYPES[out_dtype])
 
@@ -55,13 +65,76 @@ def apply_qk_rms_norm(
     gamma_k: npt.NDArray,
     epsilon: float = 1e-6,
     out_dtype: str | None = None,
+    *,
+    cast_before_gamma: bool = False,
 ) -> tuple[npt.NDArray, npt.NDArray]:
     """Compute both operands of the definition, unfused; see `qknorm_tvm.apply_qk_rms_norm`."""
-    out_dtype = out_dtype or q.dtype.name
+    out_dtype, cast = out_dtype or q.dtype.name, cast_before_gamma
     return (
-        rms_norm(q, qk_var[:, 0], gamma_q, epsilon, out_dtype),
-        rms_norm(k, qk_var[:, 1], gamma_k, epsilon, out_dtype),
+        rms_norm(q, qk_var[:, 0], gamma_q, epsilon, out_dtype, cast_before_gamma=cast),
+        rms_norm(k, qk_var[:, 1], gamma_k, epsilon, out_dtype, cast_before_gamma=cast),
     )
+
+
+#: Partial sums of a row on CPUs, and terms of each before they are added to a total: the order of
+#: `row_mean_of_squares`.
+LANES, STEPS = 64, 16
+
+
+def _add_square(x: npt.NDArray, total: npt.NDArray) -> npt.NDArray:
+    """Return ``total + x * x``, rounded once to float32: a fused multiply-add.
+
+    float64 holds the square exactly, but not always the sum: it is rounded to odd there, so that
+    rounding it again to float32 gives the one right result.
+    """
+    a, b = x.astype(np.float64) ** 2, total.astype(np.float64)
+    near = a + b
+    part = near - a
+    error = (a - (near - part)) + (b - part)
+    even = near.view(np.uint64) % 2 == 0
+    inexact = (error != 0) & even & np.isfinite(near)
+    toward = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact, np.nextafter(near, toward), near).astype(np.float32)
+
+
+def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True) -> npt.NDArray:
+    """Compute one operand's float32 mean of squares, in the CPU modules' order of summation.
+
+    The order is that of `qknorm_tvm.declaration_statistics`.
+
+    Parameters
+    ----------
+    x : ndarray, ``[M, N]``
+        bfloat16, float16 or float32.
+    fused : bool
+        Whether squares are added by a fused multiply-add, as from x86-64-v3 on.
+
+    Returns
+    -------
+    ndarray, ``[M]``, float32
+    """
+    rows, cols = x.shape
+    steps = -(-cols // LANES)
+    padded = np.zeros((rows, steps * LANES), np.float32)
+    padded[:, :cols] = x
+    total = np.zeros((rows, LANES), np.float32)
+    with np.errstate(all="ignore"):
+        for first in range(0, steps, STEPS):
+            partial = np.zeros((rows, LANES), np.float32)
+            for step in range(first, min(first + STEPS, steps)):
+                part = padded[:, step * LANES : (step + 1) * LANES]
+                partial = _add_square(part, partial) if fused else part * part + partial
+            total += partial
+        sums = total[:, ::2] + total[:, 1::2]
+        while sums.shape[1] > 1:
+            half = sums.shape[1] // 2
+            sums = sums[:, :half] + sums[:, half:]
+        return sums[:, 0] / np.float32(cols)
+
+
+def row_mean_of_squares_qk(q: npt.NDArray, k: npt.NDArray, *, fused: bool = True) -> npt.NDArray:
+    """Compute both operands' statistics; see `qknorm_tvm.row_mean_of_squares_qk`."""
+    return np.stack([row_mean_of_squares(one, fused=fused) for one in (q, k)], axis=1)
 
 
 def mean_of_squares(x: npt.NDArray) -> npt.NDArray:

@@ -47,6 +47,8 @@ def apply_qk_rms_norm(
     gamma_k: Any,
     epsilon: float = 1e-6,
     out_dtype: Any = None,
+    *,
+    cast_before_gamma: bool = False,
 ) -> tuple[Any, Any]:
     """Compute both operands of the definition in torch, operation by operation.
 
@@ -57,6 +59,8 @@ def apply_qk_rms_norm(
     epsilon : float
     out_dtype : torch.dtype, optional
         By default q's.
+    cast_before_gamma : bool
+        Round to q's type before gamma multiplies.
 
     Returns
     -------
@@ -64,6 +68,24 @@ def apply_qk_rms_norm(
     """
     dtype = out_dtype or q.dtype
     rs = (qk_var + epsilon).rsqrt()
-    q_out = ((q.float() * rs[:, 0:1]) * gamma_q).to(dtype)
-    k_out = ((k.float() * rs[:, 1:2]) * gamma_k).to(dtype)
-    return q_out, k_out
+    scaled_q, scaled_k = q.float() * rs[:, 0:1], k.float() * rs[:, 1:2]
+    if cast_before_gamma:
+        scaled_q, scaled_k = scaled_q.to(q.dtype).float(), scaled_k.to(k.dtype).float()
+    return (scaled_q * gamma_q).to(dtype), (scaled_k * gamma_k).to(dtype)
+
+
+def row_mean_of_squares_qk(q: Any, k: Any) -> Any:
+    """Compute the statistics as models do, ``x.float().pow(2).mean(-1)``; the order is torch's.
+
+    Parameters
+    ----------
+    q, k : torch.Tensor
+        ``[M, Nq]`` and ``[M, Nk]``.
+
+    Returns
+    -------
+    torch.Tensor, ``[M, 2]``, float32
+    """
+    import torch
+
+    return torch.stack([one.float().pow(2).mean(-1) for one in (q, k)], dim=1)

@@ -87,6 +87,9 @@ def load(path: str | os.PathLike[str]) -> Module:
 
     path = Path(path).absolute()
     metadata = read_metadata(path)
+    _check_specs(path, metadata)
+    if path.suffix != ".so":
+        raise ModuleFileError(f"{path} must be named *.so to be loaded: rename it")
     try:
         library = tvm_ffi.load_module(str(path))
     except Exception as error:
@@ -99,6 +102,20 @@ def load(path: str | os.PathLike[str]) -> Module:
             "CPU cannot run; export it with --target cpu, which holds code for every x86-64 level"
         )
     return module
+
+
+def _check_specs(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse metadata that is not of this version's modules, whatever its checksum says."""
+    try:
+        specs = [KernelSpec(**fields) for fields in metadata["specs"]]
+        if not specs or not metadata["levels"][-1]["name"]:
+            raise ValueError("it holds no code")
+        if metadata["ops"] != sorted({spec.op for spec in specs}):
+            raise ValueError(f"its operations {metadata['ops']} are not those of its specs")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ModuleFileError(
+            f"{path} holds what this qknorm-tvm does not know ({error}): export it again"
+        ) from None
 
 
 def _threads_function(name: str) -> Any:

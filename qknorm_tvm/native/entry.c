@@ -27,6 +27,8 @@
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
+/* For what every call goes through: compiled for each operation, whose tensors are then known. */
+#define PER_OPERATION static inline __attribute__((always_inline))
 #define MAX_INTERNAL_SCALARS 5 /* row_tiles and up to four row strides, see operations.py */
 
 enum { Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K, NUM_TENSORS };
@@ -240,7 +242,10 @@ static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype,
     return fail("ValueError", "%s must have %" PRId64 " %s, got %" PRId64, name, cols,
                 ndim == 1 ? "elements" : "columns", t->cols);
   }
-  if (t->cols < 1) return fail("ValueError", "%s must have at least 1 column, got 0", name);
+  if (rows < 0) return fail("ValueError", "%s must have 0 or more rows, got %" PRId64, name, rows);
+  if (t->cols < 1) {
+    return fail("ValueError", "%s must have at least 1 column, got %" PRId64, name, t->cols);
+  }
   if (rows == 0) return 0; /* nothing will be touched */
   if (t->cols > 1 && t->col_stride != 1) {
     return fail("ValueError",
@@ -306,7 +311,7 @@ static int in_place(const tensor* out, const tensor* in) {
          (out->rows <= 1 || out->row_stride == in->row_stride);
 }
 
-static int check_overlap(int op, const tensor* t) {
+PER_OPERATION int check_overlap(int op, const tensor* t) {
   if (op == QKN_STATISTICS) {
     for (int in = Q; in <= K; ++in) {
       if (overlap(&t[QK_VAR], &t[in])) {
@@ -372,7 +377,7 @@ static void set_tasks(const qkn_variant* v, int64_t bytes) {
 #define NUM_STREAMS 4
 static const int kStreams[NUM_STREAMS] = {Q_OUT, K_OUT, Q, K};
 
-static int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out_bytes) {
+PER_OPERATION int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out_bytes) {
   if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
   for (int i = 0; i < NUM_STREAMS; ++i) {
     const tensor* s = &t[kStreams[i]];
@@ -392,7 +397,7 @@ static int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out
   return 1;
 }
 
-static int call_variant(const qkn_variant* v, const operation* op, const tensor* t, int64_t rows,
+PER_OPERATION int call_variant(const qkn_variant* v, const operation* op, const tensor* t, int64_t rows,
                         double epsilon) {
   DLTensor dl[NUM_TENSORS];
   int64_t shape[NUM_TENSORS][2], strides[NUM_TENSORS][2];
@@ -434,7 +439,7 @@ static int call_variant(const qkn_variant* v, const operation* op, const tensor*
   return v->call(NULL, args, used, &result);
 }
 
-static int run(const qkn_code* code, const operation* op, tensor* t, int64_t rows,
+PER_OPERATION int run(const qkn_code* code, const operation* op, tensor* t, int64_t rows,
                double epsilon) {
   int64_t row_out_bytes = 0, row_bytes = 0;
   for (int i = 0; i < NUM_STREAMS; ++i) {
@@ -474,7 +479,7 @@ static int float_storage(DLDataType type) {
 /* With one more argument, of 1, tensors of bfloat16 come as uint16: NumPy has no bfloat16 that
  * DLPack knows. (Its float16 comes as itself: taken for bfloat16's storage too, one would pass for
  * the other.) */
-static int read_flags(const operation* op, const TVMFFIAny* args, int32_t num_args, int* bits16) {
+PER_OPERATION int read_flags(const operation* op, const TVMFFIAny* args, int32_t num_args, int* bits16) {
   int expected = op->num_tensors + op->has_epsilon;
   *bits16 = 0;
   if (num_args == expected) return 0;
@@ -501,7 +506,7 @@ static int read_epsilon(const TVMFFIAny* value, double* epsilon) {
   return 0;
 }
 
-static int find_spec(int op, const tensor* t, int* found) {
+PER_OPERATION int find_spec(int op, const tensor* t, int* found) {
   char in_type[64], out_type[64];
   int of_op = 0, by_type = -1, last = 0, has_out = t[Q_OUT].given;
   for (int i = 0; i < QKN_NUM_SPECS; ++i) {
@@ -536,7 +541,7 @@ static int find_spec(int op, const tensor* t, int* found) {
               in_type, dtype_name(t[Q_OUT].dtype, out_type, sizeof out_type));
 }
 
-static int check_arguments(int op, const qkn_spec* spec, tensor* t) {
+PER_OPERATION int check_arguments(int op, const qkn_spec* spec, tensor* t) {
   const DLDataType f32 = {kDLFloat, 32, 1};
   int64_t rows = t[Q].rows;
   if (check_tensor("q", &t[Q], 2, spec->in_dtype, rows, spec->q_cols, 0)) return -1;
@@ -552,7 +557,7 @@ static int check_arguments(int op, const qkn_spec* spec, tensor* t) {
   return check_tensor("k_out", &t[K_OUT], 2, spec->out_dtype, rows, t[K].cols, 1);
 }
 
-static int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
   static const int kOrder[] = {Q, K, QK_VAR, GAMMA_Q, GAMMA_K, Q_OUT, K_OUT};
   const operation* about = &kOperations[op];
   tensor t[NUM_TENSORS];
