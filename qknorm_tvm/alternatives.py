@@ -1,10 +1,11 @@
-"""What ours is timed against: a copy, unfused NumPy and torch, torch.compile, a scalar loop."""
+"""What ours is timed against: a copy, unfused NumPy and torch, compilers, a scalar loop."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from . import reference
 from .benchmark import Candidate, CaseResult, case_bytes, measure
 from .calls import module_arguments
 from .inputs import Activations, aligned_empty
+from .machine import usable_processors
 from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch, torch_or_none
 from .runtime import Module
@@ -30,12 +32,20 @@ from .spec import DTYPE_BYTES
 OURS, COPY, NUMPY, TORCH = "ours", "copy", "NumPy", "torch"
 TORCH_COMPILE, SCALAR = "torch.compile", "scalar"
 ALL = (COPY, NUMPY, TORCH, TORCH_COMPILE, SCALAR)
+#: Compilers that only a report asks for, where they are installed; numba's name is its package's.
+NUMBA, JAX = "numba", "JAX"
+MORE = (NUMBA, JAX)
 NOT_INSTALLED = "torch is not installed"
 
 #: Untimed calls before each sample with several threads, see `measure`.
 _SETTLE_SECONDS = 0.005
 #: Handing work to Python threads takes some 50 µs, in which one thread copies more than this.
 _LEAST_BYTES_FOR_PYTHON_THREADS = 2 << 20
+
+
+def more_installed() -> tuple[str, ...]:
+    """Return those of `MORE` that are installed."""
+    return tuple(name for name in MORE if importlib.util.find_spec(name.lower()) is not None)
 
 
 def set_num_threads(module: Module, threads: int) -> None:
@@ -71,7 +81,7 @@ def compare(
     min_time : float
         Seconds for each candidate.
     names : sequence of str
-        Some of `ALL`; ours is always first.
+        Some of `ALL` and `MORE`; ours is always first.
     scalar : Module, optional
         The same operation compiled with ``vector=1, row_tile=1``.
     compile_limit : float
@@ -114,6 +124,10 @@ def compare(
             candidates.append(_torch_compile(a, out_dtype, is_exact, compile_limit))
         elif name == SCALAR and scalar is not None:
             candidates.append(_ours(SCALAR, scalar, a, q_out, k_out, is_exact))
+        elif name == NUMBA:
+            candidates.append(_numba(a, q_out, k_out, threads, is_exact))
+        elif name == JAX:
+            candidates.append(_jax(a, out_dtype, threads, is_exact))
     status("timing")
     timings = measure(candidates, min_time=min_time, settle=_SETTLE_SECONDS if threads > 1 else 0.0)
     return CaseResult(
@@ -231,6 +245,149 @@ def _torch_compile(
         return Candidate(TORCH_COMPILE, None, note=f"failed: {_reason(error)}")
     note = f"compiled in {time.perf_counter() - start:.1f} s"
     return Candidate(TORCH_COMPILE, compiled, arguments, exact, note)
+
+
+# ---- numba ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _numba_loop(in_dtype: str, out_dtype: str, parallel: bool) -> Any:
+    """Return one fused loop over rows, which numba compiles at its first call.
+
+    numba has neither bfloat16 nor, on CPUs, float16: both go in and out as uint16, converted
+    exactly by operations on bits that LLVM vectorises.
+    """
+    import numba
+    from numba import prange
+
+    u32, f32 = np.uint32, np.float32
+    sign, nan = u32(0x80000000), u32(0x7F800000)
+
+    def load(value: Any) -> Any:
+        return value
+
+    store = load
+
+    def load_bfloat16(value: Any) -> Any:
+        return u32(u32(value) << u32(16)).view(f32)
+
+    def store_bfloat16(value: Any) -> Any:
+        bits = f32(value).view(u32)
+        rounded = u32(bits + u32(0x7FFF) + (u32(bits >> u32(16)) & u32(1)))
+        quiet = u32(bits | u32(0x400000))
+        return np.uint16((quiet if u32(bits & ~sign) > nan else rounded) >> u32(16))
+
+    def load_float16(value: Any) -> Any:
+        half = u32(value)
+        # The exponent's bias by a product, exact also for denormals; infinity and NaN apart.
+        moved = u32((half & u32(0x7FFF)) << u32(13))
+        scaled = f32(moved.view(f32) * f32(2.0**112)).view(u32)
+        special = u32(moved | nan)
+        bits = special if (half & u32(0x7C00)) == u32(0x7C00) else scaled
+        return u32(bits | u32((half & u32(0x8000)) << u32(16))).view(f32)
+
+    def store_float16(value: Any) -> Any:
+        bits = f32(value).view(u32)
+        size = u32(bits & ~sign)
+        # Adding 0.5 rounds where float16's denormals end.
+        denormal = u32(f32(size.view(f32) + f32(0.5)).view(u32) - u32(0x3F000000))
+        normal = u32(u32(size - u32(0x37FFF001) + (u32(size >> u32(13)) & u32(1))) >> u32(13))
+        special = u32(0x7E00) if size > nan else u32(0x7C00)
+        half = denormal if size < u32(0x38800000) else normal
+        half = special if size >= u32(0x47800000) else half
+        return np.uint16(u32(half | u32(u32(bits & sign) >> u32(16))))
+
+    loads = {"bfloat16": load_bfloat16, "float16": load_float16, "float32": load}
+    stores = {"bfloat16": store_bfloat16, "float16": store_float16, "float32": store}
+    read = numba.njit(loads[in_dtype], inline="always")
+    write = numba.njit(stores[out_dtype], inline="always")
+
+    def loop(q_out, k_out, gamma_q, gamma_k, var, q, k, epsilon):  # type: ignore[no-untyped-def]
+        for row in prange(q.shape[0]):
+            rs = f32(1) / np.sqrt(var[row, 0] + epsilon)
+            for col in range(q.shape[1]):
+                q_out[row, col] = write(f32(f32(read(q[row, col]) * rs) * gamma_q[col]))
+            rs = f32(1) / np.sqrt(var[row, 1] + epsilon)
+            for col in range(k.shape[1]):
+                k_out[row, col] = write(f32(f32(read(k[row, col]) * rs) * gamma_k[col]))
+
+    return numba.njit(loop, parallel=parallel, fastmath=False, error_model="numpy")
+
+
+def _numba(
+    a: Activations,
+    q_out: npt.NDArray,
+    k_out: npt.NDArray,
+    threads: int,
+    is_exact: Callable[[Sequence[npt.NDArray]], bool],
+) -> Candidate:
+    try:
+        import numba
+    except ImportError as error:
+        return Candidate(NUMBA, None, note=f"cannot be imported: {_reason(error)}")
+    config: Any = numba.config
+    if threads > config.NUMBA_NUM_THREADS:
+        return Candidate(NUMBA, None, note=f"has {config.NUMBA_NUM_THREADS} threads at most")
+    # Its OpenMP layer would bring an OpenMP into the process, which ours would then use.
+    config.THREADING_LAYER = "workqueue"
+    loop = _numba_loop(a.dtype, q_out.dtype.name, threads > 1)
+    if threads > 1:
+        numba.set_num_threads(threads)
+
+    def view(x: npt.NDArray) -> npt.NDArray:
+        return x.view(np.uint16) if x.itemsize == 2 else x
+
+    arguments = (
+        *map(view, (q_out, k_out)),
+        *(a.gamma_q, a.gamma_k, a.qk_var),
+        *map(view, (a.q, a.k)),
+        np.float32(a.epsilon),
+    )
+    loop(*arguments)
+    exact = is_exact((q_out, k_out))
+    return Candidate(NUMBA, loop, arguments, exact, f"{numba.__version__}, one fused loop")
+
+
+# ---- JAX -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _jax_graph(out_dtype: str) -> Any:
+    import jax
+
+    def graph(q: Any, k: Any, var: Any, gamma_q: Any, gamma_k: Any, epsilon: Any) -> Any:
+        rs = jax.lax.rsqrt(var + epsilon)
+        q_out = (q.astype("float32") * rs[:, 0:1]) * gamma_q
+        k_out = (k.astype("float32") * rs[:, 1:2]) * gamma_k
+        return q_out.astype(out_dtype), k_out.astype(out_dtype)
+
+    return jax.jit(graph)
+
+
+def _jax(
+    a: Activations,
+    out_dtype: str,
+    threads: int,
+    is_exact: Callable[[Sequence[npt.NDArray]], bool],
+) -> Candidate:
+    try:
+        import jax
+    except ImportError as error:
+        return Candidate(JAX, None, note=f"cannot be imported: {_reason(error)}")
+    # Before its first use: handing a call to another thread costs more than a small call.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    (cpu,) = jax.devices("cpu")[:1]
+    tensors = (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k, np.float32(a.epsilon))
+    arguments = [jax.device_put(x, cpu) for x in tensors]
+    compiled = _jax_graph(out_dtype).lower(*arguments).compile()
+
+    def call() -> Any:
+        return jax.block_until_ready(compiled(*arguments))
+
+    exact = is_exact([np.asarray(x) for x in call()])
+    # XLA makes its threads when it is first used, and takes what there are.
+    others = "" if threads == usable_processors() else f", XLA's {usable_processors()} threads"
+    return Candidate(JAX, call, (), exact, f"{jax.__version__}, jit of the unfused graph{others}")
 
 
 def _reason(error: BaseException) -> str:

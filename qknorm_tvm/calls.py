@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
 
 from .arrays import adapter_of
 from .inputs import Activations
+from .operations import OPERATIONS
 
-_TENSORS = ("q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k")
+
+def operation_arguments(
+    op: str, arrays: Mapping[str, npt.NDArray], epsilon: float
+) -> tuple[Any, ...]:
+    """Return what a module's entry point of an operation takes for arrays by name.
+
+    Nothing is copied; the arrays must outlive the calls. The last argument, 1, says that 16-bit
+    integers are bfloat16.
+    """
+    operation = OPERATIONS[op]
+    views = [
+        adapter_of(name, arrays[name]).view(name, arrays[name], writable=name in operation.outputs)
+        for name in operation.tensors
+    ]
+    return (*views, float(epsilon), 1) if operation.has_epsilon else (*views, 1)
 
 
 def module_arguments(
     activations: Activations, q_out: npt.NDArray, k_out: npt.NDArray
 ) -> tuple[Any, ...]:
-    """Return what a module's ``apply_qk_rms_norm`` takes for these arrays; nothing is copied.
-
-    The arrays must outlive the calls. The last argument, 1, says that 16-bit integers are bfloat16.
-    """
+    """Return what a module's ``apply_qk_rms_norm`` takes; see `operation_arguments`."""
     a = activations
-    tensors = (q_out, k_out, a.gamma_q, a.gamma_k, a.qk_var, a.q, a.k)
-    views = [
-        adapter_of(name, array).view(name, array, writable=name.endswith("_out"))
-        for name, array in zip(_TENSORS, tensors, strict=True)
-    ]
-    return (*views, float(a.epsilon), 1)
+    arrays = {"q_out": q_out, "k_out": k_out, "qk_var": a.qk_var, "q": a.q, "k": a.k}
+    arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
+    return operation_arguments("apply_qk_rms_norm", arrays, a.epsilon)

@@ -114,8 +114,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ModuleFileError(f"{path} is damaged: its metadata has format {found!r}")
     if found < FORMAT:
         raise ModuleFileError(
-            f"{path} has format {found}, of an earlier qknorm-tvm than this one, which reads format "
-            f"{FORMAT}: export it again"
+            f"{path} has format {found}, of an earlier qknorm-tvm; this one reads format {FORMAT}: "
+            "export it again"
         )
     if found > FORMAT:
         raise ModuleFileError(

@@ -23,11 +23,11 @@ from tvm.s_tir import Schedule
 from qknorm_tvm.declaration_statistics import LANES, halvings
 
 #: Annotation of the loop over blocks: which operand's columns it goes through.
-BLOCKS = "qknorm.blocks"
+BLOCKS = "statistics.blocks"
 #: Annotation of the loop over the steps of a block.
-STEP = "qknorm.step"
+STEP = "statistics.step"
 #: Annotation of the loop over the even and the odd columns of a step.
-PARITY = "qknorm.parity"
+PARITY = "statistics.parity"
 
 
 def schedule_mean(sch: Schedule, tag: str, row: Any, *, pairs: bool) -> None:

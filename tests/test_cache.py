@@ -15,6 +15,7 @@ from support import environment, make_case, run_python
 
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, ModuleFileError, cache, reference
+from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.targets import host_cpu_target
 
 #: Computes with columns 5 and 3 through the public API and checks the result.
@@ -107,6 +108,62 @@ def test_file_that_others_may_write_to_is_built_again(folder: Path, built: bytes
     assert path.stat().st_mode & 0o777 == 0o755
 
 
+#: Any user but this one.
+_NOBODY = 65534
+
+
+def _needs_root() -> None:
+    if os.getuid() != 0:
+        pytest.skip("gives a file to another user, which only root may")
+
+
+def test_file_of_somebody_else_is_built_again(folder: Path, built: bytes) -> None:
+    """Code that another user put into a folder that was open once."""
+    _needs_root()
+    path = _fill(folder, built)
+    os.chown(path, _NOBODY, -1)
+    assert not cache._usable(path, _spec())
+    assert _use(folder)
+    assert path.stat().st_uid == os.getuid()
+    assert path.read_bytes() == built
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o720])
+def test_file_that_a_group_or_others_may_write_to_is_not_used(
+    mode: int, folder: Path, built: bytes
+) -> None:
+    path = _fill(folder, built)
+    assert cache._usable(path, _spec())
+    path.chmod(mode)
+    assert not cache._usable(path, _spec())
+
+
+def test_link_is_judged_by_what_it_leads_to(folder: Path, built: bytes, tmp_path: Path) -> None:
+    """A link of ours to a file that somebody else may change at any time."""
+    path = _fill(folder, built)
+    other = tmp_path / "other.so"
+    path.rename(other)
+    path.symlink_to(other)
+    assert cache._usable(path, _spec())
+    other.chmod(0o777)
+    assert not cache._usable(path, _spec())
+    assert _use(folder)
+    assert not path.is_symlink()
+    assert path.read_bytes() == built
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere.so")
+    assert not cache._usable(path, _spec())
+
+
+def test_what_is_written_is_the_users_whatever_the_umask(folder: Path) -> None:
+    """A module or a lock that others may write to, from a process that masks nothing."""
+    with environment(QKNORM_TVM_CACHE_DIR=str(folder)):
+        run_python("import os; os.umask(0)\n" + _USE)
+    modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {".so": 0o755, ".lock": 0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
 def test_four_processes_at_once(folder: Path, built: bytes) -> None:
     """Two writers of one file; a reader of half a file."""
     code = 'import sys\nsys.modules["torch"] = None\n' + _USE
@@ -160,6 +217,31 @@ def test_folder_of_somebody_else_is_refused(folder: Path, monkeypatch: pytest.Mo
         cache.cache_directory()
 
 
+def test_folder_given_to_somebody_else_is_refused_in_a_call(folder: Path, built: bytes) -> None:
+    """A call that loads from there all the same, or compiles without a word at every start."""
+    _needs_root()
+    path = _fill(folder, built)
+    os.chown(folder, _NOBODY, -1)
+    done = run_python(_USE, env={"QKNORM_TVM_CACHE_DIR": str(folder)}, check=False)
+    assert done.returncode == 1
+    assert f"ModuleFileError: {folder} belongs to another user (uid {_NOBODY})" in done.stderr
+    assert "set QKNORM_TVM_CACHE_DIR to a folder of your own" in done.stderr
+    assert path.read_bytes() == built
+
+
+def test_folder_behind_a_link_is_judged_by_itself(folder: Path, tmp_path: Path) -> None:
+    """A link of ours into a folder that others may write to."""
+    folder.mkdir()
+    folder.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    with (
+        environment(QKNORM_TVM_CACHE_DIR=str(link)),
+        pytest.raises(ModuleFileError, match=r"others may write to .*link"),
+    ):
+        cache.cache_directory()
+
+
 def test_default_folder_is_the_users(tmp_path: Path) -> None:
     """A cache in the current folder or in /tmp."""
     with environment(QKNORM_TVM_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path)):
@@ -168,7 +250,7 @@ def test_default_folder_is_the_users(tmp_path: Path) -> None:
 
 def _call_with_new_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
     monkeypatch.setattr(cache, "_loaded", {})
-    monkeypatch.setattr("qknorm_tvm.api._entries", {})
+    monkeypatch.setattr("qknorm_tvm.api._entries", {op: {} for op in OPERATIONS})
     case = make_case(2, 5, 3, "float32")
     outputs = qknorm_tvm.apply_qk_rms_norm(case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
     for got, want in zip(outputs, case.expected(), strict=True):

@@ -356,8 +356,8 @@ def test_verify_fails_where_a_result_differs(
     """A verification that cannot fail proves nothing: the reference is off by one bit here."""
     original = reference.rms_norm
 
-    def off_by_one_bit(*arguments: object) -> np.ndarray:
-        out = original(*arguments)  # type: ignore[arg-type]
+    def off_by_one_bit(*arguments: object, **how: object) -> np.ndarray:
+        out = original(*arguments, **how)  # type: ignore[arg-type]
         if out.size > 40:
             out.view(f"u{out.itemsize}")[2, 3] ^= 1
         return out

@@ -1,18 +1,58 @@
-"""The public API under random layouts: bit-exact, or an error and nothing written."""
+"""Random calls: bit-exact, or an error and nothing written.
+
+Two kinds. The public API, on NumPy arrays and torch tensors that lie anyhow in one buffer, drawn by
+hypothesis. And the entry point of exported modules, on raw tensors flush against pages that nobody
+may touch, in a process of its own for each CPU level, each case drawn from its number: what reads
+or writes a byte too far is a crash, reported with that number.
+
+``QKNORM_TVM_FUZZ_CASES=10000`` makes so many cases of the first kind and of the second for each
+level, other ones in every run; by default there are some hundreds, always the same.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import faulthandler
+import math
+import mmap
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, NAMES, from_torch, random_values, to_torch
+from support import (
+    DISABLE_FOR_LEVEL,
+    DTYPES,
+    LEVELS,
+    NAMES,
+    PAIRINGS,
+    SPECIAL_GAMMAS,
+    SPECIAL_VARIANCES,
+    Case,
+    RawTensor,
+    compiled,
+    from_torch,
+    needs_level,
+    open_columns,
+    random_values,
+    raw_call,
+    run_python,
+    smallest,
+    to_torch,
+)
 
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm import KernelSpec, Module, load, reference
+
+_GIVEN = os.environ.get("QKNORM_TVM_FUZZ_CASES")
+_CASES = int(_GIVEN or 600)
 
 #: Few pairs of columns and dtypes: each is a module to compile.
 KINDS = (
@@ -21,6 +61,19 @@ KINDS = (
     ("float32", "bfloat16", 16, 33),
 )
 _BYTES = 1 << 14
+
+
+_SPECIAL = {"gamma_q": SPECIAL_GAMMAS, "gamma_k": SPECIAL_GAMMAS, "qk_var": SPECIAL_VARIANCES}
+_EPSILONS = [1e-6] * 8 + [0.0, -0.0, 1, -1e-6, 1e-45, 1e300, math.inf, -math.inf, math.nan]
+_REFUSED = r"^(q|k|gamma_|qk_var|epsilon)\w* must "
+
+
+class _Elsewhere(RawTensor):
+    """A tensor that says it is on another device, for whoever asks by DLPack."""
+
+    def __init__(self, array: np.ndarray, **given: Any):
+        super().__init__(array, **given)
+        self.dtype, self.shape = array.dtype, array.shape
 
 
 @dataclasses.dataclass
@@ -111,7 +164,7 @@ def _legal(found: dict[str, Region], dtypes: dict[str, str], wanted: dict[str, A
     return True
 
 
-@settings(max_examples=600)
+@settings(max_examples=_CASES, derandomize=_GIVEN is None)
 @given(data=st.data())
 def test_exact_or_refused(data: st.DataObject) -> None:
     """Any layout in one buffer: a wrong bit, a byte written beside an output, or by a refusal."""
@@ -121,7 +174,9 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     dtypes = dict.fromkeys(NAMES, "float32")
     dtypes |= dict.fromkeys(("q", "k"), in_dtype) | dict.fromkeys(("q_out", "k_out"), out_dtype)
     shapes = dict(wanted)
-    mistake = data.draw(st.sampled_from([None] * 9 + ["dtype", "shape", "rank"]), "mistake")
+    mistake = data.draw(
+        st.sampled_from([None] * 12 + ["dtype", "shape", "rank", "device"]), "mistake"
+    )
     # Not q or q_out alone: that would only ask for another module.
     victim = data.draw(st.sampled_from(["k", "k_out", "qk_var", "gamma_q", "gamma_k"]), "victim")
     if mistake == "dtype":
@@ -170,13 +225,17 @@ def test_exact_or_refused(data: st.DataObject) -> None:
         )
         if not name.endswith("_out"):
             view[...] = random_values(rng, region.shape, dtypes[name])
+        if name in _SPECIAL and dtypes[name] == "float32":
+            special = rng.random(region.shape) < 0.2
+            view[special] = rng.choice(_SPECIAL[name], int(special.sum()))
         arrays[name] = view
+    epsilon = data.draw(st.sampled_from(_EPSILONS), "epsilon")
     use_torch = data.draw(st.booleans(), "torch") and all(
         stride >= 0 and stride % region.item == 0 and region.start % region.item == 0
         for region in found.values()
         for stride in region.strides
     )
-    legal = _legal(found, dtypes, wanted)
+    legal = _legal(found, dtypes, wanted) and mistake != "device" and not math.isnan(epsilon)
     expected = None
     if legal:
         expected = (
@@ -184,14 +243,14 @@ def test_exact_or_refused(data: st.DataObject) -> None:
                 arrays["q"].copy(),
                 arrays["qk_var"][:, 0].copy(),
                 arrays["gamma_q"].copy(),
-                1e-6,
+                epsilon,
                 out_dtype,
             ),
             reference.rms_norm(
                 arrays["k"].copy(),
                 arrays["qk_var"][:, 1].copy(),
                 arrays["gamma_k"].copy(),
-                1e-6,
+                epsilon,
                 out_dtype,
             ),
         )
@@ -200,16 +259,20 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     if use_torch:
         pytest.importorskip("torch", reason="half of the calls pass torch tensors")
         arguments = {name: to_torch(array) for name, array in arrays.items()}
+    if mistake == "device":
+        device = data.draw(st.sampled_from([(2, 0), (10, 1), (8, 0), (13, 0)]), "device")
+        arguments[victim] = _Elsewhere(arrays[victim], device=device)
 
     def call() -> tuple[Any, Any]:
         return qknorm_tvm.apply_qk_rms_norm(
             *(arguments[name] for name in ("q", "k", "qk_var", "gamma_q", "gamma_k")),
+            epsilon,
             q_out=arguments["q_out"],
             k_out=arguments["k_out"],
         )
 
     if expected is None:
-        with pytest.raises((TypeError, ValueError), match=r"^(q|k|gamma_|qk_var)\w* must "):
+        with pytest.raises((TypeError, ValueError), match=_REFUSED):
             call()
         assert (memory == before).all(), "a refused call wrote"
         return
@@ -220,3 +283,359 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     for name in ("q_out", "k_out"):
         written[found[name].bytes()] = True
     assert (memory[~written] == before[~written]).all(), "a byte beside the outputs was written"
+
+
+# ---- the entry point, between pages that nobody may touch --------------------------------------
+
+_PAGE = mmap.PAGESIZE
+_NONE, _READ, _WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+_CANARY = 0xA5
+#: Bytes of an arena; the larger one takes calls that store past the caches.
+_SMALL, _LARGE = 1 << 21, 20 << 20
+
+
+class Arena:
+    """Memory between two pages that nobody may read or write."""
+
+    def __init__(self, size: int):
+        self._map = mmap.mmap(-1, size + 2 * _PAGE)
+        self.size = size
+        self.memory = np.frombuffer(self._map, np.uint8, size, _PAGE)
+        self.start = self.memory.ctypes.data
+        self._protect = ctypes.CDLL(None, use_errno=True).mprotect
+        self._protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        self._set(self.start - _PAGE, _PAGE, _NONE)
+        self._set(self.start + size, _PAGE, _NONE)
+
+    def _set(self, address: int, size: int, access: int) -> None:
+        if self._protect(address, size, access):
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+
+    def allow(self, access: int) -> None:
+        self._set(self.start, self.size, access)
+
+
+@dataclasses.dataclass
+class Placed:
+    """One argument in its arena."""
+
+    arena: Arena
+    array: np.ndarray
+    start: int
+    extent: int
+
+    def window(self) -> slice:
+        """Return the bytes around it that are painted before a call and looked at after it."""
+        return slice(max(0, self.start - 4096), self.start + self.extent + 4096)
+
+
+class Guarded:
+    """Cases from numbers, and their calls."""
+
+    def __init__(self, modules: dict[str, Module]):
+        self.modules = modules
+        self.small = {name: Arena(_SMALL) for name in NAMES}
+        self.large: dict[str, Arena] = {}
+        rng = np.random.default_rng(0)
+        self._pool = {kind: random_values(rng, (1 << 18,), kind) for kind in DTYPES}
+        self.done = {"exact": 0, "refused": 0}
+
+    def _values(self, rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:
+        size = math.prod(shape)
+        pool = self._pool[kind]
+        first = int(rng.integers(0, len(pool)))
+        return np.resize(np.roll(pool, -first)[: max(size, 1)], size).reshape(shape)
+
+    def _place(
+        self,
+        rng: np.random.Generator,
+        arena: Arena,
+        shape: tuple[int, ...],
+        kind: str,
+        row_stride: int,
+    ) -> Placed:
+        dtype = reference.NUMPY_DTYPES[kind]
+        strides = (row_stride, 1)[-len(shape) :]
+        steps = (s * (n - 1) for s, n in zip(strides, shape, strict=True))
+        extent = (sum(steps) + 1) * dtype.itemsize if math.prod(shape) else 0
+        shift = int(rng.choice([0, 0, 0, 0, 0, 1, 2, 4, 16, 100]))
+        at_end = rng.random() < 0.6
+        start = arena.size - extent - shift if at_end else shift
+        placed = Placed(arena, np.empty(0), start, extent)
+        arena.memory[placed.window()] = _CANARY
+        byte_strides = tuple(s * dtype.itemsize for s in strides)
+        if extent:
+            placed.array = np.ndarray(shape, dtype, arena.memory, start, byte_strides)
+        else:
+            placed.array = np.empty(shape, dtype)
+        return placed
+
+    def _kind(self, rng: np.random.Generator) -> tuple[Module, str, str, int, int]:
+        which = rng.random()
+        if which < 0.15:
+            return self.modules["smallest"], "float32", "float32", 33, 7
+        if which < 0.25:
+            return self.modules["large"], "bfloat16", "bfloat16", 1536, 256
+        in_dtype, out_dtype = PAIRINGS[int(rng.integers(len(PAIRINGS)))]
+        most = int(rng.choice([9, 40, 40, 140, 140, 600, 2100]))
+        q_cols, k_cols = (int(rng.integers(1, most)) for _ in range(2))
+        return self.modules["open"], in_dtype, out_dtype, q_cols, k_cols
+
+    def run(self, number: int) -> None:
+        """Make one case and check it."""
+        rng = np.random.default_rng(number)
+        module, in_dtype, out_dtype, q_cols, k_cols = self._kind(rng)
+        refused = rng.random() < 0.35
+        rows = int(rng.choice([1, 2, 3, 4, 7, 8, 9, 16, 17, 30]))
+        arenas = self.small
+        if not refused:
+            special = rng.random()
+            if special < 0.04:
+                rows = 0
+            elif special < 0.14:  # enough for several threads
+                rows = 500_000 // (4 * (q_cols + k_cols + 2 * 70)) + 1
+            elif special < 0.143:  # enough for stores past the caches
+                rows = (17 << 20) // (2 * q_cols) + 1
+                arenas = self.large = self.large or {name: Arena(_LARGE) for name in NAMES}
+                k_cols = min(k_cols, q_cols) if module is self.modules["open"] else k_cols
+                if rows * q_cols * 4 > _LARGE or rows > 100_000:
+                    rows, arenas = 5, self.small
+        rows = max(rows, 2) if refused else rows
+        shapes = _wanted_shapes(rows, q_cols, k_cols)
+        kinds = dict.fromkeys(NAMES, "float32")
+        kinds |= dict.fromkeys(("q", "k"), in_dtype) | dict.fromkeys(("q_out", "k_out"), out_dtype)
+        gap_kinds = [0, 0, 1, int(rng.integers(1, 70))] if arenas is self.small else [0]
+        placed: dict[str, Placed] = {}
+        for name in NAMES:
+            cols = shapes[name][-1]
+            stride = cols + int(rng.choice(gap_kinds))
+            if not name.endswith("_out") and rng.random() < 0.1:
+                stride = int(rng.integers(0, cols + 1))  # rows of an input may overlap
+            placed[name] = self._place(rng, arenas[name], shapes[name], kinds[name], stride)
+        for own in ("q", "k"):
+            out = placed[f"{own}_out"]
+            if in_dtype == out_dtype and rng.random() < 0.12:
+                placed[own] = out
+        for name in NAMES[2:]:
+            array = placed[name].array
+            array[...] = self._values(rng, array.shape, kinds[name])
+            if name in _SPECIAL:
+                wild = rng.random(array.shape) < 0.1
+                array[wild] = rng.choice(_SPECIAL[name], int(wild.sum()))
+        epsilon = _EPSILONS[int(rng.integers(len(_EPSILONS) - 1))]
+        if rng.random() < 0.05:
+            module.library.get_function("qknorm_set_num_threads")(int(rng.integers(0, 5)))
+        arguments: dict[str, Any] = {}
+        for name, one in placed.items():
+            extra: dict[str, Any] = {}
+            if not one.extent:  # nothing to read: whoever looks reads the guard page
+                extra["address"] = one.arena.start - _PAGE + 64
+            elif rng.random() < 0.1:
+                extra["byte_offset"] = int(rng.integers(1, 1 << 40))
+            arguments[name] = RawTensor(one.array, **extra)
+        if refused:
+            self._check_refused(rng, module, placed, arguments, epsilon)
+        else:
+            self._check_exact(module, placed, arguments, epsilon)
+        for name in NAMES:
+            arenas[name].allow(_WRITE)
+
+    def _check_exact(
+        self, module: Module, placed: dict[str, Placed], arguments: dict[str, Any], epsilon: float
+    ) -> None:
+        tensors = {name: one.array for name, one in placed.items()}
+        expected = Case(**tensors, epsilon=epsilon).expected()
+        for name in NAMES[2:]:
+            if placed[name] is not placed.get(f"{name}_out"):
+                placed[name].arena.allow(_READ)
+        raw_call(module, *(arguments[name] for name in NAMES), epsilon)
+        for name, wanted in zip(("q_out", "k_out"), expected, strict=True):
+            one = placed[name]
+            wrong = reference.differing(one.array, wanted)
+            assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements"
+            one.array.view(f"u{one.array.itemsize}")[...] = int.from_bytes(
+                bytes([_CANARY]) * one.array.itemsize, "little"
+            )
+            beside = int((one.arena.memory[one.window()] != _CANARY).sum())
+            assert beside == 0, f"{beside} bytes beside {name} were written"
+        self.done["exact"] += 1
+
+    def _check_refused(
+        self,
+        rng: np.random.Generator,
+        module: Module,
+        placed: dict[str, Placed],
+        arguments: dict[str, Any],
+        epsilon: Any,
+    ) -> None:
+        victim = NAMES[int(rng.integers(len(NAMES)))]
+        mistakes = list(_MISTAKES)
+        what = mistakes[int(rng.integers(len(mistakes)))]
+        if what == "epsilon":
+            epsilon = [math.nan, None, "1", True][int(rng.integers(4))]
+        else:
+            changed = _MISTAKES[what](rng, victim, placed)
+            if changed is None:
+                what, changed = "device", _other_device(rng, victim, placed)
+            arguments[victim] = changed
+        for one in placed.values():
+            one.arena.allow(_NONE)
+        try:
+            with pytest.raises((TypeError, ValueError), match=" must "):
+                raw_call(module, *(arguments[name] for name in NAMES), epsilon)
+        except BaseException as error:
+            raise AssertionError(f"{what} of {victim} is not refused as it should be") from error
+        self.done["refused"] += 1
+
+
+def _other_device(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor:
+    kind = int(rng.choice([2, 4, 7, 8, 9, 10, 12, 13, 14, 15, 16]))
+    return RawTensor(placed[name].array, device=(kind, int(rng.integers(0, 3))))
+
+
+def _other_shape(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor:
+    array = placed[name].array
+    shape = list(array.shape)
+    axis = int(rng.integers(0, len(shape)))
+    change = int(rng.choice([-1, 1, 1 << 20]))
+    shape[axis] = max(0, shape[axis] + change)
+    return RawTensor(
+        np.lib.stride_tricks.as_strided(array, shape, array.strides), address=array.ctypes.data
+    )
+
+
+def _other_rank(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor:
+    array = placed[name].array
+    rank = int(rng.choice([n for n in (0, 1, 2, 3, 5) if n != array.ndim]))
+    shape = ((1,) * 5 + array.shape)[len(array.shape) + 5 - rank :]
+    return RawTensor(np.empty(shape, array.dtype), address=array.ctypes.data)
+
+
+def _other_dtype(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor:
+    array = placed[name].array
+    kinds = [np.dtype(k) for k in ("f2", "f4", "f8", "i1", "u2", "i4", "c8", "?")]
+    kinds.append(reference.NUMPY_DTYPES["bfloat16"])
+    kinds = [kind for kind in kinds if kind != array.dtype]
+    other = kinds[int(rng.integers(len(kinds)))]
+    strides = tuple(s // array.itemsize for s in array.strides)
+    return RawTensor(np.empty(array.shape, other), address=array.ctypes.data, strides=strides)
+
+
+def _more_lanes(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor:
+    return RawTensor(placed[name].array, lanes=int(rng.choice([0, 2, 4, 65535])))
+
+
+def _bad_strides(
+    rng: np.random.Generator, name: str, placed: dict[str, Placed]
+) -> RawTensor | None:
+    array = placed[name].array
+    strides = [s // array.itemsize for s in array.strides]
+    if array.ndim == 2 and rng.random() < 0.5:
+        strides[0] = -int(rng.integers(1, 1 << 30))
+        if name.endswith("_out"):
+            strides[0] = int(rng.integers(-array.shape[1], array.shape[1]))
+    elif array.shape[-1] > 1:
+        strides[-1] = int(rng.choice([-1, 0, 2, 1 << 40]))
+    else:
+        return None
+    return RawTensor(array, strides=strides)
+
+
+def _no_data(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor:
+    return RawTensor(placed[name].array, address=0)
+
+
+def _overlap(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> RawTensor | None:
+    """Return an output whose first or last byte is another argument's."""
+    if not name.endswith("_out"):
+        return None
+    others = [n for n in NAMES if n not in (name, name.removesuffix("_out"))]
+    other = placed[others[int(rng.integers(len(others)))]]
+    mine = placed[name]
+    first = other.array.ctypes.data
+    begins_in = first + int(rng.integers(0, other.array.shape[-1] * other.array.itemsize))
+    ends_in = first + int(rng.integers(1, 5)) - mine.extent
+    return RawTensor(mine.array, address=begins_in if rng.random() < 0.5 else ends_in)
+
+
+def _no_tensor(rng: np.random.Generator, name: str, placed: dict[str, Placed]) -> Any:
+    return [3, "x", 1.5, b"x", [1.0], (), {}][int(rng.integers(7))]
+
+
+_MISTAKES: dict[str, Callable[..., Any]] = {
+    "device": _other_device,
+    "shape": _other_shape,
+    "rank": _other_rank,
+    "dtype": _other_dtype,
+    "lanes": _more_lanes,
+    "strides": _bad_strides,
+    "data": _no_data,
+    "overlap": _overlap,
+    "type": _no_tensor,
+    "epsilon": lambda *_: None,
+}
+
+
+def run_guarded(progress: str, first: str, count: str, *paths: str) -> None:
+    """Run cases in this process; each one's number is in the file `progress` before it begins."""
+    faulthandler.enable()
+    modules = dict(zip(("open", "smallest", "large"), map(load, paths), strict=True))
+    guarded = Guarded(modules)
+    note = os.open(progress, os.O_WRONLY | os.O_CREAT, 0o600)
+    for number in range(int(first), int(first) + int(count)):
+        os.pwrite(note, b"%20d" % number, 0)
+        guarded.run(number)
+    print(modules["open"].active_level, guarded.done["exact"], guarded.done["refused"])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_exact_or_refused_between_guard_pages(level: str, tmp_path: Path) -> None:
+    """A byte read or written before or after a tensor; an input written; a refusal that looks."""
+    needs_level(level)
+    large = compiled("large", KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256))
+    progress = tmp_path / "case"
+    first = 0 if _GIVEN is None else secrets.randbelow(1 << 40)
+    done = run_python(
+        "import sys, test_fuzz; test_fuzz.run_guarded(*sys.argv[1:])",
+        str(progress),
+        str(first),
+        str(_CASES),
+        *map(str, (open_columns(), smallest(), large)),
+        env={"QKNORM_TVM_DISABLE_CPU_FEATURES": DISABLE_FOR_LEVEL[level]},
+        check=False,
+        timeout=60 + _CASES,
+    )
+    number = int(progress.read_text()) if progress.exists() else None
+    assert done.returncode == 0, (
+        f"case {number} ended with status {done.returncode}\n{done.stderr[-6000:]}"
+    )
+    ran, exact, refused = done.stdout.split()
+    assert ran == level
+    assert int(exact) + int(refused) == _CASES
+    assert min(int(exact), int(refused)) > _CASES // 5
+    print(f"from case {first}: {exact} exact, {refused} refused")
+
+
+@pytest.mark.parametrize("edge", ["after", "before"])
+def test_guard_pages_are_there(edge: str) -> None:
+    """A byte too far that goes unnoticed: then the test above says nothing."""
+    done = run_python(
+        """
+        import sys
+        import numpy as np
+        from support import Case, RawTensor, raw_call
+        from test_fuzz import Arena
+        from qknorm_tvm import load
+        edge = sys.argv[2]
+        arena = Arena(1 << 16)
+        size = 4 * 33 * 4
+        start = arena.size - size + 1 if edge == "after" else -1
+        f4 = [np.ones(s, np.float32) for s in ((4, 7), 33, 7, (4, 2), (4, 33), (4, 7))]
+        q_out = RawTensor(np.empty((4, 33), np.float32), address=arena.start + start)
+        raw_call(load(sys.argv[1]), q_out, *f4, 1e-6)
+        """,
+        str(smallest()),
+        edge,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGSEGV, (done.returncode, done.stderr)

@@ -308,8 +308,12 @@ def _with_metadata(path: Path, metadata: bytes) -> Path:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (b'{"format": 2}', "has format 2; this qknorm-tvm reads up to 1: upgrade it"),
-        (b'{"format": "1"}', "has format 1; this qknorm-tvm reads up to 1"),
+        (b'{"format": 3}', "has format 3; this qknorm-tvm reads up to 2: upgrade it"),
+        (
+            b'{"format": 1}',
+            "has format 1, of an earlier qknorm-tvm; this one reads format 2",
+        ),
+        (b'{"format": "2"}', "is damaged: its metadata has format '2'"),
         (b'{"format": 1', "is damaged: its metadata is no JSON"),
         (b"[1]", "is damaged: its metadata is no JSON"),
         (b"{}", "is damaged: its metadata is no JSON"),

@@ -242,6 +242,16 @@ def test_prune_in_use_leaves_the_outcomes_of_dropped_workloads(copy: Path) -> No
     assert maintenance.validate(copy) == []
 
 
+@pytest.mark.parametrize("op", ["row_mean_of_squares_qk", "qk_rms_norm"])
+def test_the_other_operations_are_tuned_the_same_way(op: str, tmp_path: Path) -> None:
+    """A space, a check or a workload that knows one operation only."""
+    spec = KernelSpec(op=op, q_cols=256, k_cols=64, target=host_cpu_target())
+    summary = tune([spec], rows=(3, 40), trials=3, cost_model="random", logs=tmp_path)
+    assert summary.failed == 0
+    assert [one.rows for one in summary.outcomes] == [3, 40]
+    assert maintenance.validate(summary.folder) == []
+
+
 # ---- candidates that fail -------------------------------------------------------------------
 
 

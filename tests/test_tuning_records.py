@@ -79,8 +79,8 @@ def test_good_lines_are_read(tmp_path: Path) -> None:
         (record_line(seconds=[]), "it holds no times"),
         (record_line(seconds=[1e10]), "a candidate that failed"),
         (record_line(seconds=None), "it holds no times"),
-        (record_line(tensors=3), "not this operation's seven tensors"),
-        (json.dumps([0, [[[], []], [1.0], {"kind": "llvm"}, []]]), "seven tensors"),
+        (record_line(tensors=4), "no operation's tensors"),
+        (json.dumps([0, [[[], []], [1.0], {"kind": "llvm"}, []]]), "no operation's tensors"),
         (
             json.dumps([0, [[[["Split", [], [], []]], []], [1.0], {"kind": "llvm"}, [
                 ["TENSOR", "float32", [1]]] * 7]]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import datetime
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,19 @@ from .options import Numbers, Shapes, check_device, debug_option, device_option,
 
 if TYPE_CHECKING:
     from ..benchmark import CaseResult, Timing
+    from ..benchmark_compare import Comparison
+    from ..benchmark_report import Row
     from ..host_costs import ColdCosts
     from ..runtime import Module
     from ..spec import KernelSpec
 
-#: Columns of the CSV file; units are in the names.
-CSV_COLUMNS = (
-    "q_cols", "k_cols", "rows", "in_dtype", "out_dtype", "threads", "candidate", "median_us",
-    "q1_us", "q3_us", "samples", "calls_per_sample", "bytes_per_call", "bandwidth_GB_per_s",
-    "ratio_to_copy", "ratio_to_ours", "ratio_to_empty", "exact", "note", "target",
-    "config", "device", "versions",
-)  # fmt: skip
+#: What --report measures where nothing else is asked for: minutes, not a quarter of an hour.
+_REPORT_ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+_REPORT_MIN_TIME = 0.3
+#: Cases without a partner that --compare names; of more it says how many.
+_SHOWN_CASES = 8
+#: Options that say where results go, not what is measured.
+_PLACES = ("csv_file", "as_json", "report", "compare", "against")
 
 
 @click.command(short_help="Time it against the alternatives.")
@@ -55,9 +58,19 @@ CSV_COLUMNS = (
 @click.option("--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path),
               metavar="FILE", help="Also write the timings there.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--report", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Also write CSV, pictures and a page there; more values of M, and every "
+              "alternative that is installed.")  # fmt: skip
+@click.option("--compare", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              metavar="OLD.csv",
+              help="Only: time its cases again and say what got slower.")  # fmt: skip
+@click.option("--against", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              metavar="NEW.csv", help="With --compare: two files, nothing is timed.")  # fmt: skip
 @device_option
 @debug_option
+@click.pass_context
 def bench(
+    ctx: click.Context,
     shapes: tuple[tuple[int, int], ...],
     rows: tuple[int, ...],
     dtypes: tuple[str, ...],
@@ -73,6 +86,9 @@ def bench(
     cold: bool,
     csv_file: Path | None,
     as_json: bool,
+    report: Path | None,
+    compare: Path | None,
+    against: Path | None,
     device: str,
 ) -> int:
     """Check results, then time the loaded module against the alternatives, interleaved.
@@ -91,6 +107,9 @@ def bench(
     Each sample is a run of calls after as many that warm up; candidates take turns. Where torch is
     not installed, its lines say so.
 
+    --compare looks at the ratio of ours to the copy in the same run, and calls slower what is
+    beyond the quartiles of both runs, and beyond 5 %.
+
     \b
     Examples:
       qknorm-tvm bench
@@ -99,10 +118,19 @@ def bench(
       qknorm-tvm bench --cold
       qknorm-tvm bench --device cuda --rows 1,16,64,256,1024,16384
       qknorm-tvm bench --device cuda --module qk.so --shapes 1536/256
+      qknorm-tvm bench --report before
+      qknorm-tvm bench --compare before/results.csv
+      qknorm-tvm bench --compare before/results.csv --against after/results.csv
 
-    Exit status: 0, 1 when a result is not exact, 2 when the input is wrong.
+    Exit status: 0, 1 when a result is not exact or got slower, 2 when the input is wrong.
     """
+    if against is not None and compare is None:
+        raise click.UsageError("--against needs --compare OLD.csv")
+    if against is not None:
+        return _compare_files(compare, against, as_json)
     check_device(device)
+    from .. import alternatives
+    from ..benchmark_report import read_csv, rows_of, write_csv, write_report
     from ..machine import load_warning
     from ..spec import KernelSpec
     from ..targets import host_cpu_target
@@ -115,8 +143,34 @@ def bench(
         raise click.UsageError("--module and --misaligned are for --device cuda")
     if on_gpu and (threads or cold):
         raise click.UsageError("--threads and --cold are for --device cpu")
+    if cold and (report or compare):
+        raise click.UsageError("--cold excludes --report and --compare")
     if csv_file is not None:
         check_folder(csv_file)
+    if report is not None:
+        from ..benchmark_plots import need_matplotlib
+
+        need_matplotlib()
+        if not report.parent.is_dir():
+            raise click.UsageError(f"{report}: the folder {report.parent} does not exist")
+    old = read_csv(compare) if compare is not None else []
+    names = [*alternatives.ALL, *(alternatives.more_installed() if report else ())]
+    if old:
+        from ..benchmark_compare import cases_of
+
+        given = cases_of(old, on_gpu)
+        shapes = shapes if _is_given(ctx, "shapes") else given["shapes"]
+        rows = rows if _is_given(ctx, "rows") else given["rows"]
+        dtypes = dtypes if _is_given(ctx, "dtypes") else given["dtypes"]
+        out_dtype = out_dtype or given["out_dtype"]
+        threads = threads or given["threads"]
+        if report is None:  # what the comparison needs, and no more
+            names, torch_compile, host = [alternatives.COPY], False, False
+    elif report is not None:
+        rows = rows if _is_given(ctx, "rows") else _REPORT_ROWS
+        min_time = min_time if _is_given(ctx, "min_time") else _REPORT_MIN_TIME
+    if not torch_compile:
+        names = [name for name in names if name != alternatives.TORCH_COMPILE]
     specs = [
         KernelSpec(
             in_dtype=dtype,
@@ -140,21 +194,118 @@ def bench(
         )
     else:
         results, host_timings, module_facts = _measured(
-            specs, rows, threads, config, min_time, torch_compile, host
+            specs, rows, threads, config, min_time, names, host
         )
-    lines = [line for spec, result in results for line in csv_lines(spec, result, module_facts)]
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run_facts = {**module_facts, "command": _command(ctx), "date": now}
+    lines = [row for _, result in results for row in rows_of(result, run_facts)]
+    written = []
     if csv_file is not None:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS)
-            writer.writeheader()
-            writer.writerows(lines)
+        write_csv(csv_file, lines)
+        written.append(csv_file)
+    if report is not None:
+        written += write_report(report, lines, host_timings=host_timings, warning=busy)
+    comparison = None
+    if old:
+        from ..benchmark_compare import compare as compare_runs
+
+        comparison = compare_runs(old, lines)
     if as_json:
-        click.echo(_as_json(lines, host_timings, busy))
+        click.echo(_as_json(lines, host_timings, busy, comparison))
     else:
-        _print(results, host_timings, module_facts, busy)
-        if csv_file is not None:
-            click.echo(f"wrote {csv_file}")
-    return 0 if all(result.exact for _, result in results) else 1
+        if comparison is None:
+            _print(results, host_timings, module_facts, busy)
+        else:
+            _print_comparison(comparison, busy)
+        for file in written:
+            click.echo(f"wrote {file}")
+    exact = all(result.exact for _, result in results)
+    if not exact and comparison is not None and not as_json:
+        click.echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
+    return 0 if exact and not (comparison and comparison.slower) else 1
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _command(ctx: click.Context) -> str:
+    """Return the command line, without options that only say where results go."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Path):
+            return value.name  # the folder is this machine's business
+        if isinstance(value, tuple):
+            return ",".join(
+                "/".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in value
+            )
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    words = ["qknorm-tvm", "bench"]
+    for option in ctx.command.params:
+        assert isinstance(option, click.Option)
+        assert option.name is not None
+        if option.name in _PLACES or not option.expose_value or not _is_given(ctx, option.name):
+            continue
+        value = ctx.params[option.name]
+        if option.is_flag:
+            words.append(option.opts[0] if value else option.secondary_opts[0])
+            continue
+        for one in value if option.multiple else [value]:
+            words += [option.opts[0], text(one)]
+    if ctx.params["report"] is not None:
+        words += ["--report", "DIR"]
+    if ctx.params["compare"] is not None:
+        words += ["--compare", ctx.params["compare"].name]
+    return " ".join(words)
+
+
+def _compare_files(old: Path | None, new: Path, as_json: bool) -> int:
+    from ..benchmark_compare import compare
+    from ..benchmark_report import read_csv
+
+    assert old is not None
+    comparison = compare(read_csv(old), read_csv(new))
+    if as_json:
+        click.echo(json.dumps({"comparison": comparison.to_dict()}, indent=2))
+    else:
+        _print_comparison(comparison, "")
+    return 1 if comparison.slower else 0
+
+
+def _print_comparison(comparison: Comparison, busy: str) -> None:
+    from ..benchmark_compare import METHOD
+    from .output import console, plural, table
+
+    printer = console()
+    for line in filter(None, (busy, *comparison.differences)):
+        printer.print(line)
+    groups = itertools.groupby(comparison.changes, lambda one: one.row.group)
+    for group, changes in groups:
+        made = table("M", "old / copy", "new / copy", "change", "noise", "", left=(5,))
+        made.title = group.title
+        for one in changes:
+            made.add_row(
+                f"{one.row.rows:,}",
+                *(f"{ratio.value:.2f}" for ratio in (one.old, one.new)),
+                f"{one.change:+.1%}",
+                f"{one.noise:.1%}",
+                one.verdict.upper() if one.verdict == "slower" else one.verdict,
+            )
+        printer.print(made)
+    printer.print(METHOD)
+    for name, cases in (("old", comparison.only_old), ("new", comparison.only_new)):
+        for case in cases[:_SHOWN_CASES]:
+            printer.print(f"no partner, only in the {name} run: {case}")
+        if len(cases) > _SHOWN_CASES:
+            printer.print(f"no partner, only in the {name} run: {len(cases) - _SHOWN_CASES} more")
+    if comparison.unclear:
+        count = plural(len(comparison.unclear), "case")
+        printer.print(f"too much noise to tell: {count}; measure again on a quiet machine")
+    found = plural(len(comparison.slower), "case") if comparison.slower else "nothing"
+    printer.print(f"slower beyond the noise: {found} of {len(comparison.changes)}")
+    for one in comparison.slower:
+        printer.print(f"  {one.text}", soft_wrap=True)
 
 
 def _measured(
@@ -163,7 +314,7 @@ def _measured(
     threads: tuple[int, ...] | None,
     config: Any,
     min_time: float,
-    torch_compile: bool,
+    names: Sequence[str],
     host: bool,
 ) -> tuple[list[tuple[KernelSpec, CaseResult]], list[Timing], dict[str, str]]:
     from .. import alternatives
@@ -171,7 +322,6 @@ def _measured(
     from ..machine import usable_processors
     from .output import console, plural
 
-    names = [name for name in alternatives.ALL if torch_compile or name != "torch.compile"]
     results: list[tuple[KernelSpec, CaseResult]] = []
     host_timings: list[Timing] = []
     facts: dict[str, str] = {}
@@ -182,7 +332,11 @@ def _measured(
         for spec in specs:
             # Apart: what a module's search among several specs takes is not every module's.
             ours = compile(spec, config=config)
-            scalar = compile(spec, config=LLVMConfig(vector=1, row_tile=1))
+            scalar = (
+                compile(spec, config=LLVMConfig(vector=1, row_tile=1)).module
+                if alternatives.SCALAR in names
+                else None
+            )
             facts = facts or _facts(ours.module)
             if host and spec is specs[0] and spec.in_dtype == spec.out_dtype:
                 from ..host_costs import host_costs
@@ -202,7 +356,7 @@ def _measured(
                     threads=count,
                     min_time=min_time,
                     names=names,
-                    scalar=scalar.module,
+                    scalar=scalar,
                     status=lambda text, where=where: status.update(  # type: ignore[misc]
                         f"{where}: {text}"
                     ),
@@ -225,49 +379,20 @@ def _facts(module: Module) -> dict[str, str]:
     }
 
 
-def csv_lines(
-    spec: KernelSpec, result: CaseResult, module_facts: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Return a result as the lines of the CSV file; what was not measured is empty."""
-
-    def figure(value: float, digits: int) -> float | None:
-        return None if value != value else round(value, digits)
-
-    return [
-        {
-            "q_cols": result.q_cols,
-            "k_cols": result.k_cols,
-            "rows": result.rows,
-            "in_dtype": result.in_dtype,
-            "out_dtype": result.out_dtype,
-            "threads": result.threads or None,
-            "candidate": timing.name,
-            "median_us": figure(timing.median * 1e6, 4),
-            "q1_us": figure(timing.q1 * 1e6, 4),
-            "q3_us": figure(timing.q3 * 1e6, 4),
-            "samples": timing.samples,
-            "calls_per_sample": timing.calls,
-            "bytes_per_call": result.bytes,
-            "bandwidth_GB_per_s": figure(result.bandwidth(timing), 3),
-            "ratio_to_copy": figure(result.ratio(timing, "copy"), 4),
-            "ratio_to_ours": figure(result.ratio(timing, "ours"), 4),
-            "ratio_to_empty": figure(result.ratio(timing, "empty kernel"), 4),
-            "exact": timing.exact,
-            "note": timing.note,
-            **module_facts,
-        }
-        for timing in result.timings
-    ]
-
-
-def _as_json(lines: list[dict[str, Any]], host_timings: list[Timing], busy: str) -> str:
+def _as_json(
+    lines: list[Row], host_timings: list[Timing], busy: str, comparison: Comparison | None
+) -> str:
     host = [
         {"call": t.name, "median_us": t.median * 1e6, "q1_us": t.q1 * 1e6, "q3_us": t.q3 * 1e6}
         if t.measured
         else {"call": t.name, "note": t.note}
         for t in host_timings
     ]
-    return json.dumps({"timings": lines, "host": host, "warning": busy}, indent=2)
+    found: dict[str, Any] = {"timings": [row.cells() for row in lines], "host": host}
+    found["warning"] = busy
+    if comparison is not None:
+        found["comparison"] = comparison.to_dict()
+    return json.dumps(found, indent=2)
 
 
 def _print(

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import click
 
+from ..operations import OPERATIONS
+from ..spec import OPS
 from .options import Columns, debug_option, dtype_choice, parse_config
 
 
 @click.command(short_help="Compile to a .so.")
 @click.argument("out", metavar="OUT.so", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--op", "ops", multiple=True, type=click.Choice(OPS), default=[OPS[0]],
+              show_default=True, help="Operation; several in one file.")  # fmt: skip
 @click.option("--q-cols", type=Columns(), default="any", show_default=True, help="Columns of Q.")
 @click.option("--k-cols", type=Columns(), default="any", show_default=True, help="Columns of K.")
 @click.option("--dtype", type=dtype_choice, default="bfloat16", show_default=True,
@@ -26,6 +30,8 @@ from .options import Columns, debug_option, dtype_choice, parse_config
               help="Code for these GPUs: short for --target cuda:sm_80,sm_90,...")  # fmt: skip
 @click.option("--reproducible", is_flag=True,
               help="CUDA: an rsqrt that gives the CPU's bits; CPUs give them always.")  # fmt: skip
+@click.option("--cast-before-gamma", is_flag=True,
+              help="Round to dtype before gamma multiplies, as MiniMax-M2 does.")  # fmt: skip
 @click.option("--spec", "texts", multiple=True, metavar="TEXT",
               help="A whole spec, as inspect prints it; instead of the options above. May be "
               "given several times: the module picks one by the dtypes and columns of a "
@@ -38,6 +44,7 @@ from .options import Columns, debug_option, dtype_choice, parse_config
 def export(
     ctx: click.Context,
     out: Path,
+    ops: tuple[str, ...],
     q_cols: int | None,
     k_cols: int | None,
     dtype: str,
@@ -45,10 +52,11 @@ def export(
     target: str,
     archs: str | None,
     reproducible: bool,
+    cast_before_gamma: bool,
     texts: tuple[str, ...],
     pairs: tuple[str, ...],
 ) -> None:
-    """Compile apply_qk_rms_norm and write it to OUT.so.
+    """Compile apply_qk_rms_norm, or the operations that --op names, and write them to OUT.so.
 
     The file runs with apache-tvm-ffi alone, from Python or C++, for any number of rows:
 
@@ -66,6 +74,7 @@ def export(
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target x86-64-v3
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --arch sm_80,sm_90
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --config vector=16 --config row_tile=2
+      qknorm-tvm export qk.so --op row_mean_of_squares_qk --op apply_qk_rms_norm
       qknorm-tvm export qk.so \\
           --spec 'apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu' \\
           --spec 'apply_qk_rms_norm[bfloat16->float32, q=any, k=any]@cpu'
@@ -82,16 +91,20 @@ def export(
         _refuse_fields(ctx)
         specs = [KernelSpec.from_text(text) for text in texts]
     else:
-        specs = [
-            KernelSpec(
+        specs = []
+        for op in dict.fromkeys(ops):
+            normalises = OPERATIONS[op].normalises
+            spec = KernelSpec(
+                op=op,
                 in_dtype=dtype,
-                out_dtype=out_dtype or dtype,
+                out_dtype=(out_dtype or dtype) if normalises else None,  # type: ignore[arg-type]
                 q_cols=q_cols,
                 k_cols=k_cols,
                 target=target,
-                reproducible=reproducible,
+                reproducible=reproducible and normalises,
+                cast_before_gamma=cast_before_gamma and normalises,
             )
-        ]
+            specs.append(spec)
     check_folder(out)
     config = parse_config(pairs, specs[0].parsed_target.kind)
     start = time.perf_counter()
@@ -109,9 +122,10 @@ def export(
 
 
 def _refuse_fields(ctx: click.Context) -> None:
-    for name in ("q_cols", "k_cols", "dtype", "out_dtype", "target", "archs", "reproducible"):
+    names = ("ops", "q_cols", "k_cols", "dtype", "out_dtype", "target", "archs", "reproducible")
+    for name in (*names, "cast_before_gamma"):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = "--arch" if name == "archs" else "--" + name.replace("_", "-")
+            option = "--" + {"archs": "arch", "ops": "op"}.get(name, name.replace("_", "-"))
             raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")
 
 

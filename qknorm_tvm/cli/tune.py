@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..operations import OPERATIONS
+from ..spec import OPS
 from ..tuning.shapes import ROWS
 from .options import Numbers, Shapes, debug_option, dtype_choice
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
               help="cpu (the best level that the device runs), a level such as x86-64-v3, a CPU's "
               "LLVM name, cuda (this machine's GPU) or one architecture such as "
               "cuda:sm_90.")  # fmt: skip
+@click.option("--op", type=click.Choice(OPS), default=OPS[0], show_default=True,
+              help="Operation.")  # fmt: skip
 @click.option("--shapes", type=Shapes(), metavar="Nq/Nk,...",
               help="Columns to tune.  [default: one rank of MiniMax-M2, OLMo-2 7B and 32B on 1, 2, "
               "4 and 8 ranks]")  # fmt: skip
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 @debug_option
 def tune(
     target: str,
+    op: str,
     shapes: tuple[tuple[int, int], ...] | None,
     dtype: str,
     out_dtype: str | None,
@@ -79,13 +84,19 @@ def tune(
 
     out = console()
     specs = None
-    if shapes is not None or dtype != "bfloat16" or out_dtype is not None:
+    if shapes is not None or dtype != "bfloat16" or out_dtype is not None or op != OPS[0]:
         from ..tuning.shapes import default_shapes
 
         kind = "cuda" if parse_target(target).kind == "cuda" else "cpu"
+        normalises = OPERATIONS[op].normalises
         specs = [
             KernelSpec(
-                in_dtype=dtype, out_dtype=out_dtype or dtype, q_cols=q, k_cols=k, target=kind
+                op=op,
+                in_dtype=dtype,
+                out_dtype=(out_dtype or dtype) if normalises else None,  # type: ignore[arg-type]
+                q_cols=q,
+                k_cols=k,
+                target=kind,
             )
             for q, k in shapes or default_shapes()
         ]

@@ -18,7 +18,7 @@ from ..schedules import llvm
 from ..schedules.llvm_config import ROUNDINGS, SCHEDULE_VERSION, LLVMConfig, default_config
 from ..spec import KernelSpec
 from .space import specialise
-from .target import Built
+from .target import Built, encode
 
 if TYPE_CHECKING:
     from .measure import Bench
@@ -71,6 +71,10 @@ class CpuTarget:
         base = self.default(spec, rows)
         assert spec.q_cols is not None
         assert spec.k_cols is not None
+        if not spec.operation.normalises:
+            # The order of summation leaves nothing else to choose.
+            fixed = {name: [value] for name, value in encode(self, base).items()}
+            return {**fixed, "bytes_per_task": self._task_sizes(spec, rows, base.bytes_per_task)}
         widths = {base.vector * factor // 2 for factor in (1, 2, 4, 8)} | {base.vector}
         # A vector wider than the columns is never filled.
         widest = max(8, base.vector, spec.q_cols, spec.k_cols)
@@ -99,7 +103,8 @@ class CpuTarget:
             return [default]
         assert spec.q_cols is not None
         assert spec.k_cols is not None
-        total = rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + spec.out_bytes)
+        out_bytes = spec.out_bytes if spec.operation.normalises else 0
+        total = rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + out_bytes)
         by_tasks: dict[int, int] = {}
         for size in (default, *(1 << shift for shift in range(14, 22)), _ALONE):
             tasks = total // size

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..spec import KernelSpec
-from .measure import FUNCTION, Bench, InexactError, Plan, exactness_case
+from .measure import Bench, InexactError, Plan, exactness_case
 
 #: Launches in a graph.
 _LAUNCHES = 40
@@ -46,7 +46,7 @@ class CudaBench(Bench):
 
     def call(self, module: Any) -> Any:
         """Return a module's entry point."""
-        return module.get_function(FUNCTION)
+        return module.get_function(self.spec.op)
 
     def _dtype(self, name: str) -> Any:
         import torch

@@ -14,8 +14,6 @@ from .. import reference
 from ..inputs import Activations
 from ..spec import KernelSpec
 
-FUNCTION = "apply_qk_rms_norm"
-
 
 class InexactError(Exception):
     """A candidate's outputs differ from the reference."""
@@ -66,7 +64,7 @@ class Bench:
     def __init__(self, spec: KernelSpec, rows: int, session: Any = None):
         self.spec, self.rows, self.session = spec, rows, session
         self.device = self._make_device()
-        self._checks: dict[int, tuple[list[Any], tuple[npt.NDArray, npt.NDArray]]] = {}
+        self._checks: dict[int, tuple[list[Any], tuple[npt.NDArray, ...]]] = {}
         self._timed: list[Any] | None = None
         self._loads = 0
 
@@ -107,20 +105,19 @@ class Bench:
         InexactError
             They differ.
         """
+        operation = self.spec.operation
         if rows not in self._checks:
             case = exactness_case(self.spec, rows)
-            inputs = (case.gamma_q, case.gamma_k, case.qk_var, case.q, case.k)
+            inputs = [getattr(case, name) for name in operation.tensors
+                      if name not in operation.outputs]  # fmt: skip
             self._checks[rows] = (
                 [self._tensor(self._storage(array)) for array in inputs],
-                reference.apply_qk_rms_norm(
-                    case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k, case.epsilon,
-                    self.spec.out_dtype,
-                ),
-            )  # fmt: skip
+                self._expected(case),
+            )
         tensors, wanted = self._checks[rows]
         outs = [self._tensor(self._storage(np.zeros_like(one))) for one in wanted]
-        self.call(module)(*outs, *tensors, 1e-6, 1)
-        for name, tensor, expected in zip(("q_out", "k_out"), outs, wanted, strict=True):
+        self.call(module)(*outs, *tensors, *self._scalars())
+        for name, tensor, expected in zip(operation.outputs, outs, wanted, strict=True):
             actual = tensor.numpy().view(expected.dtype)
             wrong = reference.differing(actual, expected)
             if wrong:
@@ -129,9 +126,30 @@ class Bench:
                     f"{rows} rows"
                 )
 
+    def _expected(self, case: Activations) -> tuple[npt.NDArray, ...]:
+        spec, qk_var = self.spec, case.qk_var
+        if spec.op != "apply_qk_rms_norm":
+            qk_var = reference.row_mean_of_squares_qk(case.q, case.k, fused=self._fused)
+        if not spec.operation.normalises:
+            return (qk_var,)
+        return reference.apply_qk_rms_norm(
+            case.q, case.k, qk_var, case.gamma_q, case.gamma_k, case.epsilon, spec.out_dtype,
+            cast_before_gamma=spec.cast_before_gamma,
+        )  # fmt: skip
+
+    @property
+    def _fused(self) -> bool:
+        """Whether the target's code adds squares by a fused multiply-add."""
+        from ..build_cpu import cpu_features
+
+        return "fma" in cpu_features(self.spec.parsed_target.variants[0])
+
+    def _scalars(self) -> list[Any]:
+        return [1e-6, 1] if self.spec.operation.has_epsilon else [1]
+
     def call(self, module: Any) -> Any:
         """Return a module's entry point."""
-        return module[FUNCTION]
+        return module[self.spec.op]
 
     def arguments(self) -> list[Any]:
         """Return the arguments of the timed calls, allocated once."""
@@ -143,11 +161,13 @@ class Bench:
             inp = storage.get(spec.in_dtype, spec.in_dtype)
             out = storage.get(str(spec.out_dtype), str(spec.out_dtype))
             q_cols, k_cols = spec.q_cols, spec.k_cols
-            shapes = [
-                ((rows, q_cols), out), ((rows, k_cols), out),
-                ((q_cols,), "float32"), ((k_cols,), "float32"), ((rows, 2), "float32"),
-                ((rows, q_cols), inp), ((rows, k_cols), inp),
-            ]  # fmt: skip
+            kinds = {
+                "q_out": ((rows, q_cols), out), "k_out": ((rows, k_cols), out),
+                "gamma_q": ((q_cols,), "float32"), "gamma_k": ((k_cols,), "float32"),
+                "qk_var": ((rows, 2), "float32"),
+                "q": ((rows, q_cols), inp), "k": ((rows, k_cols), inp),
+            }  # fmt: skip
+            shapes = [kinds[name] for name in spec.operation.tensors]
             tensors = [tvm.runtime.empty(shape, kind, self.device) for shape, kind in shapes]
             # Filled where it lies: memory that was never written is one page of zeros to read.
             name = "tvm.contrib.random.random_fill_for_measure"
@@ -157,13 +177,13 @@ class Bench:
             )  # fmt: skip
             for tensor in tensors:
                 fill(tensor)
-            self._timed = [*tensors, 1e-6, 1]
+            self._timed = [*tensors, *self._scalars()]
         return self._timed
 
     def seconds(self, module: Any, plan: Plan) -> list[float]:
         """Return samples of a call's time."""
         timer = module.time_evaluator(
-            FUNCTION, self.device, number=1, repeat=plan.samples, min_repeat_ms=plan.sample_ms
+            self.spec.op, self.device, number=1, repeat=plan.samples, min_repeat_ms=plan.sample_ms
         )
         return [float(one) for one in timer(*self.arguments()).results]
 
@@ -174,7 +194,7 @@ class Bench:
         for module in modules:
             first = statistics.median(self.seconds(module, Plan(3, plan.sample_ms)))
             number = max(1, round(plan.sample_ms / 1e3 / first))
-            timers.append(module.time_evaluator(FUNCTION, self.device, number=number, repeat=1))
+            timers.append(module.time_evaluator(self.spec.op, self.device, number=number, repeat=1))
         arguments = self.arguments()
         for turn in range(rounds):
             # To and fro, so that none always runs in the wake of the same other one.

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..operations import OPERATIONS
+
 WORKLOADS = "database_workload.json"
 RECORDS = "database_tuning_record.json"
 #: What TVM stores for a candidate that failed.
@@ -190,8 +192,8 @@ def _record(text: str, hashes: Sequence[str | None]) -> Record:
     shapes_ok = isinstance(arguments, list) and all(
         isinstance(one, list) and len(one) == 3 and one[0] == "TENSOR" for one in arguments
     )
-    if not shapes_ok or len(arguments) != 7:
-        raise ValueError("foreign line: its arguments are not this operation's seven tensors")
+    if not shapes_ok or len(arguments) not in {len(one.tensors) for one in OPERATIONS.values()}:
+        raise ValueError("foreign line: its arguments are no operation's tensors")
     return Record(workload, sampled_fields(trace), [float(one) for one in seconds], content)
 
 

@@ -28,24 +28,24 @@ def specialise(func: tirx.PrimFunc, rows: int, *, row_tile: int = 1, stride_unit
         return tirx.IntImm("int64", value)
 
     params = {one.name: one for one in func.params}
-    bound = {
-        params["epsilon"]: tirx.const(1e-6, "float32"),
-        params["row_tiles"]: int64(rows // row_tile),
-    }
+    bound = {params["row_tiles"]: int64(rows // row_tile)}
+    if "epsilon" in params:
+        bound[params["epsilon"]] = tirx.const(1e-6, "float32")
     for name in ("q_out", "k_out", "q", "k"):
-        cols = int(params[name].shape[1])
-        bound[params[f"{name}_stride"]] = int64(cols // stride_unit)
+        if name in params:
+            cols = int(params[name].shape[1])
+            bound[params[f"{name}_stride"]] = int64(cols // stride_unit)
     func = func.specialize(bound)
     # The stride of qk_var is the buffer's own, not a parameter.
-    (qk_var,) = (one for one in func.params if one.name == "qk_var")
-    packed = tirx.decl_buffer(
-        (int64(rows), int64(2)),
-        "float32",
-        name="qk_var",
-        strides=[int64(2), int64(1)],
-        data_alignment=4,
-    )
-    func = func.specialize({qk_var: packed})
+    for qk_var in [one for one in func.params if one.name == "qk_var"]:
+        packed = tirx.decl_buffer(
+            (int64(rows), int64(2)),
+            "float32",
+            name="qk_var",
+            strides=[int64(2), int64(1)],
+            data_alignment=4,
+        )
+        func = func.specialize({qk_var: packed})
     return tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
 
 

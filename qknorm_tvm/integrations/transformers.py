@@ -1,0 +1,363 @@
+"""Fused QK-RMSNorm in Hugging Face transformers' own OLMo-2, OLMo-3 and MiniMax-M2.
+
+Their attention calls four modules one after the other::
+
+    query_states = self.q_norm(self.q_proj(hidden_states))
+    key_states = self.k_norm(self.k_proj(hidden_states))
+
+`patch` gives each of the four another ``forward``, on the instance. ``q_proj`` remembers its input;
+``q_norm`` projects K from it and normalises both, in one launch; ``k_proj`` and ``k_norm`` return
+what is there already. So every module is called with the same tensors as before and returns what it
+returned before, only K earlier. Modules, parameters and the keys of ``state_dict`` stay as they
+are: checkpoints load and save as ever, after `patch` as before it, and forward hooks see the same
+values. A hook, an adapter or another forward that changes K between these calls is noticed, and
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import torch
+
+from .. import tensor_parallel, torch_ops
+
+__all__ = ["patch", "unpatch"]
+
+#: Attention by its class in transformers, and whether its norms round before gamma.
+_CAST_BEFORE_GAMMA = {
+    "Olmo2Attention": False,
+    "Olmo3Attention": False,
+    "MiniMaxM2Attention": True,
+}
+_PARTS = ("q_proj", "q_norm", "k_proj", "k_norm")
+_MARK = "_qknorm_tvm"
+
+
+def patch(
+    model: torch.nn.Module,
+    *,
+    statistics: str = "fused",
+    group: Any = None,
+    layout: Any = None,
+    validate: bool = False,
+) -> torch.nn.Module:
+    """Normalise Q and K in one launch in every attention of a model, for inference.
+
+    There is no backward: call the model under ``torch.no_grad()``, as ``generate`` does by itself.
+
+    Gammas are read from the model at every call. Those that are not float32 are widened then, in a
+    small launch each; in OLMo, ``attention.q_norm.float()`` and ``k_norm.float()`` save these and
+    change no result.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        OLMo-2, OLMo-3 or MiniMax-M2 of transformers, or a part that holds their attention, in
+        evaluation mode; on the CPU or CUDA, in bfloat16, float16 or float32. Changed in place.
+    statistics : {"fused", "torch"}
+        How mean squares are computed. ``"fused"``: in the same launch. ``"torch"``: as the models
+        do, ``x.float().pow(2).mean(-1)``; outputs equal the model's own bit for bit then.
+    group : ProcessGroup, optional
+        Ranks over which the heads are sharded: mean squares are reduced over it. The model's
+        projections and norms hold this rank's heads already; whatever else its sharding needs
+        (the sum after ``o_proj``) is not done here.
+    layout : HeadLayout, optional
+        This rank's heads. By default from the model's configuration, which is the whole model's,
+        and the group. Only with `group`.
+    validate : bool
+        Check at every call that the ranks agree, at the cost of a round trip; see
+        `qknorm_tvm.tensor_parallel.qk_rms_norm`. Only with `group`.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The model is none of these, is in training mode or is patched already, or an option is
+        wrong. Nothing has been changed.
+    """
+    _check_model(model)
+    if statistics not in ("fused", "torch"):
+        raise ValueError(f"statistics must be one of fused, torch, got {statistics!r}")
+    if group is None and (layout is not None or validate):
+        name = "validate" if layout is None else "layout"
+        raise ValueError(f"group must be given where {name} is, got None")
+    if layout is not None and not isinstance(layout, tensor_parallel.HeadLayout):
+        raise TypeError(f"layout must be a HeadLayout, got {type(layout).__name__}")
+    if model.training:
+        raise ValueError(
+            "model must be in evaluation mode, got one in training mode: there is no backward; "
+            "call model.eval() first"
+        )
+    found = []
+    for name, attention in model.named_modules():
+        if not _is_supported(attention):
+            continue
+        if _MARK in attention.__dict__:
+            raise ValueError(
+                f"model must not be patched already, got one whose {name or 'attention'} is: "
+                "call unpatch(model) first"
+            )
+        options = _options(name, attention, statistics, group, layout, validate)
+        found.append((attention, _FusedNorms(attention, options)))
+    if not found:
+        raise ValueError(
+            f"model must have attention of one of transformers' classes "
+            f"{', '.join(_CAST_BEFORE_GAMMA)}, got {type(model).__name__} without"
+        )
+    for attention, fused in found:
+        fused.install()
+        attention.__dict__[_MARK] = fused
+    return model
+
+
+def unpatch(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo `patch`: the modules' own forwards are theirs again.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        What `patch` was called with. Changed in place.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `model` is no module, or not patched, or a forward was replaced since by someone else, who
+        must undo that first. Nothing has been changed.
+    """
+    _check_model(model)
+    marked = [one for one in model.modules() if _MARK in one.__dict__]
+    if not marked:
+        raise ValueError("model must be patched, got one that is not")
+    for attention in marked:
+        attention.__dict__[_MARK].check_installed()
+    for attention in marked:
+        attention.__dict__.pop(_MARK).remove()
+    return model
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _is_supported(module: torch.nn.Module) -> bool:
+    # The class itself: a subclass may call its modules in another order.
+    kind = type(module)
+    return (
+        kind.__module__.startswith("transformers.models.") and kind.__name__ in _CAST_BEFORE_GAMMA
+    )
+
+
+# ---- one attention ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    epsilon: float
+    cast_before_gamma: bool
+    statistics: str
+    group: Any
+    layout: Any
+    validate: bool
+
+
+def _options(
+    name: str, attention: Any, statistics: str, group: Any, layout: Any, validate: bool
+) -> _Options:
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    for what, q_value, k_value in (
+        ("epsilon", q_norm.variance_epsilon, k_norm.variance_epsilon),
+        ("dtype", q_norm.weight.dtype, k_norm.weight.dtype),
+    ):
+        if q_value != k_value:
+            raise ValueError(
+                f"{name}.k_norm must have the {what} of q_norm, {q_value}, got {k_value}"
+            )
+    if group is not None:
+        if layout is None:
+            config = attention.config
+            layout = tensor_parallel.HeadLayout(
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                attention.head_dim,
+                torch.distributed.get_world_size(group),
+                torch.distributed.get_rank(group),
+            )
+        for norm, cols in (("q_norm", layout.q_cols), ("k_norm", layout.k_cols)):
+            scales = len(getattr(attention, norm).weight)
+            if scales != cols:
+                raise ValueError(
+                    f"{name}.{norm} must have the {cols} scales of rank {layout.rank} of "
+                    f"{layout.world_size}, got {scales}: shard the model before it is patched"
+                )
+    return _Options(
+        epsilon=q_norm.variance_epsilon,
+        cast_before_gamma=_CAST_BEFORE_GAMMA[type(attention).__name__],
+        statistics=statistics,
+        group=group,
+        layout=layout,
+        validate=validate,
+    )
+
+
+@dataclasses.dataclass
+class _Pending:
+    """What one call of the attention has come to between its first module and its last."""
+
+    hidden_states: torch.Tensor
+    k: torch.Tensor | None = None
+    k_out: torch.Tensor | None = None
+
+
+class _FusedNorms:
+    """The forwards of one attention's four modules, and what they hand to each other.
+
+    What is handed on belongs to a thread: two may run the model at a time. A call that was broken
+    off by an exception leaves something behind, which the next one's ``q_proj`` replaces.
+    """
+
+    def __init__(self, attention: torch.nn.Module, options: _Options):
+        self.options = options
+        self.modules = {name: getattr(attention, name) for name in _PARTS}
+        #: Forwards that stood on the instance before, such as accelerate's.
+        self.before: dict[str, Any] = {}
+        self.pending = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies of the model: what is pending in a thread is not part of it.
+        return {name: value for name, value in self.__dict__.items() if name != "pending"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, pending=threading.local())
+
+    # ---- in and out of the modules ------------------------------------------------------------
+
+    def install(self) -> None:
+        for name, module in self.modules.items():
+            if "forward" in module.__dict__:
+                self.before[name] = module.__dict__["forward"]
+            module.forward = getattr(self, name)
+
+    def check_installed(self) -> None:
+        for name, module in self.modules.items():
+            if module.__dict__.get("forward") != getattr(self, name):
+                raise ValueError(
+                    f"{name} must have the forward that patch gave it, got one replaced since: "
+                    "undo that first"
+                )
+
+    def remove(self) -> None:
+        for name, module in self.modules.items():
+            del module.forward
+            if name in self.before:
+                module.forward = self.before[name]
+
+    def own(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Call a module's forward as it was before `patch`."""
+        module = self.modules[name]
+        if name in self.before:
+            return self.before[name](x)
+        return type(module).forward(module, x)
+
+    # ---- the forwards, in the order of their calls ----------------------------------------------
+
+    def q_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.pending.call = _Pending(hidden_states)
+        return self.own("q_proj", hidden_states)
+
+    def q_norm(self, q: torch.Tensor) -> torch.Tensor:
+        call = self.call("q_norm")
+        if call.k is not None:
+            raise self.disorder("q_norm", "a second call")
+        call.k = self.own("k_proj", call.hidden_states)
+        q_out, call.k_out = self.normalise(q, call.k)
+        return q_out
+
+    def k_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        call = self.call("k_proj")
+        if call.k is None or hidden_states is not call.hidden_states:
+            raise self.disorder("k_proj", "another tensor than q_proj's")
+        return call.k
+
+    def k_norm(self, k: torch.Tensor) -> torch.Tensor:
+        call = self.call("k_norm")
+        if call.k_out is None or k is not call.k:
+            raise self.disorder("k_norm", "another tensor than k_proj's")
+        self.pending.call = None
+        return call.k_out
+
+    def call(self, name: str) -> _Pending:
+        found = getattr(self.pending, "call", None)
+        if found is None:
+            raise self.disorder(name, "no call of q_proj before")
+        return found
+
+    @staticmethod
+    def disorder(name: str, got: str) -> RuntimeError:
+        return RuntimeError(
+            f"{name} must be called in the order q_proj, q_norm, k_proj, k_norm, each on what "
+            f"the attention passes on, got {got}: call unpatch(model) before the model is changed "
+            "or its modules are called alone"
+        )
+
+    # ---- the operation --------------------------------------------------------------------------
+
+    def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        options = self.options
+        weight = self.modules["q_norm"].weight
+        gamma_q, gamma_k = weight.float(), self.modules["k_norm"].weight.float()
+        # MiniMax-M2 leaves the product in the type that torch promotes to, OLMo casts it back.
+        out_dtype = q.dtype
+        if options.cast_before_gamma:
+            out_dtype = torch.promote_types(weight.dtype, q.dtype)
+        if options.group is not None:
+            return tensor_parallel.qk_rms_norm(
+                q,
+                k,
+                gamma_q,
+                gamma_k,
+                options.epsilon,
+                group=options.group,
+                layout=options.layout,
+                statistics=options.statistics,
+                cast_before_gamma=options.cast_before_gamma,
+                out_dtype=out_dtype,
+                validate=options.validate,
+            )
+        q_rows, k_rows = q.reshape(-1, q.shape[-1]), k.reshape(-1, k.shape[-1])
+        if options.statistics == "torch":
+            # On the shape that the model computes it on: the order of its sums is torch's affair.
+            means = [x.float().pow(2).mean(-1).reshape(-1) for x in (q, k)]
+            q_out, k_out = torch_ops.apply_qk_rms_norm(
+                q_rows,
+                k_rows,
+                torch.stack(means, dim=1),
+                gamma_q,
+                gamma_k,
+                options.epsilon,
+                out_dtype=out_dtype,
+                cast_before_gamma=options.cast_before_gamma,
+            )
+        else:
+            q_out, k_out = torch_ops.qk_rms_norm(
+                q_rows,
+                k_rows,
+                gamma_q,
+                gamma_k,
+                options.epsilon,
+                out_dtype=out_dtype,
+                cast_before_gamma=options.cast_before_gamma,
+            )
+        return q_out.view(q.shape), k_out.view(k.shape)

@@ -1,0 +1,67 @@
+"""The layer over real processes: gloo, 2 to 16 ranks; the cases are in `rank_cases`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import DTYPES, compiled
+
+from qknorm_tvm import KernelSpec
+from qknorm_tvm.targets import host_cpu_target
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+#: A rank that hangs fails the test instead of stopping the run.
+SECONDS = 240
+
+
+def modules() -> list[str]:
+    """Compile what the ranks need once, for any number of columns; returns the files."""
+    target = host_cpu_target()
+    apply = [KernelSpec(in_dtype=dtype, target=target) for dtype in DTYPES]
+    statistics = [
+        KernelSpec("row_mean_of_squares_qk", in_dtype, "float32", target=target)
+        for in_dtype in ("bfloat16", "float32")
+    ]
+    whole = KernelSpec("qk_rms_norm", target=target)  # of groups of one rank
+    rounded = KernelSpec(target=target, cast_before_gamma=True)
+    return [
+        str(compiled("ranks", *apply, *statistics, whole)),
+        str(compiled("ranks-rounded", rounded)),
+    ]
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"---- {log.name}\n{log.read_text()}" for log in sorted(folder.glob("*.log")))
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no gloo",
+)
+@pytest.mark.parametrize("world", [2, 4, 8, 16])
+def test_every_case(world: int, tmp_path: Path) -> None:
+    ranks = Path(__file__).with_name("ranks.py")
+    process = subprocess.Popen(
+        [sys.executable, str(ranks), str(world), str(tmp_path), *modules()],
+        # Off the network: gloo looks this machine's name up otherwise.
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"not done after {SECONDS} s\n{output}\n{logs(tmp_path)}")
+    assert process.returncode == 0, f"{output}\n{logs(tmp_path)}"
+    for rank in range(world):
+        assert (tmp_path / f"rank-{rank}.log").read_text().endswith("all cases passed\n")

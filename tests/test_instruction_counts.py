@@ -1,0 +1,276 @@
+"""Instructions that CPU modules execute, counted by valgrind: slower code is seen without a clock.
+
+Counts are of the levels that valgrind can run; AVX-512 is not among them. The code of a level
+depends on TVM (its LLVM) alone, the entry point's on the C compiler too. After a change that is
+meant, and at a new version of TVM, count again and copy the tables into this file::
+
+    python tests/test_instruction_counts.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from support import compiled, needs_level
+
+from qknorm_tvm import KernelSpec
+
+#: The versions that the tables were made with; gcc matters for `FIXED` only.
+TVM_VERSION, GCC_VERSION = "0.27.0", "12"
+#: Values of M.
+ROWS = (1, 16, 256)
+#: Instructions of a call, less those of `FIXED`, over its elements: level, dtype -> at each M of
+#: `ROWS`. So what the entry point does shows in `FIXED` alone.
+PER_ELEMENT: dict[tuple[str, str], tuple[float, ...]] = {
+    ("x86-64-v3", "bfloat16"): (1.927, 1.408, 1.41),
+    ("x86-64-v3", "float16"): (0.514, 0.6009, 0.6053),
+    ("x86-64-v3", "float32"): (0.3744, 0.4374, 0.4402),
+    ("x86-64-v2", "bfloat16"): (4.341, 3.2, 3.207),
+    ("x86-64-v2", "float16"): (47.96, 48.13, 48.14),
+    ("x86-64-v2", "float32"): (1.352, 1.523, 1.532),
+}
+#: Instructions of a call at M = 1 with 32 columns each: nearly all are the entry point's.
+FIXED: dict[str, int] = {"x86-64-v3": 2663, "x86-64-v2": 2823}
+#: What a count may exceed its table by.
+ELEMENT_SLACK, FIXED_SLACK = 0.05, 0.10
+
+LEVELS = ("x86-64-v3", "x86-64-v2")
+DTYPES = ("bfloat16", "float16", "float32")
+Q_COLS, K_COLS = 1536, 256
+UPDATE = "if that is meant, run python tests/test_instruction_counts.py and copy its tables here"
+
+#: Calls a module as C does: `calls` times inside `measured`, which callgrind watches.
+DRIVER = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <tvm/ffi/c_api.h>
+
+typedef int (*entry)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
+
+__attribute__((noinline)) void measured(entry apply, const TVMFFIAny* arguments, int calls) {
+  for (int i = 0; i < calls; ++i) {
+    TVMFFIAny result = {0};
+    if (apply(NULL, arguments, 8, &result)) abort();
+  }
+}
+
+static TVMFFIAny tensor(DLDataType type, int64_t rows, int64_t cols, int ndim) {
+  DLTensor* t = calloc(1, sizeof *t);
+  int64_t* shape = calloc(4, sizeof *shape);
+  size_t size = (size_t)(rows * cols * type.bits / 8);
+  shape[0] = ndim == 2 ? rows : cols;
+  shape[1] = cols;
+  shape[2] = ndim == 2 ? cols : 1;
+  shape[3] = 1;
+  t->data = aligned_alloc(64, (size + 63) / 64 * 64);
+  memset(t->data, 0x3c, size); /* small normal numbers in every type */
+  t->device.device_type = kDLCPU;
+  t->ndim = ndim;
+  t->dtype = type;
+  t->shape = shape;
+  t->strides = shape + 2;
+  TVMFFIAny any = {0};
+  any.type_index = kTVMFFIDLTensorPtr;
+  any.v_ptr = t;
+  return any;
+}
+
+/* driver libtvm_ffi.so, then for each case: module.so, DLPack type code, bits, Nq, Nk, M, calls */
+int main(int argc, char** argv) {
+  if (!dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL)) return fputs(dlerror(), stderr), 1;
+  for (char** at = argv + 2; at + 6 < argv + argc; at += 7) {
+    void* module = dlopen(at[0], RTLD_NOW | RTLD_LOCAL);
+    if (!module) return fputs(dlerror(), stderr), 1;
+    entry apply = (entry)dlsym(module, "__tvm_ffi_apply_qk_rms_norm");
+    if (!apply) return fputs(dlerror(), stderr), 1;
+    DLDataType type = {(uint8_t)atoi(at[1]), (uint8_t)atoi(at[2]), 1}, float32 = {kDLFloat, 32, 1};
+    int64_t nq = atoi(at[3]), nk = atoi(at[4]), m = atoi(at[5]);
+    TVMFFIAny arguments[8] = {tensor(type, m, nq, 2),   tensor(type, m, nk, 2),
+                              tensor(float32, 1, nq, 1), tensor(float32, 1, nk, 1),
+                              tensor(float32, m, 2, 2), tensor(type, m, nq, 2),
+                              tensor(type, m, nk, 2)};
+    arguments[7].type_index = kTVMFFIFloat;
+    arguments[7].v_float64 = 1e-6;
+    /* What the first calls set up is not counted. */
+    for (int i = 0; i < 3; ++i) {
+      TVMFFIAny result = {0};
+      if (apply(NULL, arguments, 8, &result)) return fputs("the call failed\n", stderr), 1;
+    }
+    measured(apply, arguments, atoi(at[6]));
+  }
+  return 0;
+}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Instructions of one call: by (dtype, M), and with next to no columns."""
+
+    calls: dict[tuple[str, int], int]
+    fixed: int
+
+    def per_element(self, dtype: str) -> tuple[float, ...]:
+        elements = Q_COLS + K_COLS
+        return tuple((self.calls[dtype, m] - self.fixed) / (m * elements) for m in ROWS)
+
+
+def _needs(tool: str) -> str:
+    path = shutil.which(tool)
+    if path is None:
+        pytest.skip(f"counts instructions with {tool}, which is not installed")
+    return path
+
+
+@functools.cache
+def _driver() -> Path:
+    from tvm_ffi import libinfo
+
+    folder = Path(tempfile.mkdtemp(prefix="driver-", dir=os.environ["QKNORM_TVM_TEST_SESSION"]))
+    source, out = folder / "driver.c", folder / "driver"
+    source.write_text(DRIVER)
+    command = [_needs("gcc"), "-O1", "-w", str(source), "-o", str(out), "-ldl"]
+    command += ["-I", libinfo.find_include_path(), "-I", libinfo.find_dlpack_include_path()]
+    subprocess.run(command, check=True)
+    return out
+
+
+def _events(path: Path) -> int:
+    """Return what a dump of callgrind counted."""
+    found = re.search(r"^(?:totals|summary): (\d+)$", path.read_text(), re.MULTILINE)
+    assert found, f"{path.name} holds no total"
+    return int(found[1])
+
+
+@functools.cache
+def counted(level: str) -> Counted:
+    """Count every case of a level in one process."""
+    from tvm_ffi import libinfo
+
+    needs_level(level)
+    valgrind = _needs("valgrind")
+    specs = [
+        KernelSpec(in_dtype=dtype, q_cols=Q_COLS, k_cols=K_COLS, target=level) for dtype in DTYPES
+    ]
+    # Apart: what a module's search among several specs takes is not every module's.
+    modules = [compiled(f"counted-{spec.digest}", spec) for spec in specs]
+    tiny = KernelSpec(q_cols=32, k_cols=32, target=level)
+    code = {"bfloat16": ("4", "16"), "float16": ("2", "16"), "float32": ("2", "32")}
+    cases: list[tuple[str, int]] = []
+    words: list[str] = []
+    calls: list[int] = []
+    for dtype, module in zip(DTYPES, modules, strict=True):
+        for m in ROWS:
+            cases.append((dtype, m))
+            calls.append(20 if m == 1 else 1)
+            words += [str(module), *code[dtype], str(Q_COLS), str(K_COLS), str(m), str(calls[-1])]
+    calls.append(20)
+    words += [
+        str(compiled(f"counted-{tiny.digest}", tiny)),
+        *code["bfloat16"],
+        "32",
+        "32",
+        "1",
+        "20",
+    ]
+    folder = Path(tempfile.mkdtemp(prefix="counts-", dir=os.environ["QKNORM_TVM_TEST_SESSION"]))
+    done = subprocess.run(
+        [
+            *(valgrind, "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=measured"),
+            *("--dump-after=measured", f"--callgrind-out-file={folder / 'dump'}"),
+            *(str(_driver()), libinfo.find_libtvm_ffi(), *words),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "TVM_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    dumps = sorted(folder.glob("dump.*"), key=lambda path: int(path.suffix[1:]))
+    assert len(dumps) >= len(calls), [path.name for path in dumps]
+    each = [_events(path) // n for path, n in zip(dumps, calls, strict=False)]
+    return Counted(dict(zip(cases, each, strict=False)), each[-1])
+
+
+def _versions() -> str:
+    tvm = importlib.metadata.version("apache-tvm")
+    return f"counted with TVM {tvm} and gcc {_gcc()}, the table with {TVM_VERSION}, {GCC_VERSION}"
+
+
+def _gcc() -> str:
+    return subprocess.run(
+        ["gcc", "-dumpversion"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def check(what: str, count: float, wanted: float, slack: float, unit: str) -> None:
+    """Fail where a count is beyond its table's."""
+    bound = wanted * (1 + slack)
+    assert count <= bound, (
+        f"{what}: {count:.4g} {unit}, at most {bound:.4g} ({wanted:.4g} + {slack:.0%}); "
+        f"{_versions()}; {UPDATE}"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_instructions_of_an_element(level: str, dtype: str) -> None:
+    """Code that got slower: a conversion that is a call, scalar code, vectors of half the width."""
+    found = counted(level).per_element(dtype)
+    for m, count, wanted in zip(ROWS, found, PER_ELEMENT[level, dtype], strict=True):
+        what = f"{level} {dtype}, M = {m}"
+        check(what, count, wanted, ELEMENT_SLACK, "instructions an element")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_fixed_instructions_of_a_call(level: str) -> None:
+    """Checks that are made twice, a search that got longer: what each decode step pays."""
+    count = counted(level).fixed
+    what = f"{level}, a call with M = 1 and 32/32 columns"
+    check(what, count, FIXED[level], FIXED_SLACK, "instructions")
+
+
+def test_more_instructions_than_the_table_fail_and_say_what_to_do() -> None:
+    check("case", 1.05, 1.0, 0.05, "instructions an element")
+    with pytest.raises(AssertionError, match=r"case: 1\.06 .* at most 1\.05 .* copy its tables"):
+        check("case", 1.06, 1.0, 0.05, "instructions an element")
+
+
+def _print_tables() -> None:
+    tables = {level: counted(level) for level in LEVELS}
+    tvm = importlib.metadata.version("apache-tvm")
+    print(f'TVM_VERSION, GCC_VERSION = "{tvm}", "{_gcc()}"')
+    print("PER_ELEMENT: dict[tuple[str, str], tuple[float, ...]] = {")
+    for level in LEVELS:
+        for dtype in DTYPES:
+            figures = ", ".join(f"{x:.4g}" for x in tables[level].per_element(dtype))
+            print(f'    ("{level}", "{dtype}"): ({figures}),')
+    print("}")
+    fixed = ", ".join(f'"{level}": {tables[level].fixed}' for level in LEVELS)
+    print(f"FIXED: dict[str, int] = {{{fixed}}}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as session:
+        # As tests/conftest.py does: no records of the machine at hand.
+        os.environ["QKNORM_TVM_TEST_SESSION"] = session
+        os.environ["QKNORM_TVM_CACHE_DIR"] = os.path.join(session, "cache")
+        os.environ["QKNORM_TVM_TUNING_LOGS"] = ""
+        os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
+        try:
+            _print_tables()
+        except pytest.skip.Exception as reason:
+            sys.exit(str(reason))
