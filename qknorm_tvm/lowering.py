@@ -156,6 +156,15 @@ def _rounded(expr: tirx.Expr, lanes: int, rounding: str) -> tirx.Expr:
     return bits + ((bits >> _splat(16, lanes)) & _splat(1, lanes)) + _splat(_HALF_ULP, lanes)
 
 
+def _inner_rounded(value: tirx.Expr, rounding: str) -> tirx.Expr:
+    """Spell out roundings to bfloat16 within an expression, which TVM's legalisation drops."""
+
+    def inner(cast: tirx.Cast) -> tirx.Expr:
+        return _to_bfloat16(cast, rounding) if _is_bfloat16(cast) else cast
+
+    return structural_map(value, (tirx.Cast, inner))
+
+
 def _to_bfloat16(cast: tirx.Cast, rounding: str) -> tirx.Expr:
     lanes = _type(cast).lanes
     value = cast.value
@@ -165,6 +174,7 @@ def _to_bfloat16(cast: tirx.Cast, rounding: str) -> tirx.Expr:
         high = tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(0xFFFF0000, "uint32"))
         pairs = (even >> _splat(16, half)) | (odd & tirx.Broadcast(high, half))
         return tirx.reinterpret(f"bfloat16x{lanes}", pairs)
+    value = _inner_rounded(value, rounding)
     bits = _rounded(_clear_payload(value, lanes), lanes, "shift") >> _splat(16, lanes)
     suffix = "" if lanes == 1 else f"x{lanes}"
     return tirx.reinterpret(f"bfloat16{suffix}", tirx.Cast(f"uint16{suffix}", bits))
@@ -202,11 +212,7 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
             rounded = _to_bfloat16(value, config.rounding)
             node = tirx.BufferStore(node.buffer, rounded, node.indices)
         elif spec.cast_before_gamma:
-
-            def inner(cast: tirx.Cast) -> tirx.Expr:
-                return _to_bfloat16(cast, config.rounding) if _is_bfloat16(cast) else cast
-
-            value = structural_map(value, (tirx.Cast, inner))
+            value = _inner_rounded(value, config.rounding)
             node = tirx.BufferStore(node.buffer, value, node.indices)
         written = node.buffer.name.removesuffix("_1")
         return _stream(node) if streaming and written in output else node

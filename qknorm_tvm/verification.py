@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import reference
-from .calls import module_arguments
+from .calls import operation_arguments
 from .inputs import Activations, generate
-from .layouts import Placed, layouts_for
+from .layouts import LAYOUTS, Placed, layouts_for
+from .operations import OPERATIONS
 from .reference import NUMPY_DTYPES
 from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch, torch_or_none
@@ -98,6 +99,10 @@ class Case:
         Some of `qknorm_tvm.layouts.LAYOUTS`.
     make : callable
         Makes the inputs; cases are many and their arrays large.
+    op : str
+        The operation that is called.
+    cast_before_gamma : bool
+        The spec's.
     """
 
     group: str
@@ -105,6 +110,8 @@ class Case:
     out_dtype: str
     layouts: tuple[str, ...]
     make: Callable[[], Activations]
+    op: str = "apply_qk_rms_norm"
+    cast_before_gamma: bool = False
 
 
 def all_patterns(dtype: str) -> npt.NDArray:
@@ -210,6 +217,19 @@ def cases_for(spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
             yield shape_case(spec, rows, q_cols, k_cols)
 
 
+def _of_operation(spec: KernelSpec, case: Case) -> Case:
+    """Return a case as one of the spec's operation, under a heading of its own."""
+    group = case.group
+    if spec.op != "apply_qk_rms_norm":
+        group = f"{spec.op}: {case.group}"
+    elif spec.cast_before_gamma:
+        group = f"cast_before_gamma: {case.group}"
+    layouts = case.layouts if spec.operation.normalises else LAYOUTS[:4]
+    return dataclasses.replace(
+        case, group=group, layouts=layouts, op=spec.op, cast_before_gamma=spec.cast_before_gamma
+    )
+
+
 @dataclasses.dataclass
 class Tally:
     """Counts of one group: checks made, elements compared, and what differed."""
@@ -262,52 +282,82 @@ def run_case(module: Module, case: Case, threads: Sequence[int], report: Report)
     """
     set_threads = module.library.get_function("qknorm_set_num_threads")
     inputs = case.make()
-    expected = reference.apply_qk_rms_norm(
-        inputs.q,
-        inputs.k,
-        inputs.qk_var,
-        inputs.gamma_q,
-        inputs.gamma_k,
-        inputs.epsilon,
-        case.out_dtype,
-    )
-    by_torch = _torch_outputs(inputs, case.out_dtype)
+    outputs = OPERATIONS[case.op].outputs
+    expected = _expected(module, inputs, case)
+    # torch sums in another order: it is beside what takes its statistics from the caller.
+    by_torch = _torch_outputs(inputs, case) if case.op == "apply_qk_rms_norm" else None
     tally = report.groups.setdefault(case.group, Tally())
     for layout in case.layouts:
         for count in threads:
             set_threads(count)
             placed = Placed(inputs, case.out_dtype, layout)
-            arguments = module_arguments(placed.activations, placed.q_out, placed.k_out)
-            module.apply_qk_rms_norm(*arguments)
+            a, guarded = placed.activations, Guarded(inputs.qk_var.shape)
+            arrays = {"q_out": placed.q_out, "k_out": placed.k_out, "q": a.q, "k": a.k}
+            arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
+            arrays["qk_var"] = guarded.array if "qk_var" in outputs else a.qk_var
+            getattr(module, case.op)(*operation_arguments(case.op, arrays, inputs.epsilon))
             tally.checks += 1
             where = f"{case.description}; {layout}, {count} thread{'s' * (count > 1)}"
-            for operand, actual, wanted in zip(
-                "qk", (placed.q_out, placed.k_out), expected, strict=True
-            ):
+            for name, wanted in zip(outputs, expected, strict=True):
                 tally.elements += wanted.size
-                wrong = reference.differing(actual, wanted)
+                wrong = reference.differing(arrays[name], wanted)
                 tally.from_numpy += wrong
                 if wrong:
-                    report.note(f"{where}: {describe_difference(operand, inputs, actual, wanted)}")
+                    told = describe_difference(name, inputs, arrays[name], wanted)
+                    report.note(f"{where}: {told}")
             # The graphs are compared with each other once a case; a second look at each layout
             # could not find more.
             if by_torch is not None and layout == case.layouts[0] and count == threads[0]:
-                for operand, actual, wanted in zip(
-                    "qk", (placed.q_out, placed.k_out), by_torch, strict=True
-                ):
+                for name, wanted in zip(outputs, by_torch, strict=True):
                     tally.torch_elements += wanted.size
-                    wrong = reference.differing(actual, wanted)
+                    wrong = reference.differing(arrays[name], wanted)
                     tally.from_torch += wrong
                     if wrong:
-                        told = describe_difference(operand, inputs, actual, wanted)
+                        told = describe_difference(name, inputs, arrays[name], wanted)
                         report.note(f"{where}, against torch: {told}")
-            if not placed.intact():
+            if not (placed.intact() and guarded.intact()):
                 tally.spoilt += 1
                 report.note(f"{where}: memory that is no output was written to")
     set_threads(0)
 
 
-def _torch_outputs(inputs: Activations, out_dtype: str) -> tuple[npt.NDArray, ...] | None:
+class Guarded:
+    """An array of float32 with guards around it.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._memory = np.full(int(np.prod(shape)) + 32, -77.0, np.float32)
+        self.array = self._memory[16:-16].reshape(shape)
+
+    def intact(self) -> bool:
+        """Whether the guards are as they were."""
+        return bool((self._memory[:16] == -77).all() and (self._memory[-16:] == -77).all())
+
+
+def _expected(module: Module, a: Activations, case: Case) -> tuple[npt.NDArray, ...]:
+    qk_var = a.qk_var
+    if case.op != "apply_qk_rms_norm":
+        fused = "fma" in active_features(module)
+        qk_var = reference.row_mean_of_squares_qk(a.q, a.k, fused=fused)
+    if not OPERATIONS[case.op].normalises:
+        return (qk_var,)
+    return reference.apply_qk_rms_norm(
+        a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, case.out_dtype,
+        cast_before_gamma=case.cast_before_gamma,
+    )  # fmt: skip
+
+
+def active_features(module: Module) -> tuple[str, ...]:
+    """Return the instruction sets that the code of the module's active level may use."""
+    levels = module.metadata["levels"]
+    return tuple(next(one["features"] for one in levels if one["name"] == module.active_level))
+
+
+def _torch_outputs(inputs: Activations, case: Case) -> tuple[npt.NDArray, ...] | None:
     torch = torch_or_none()
     if torch is None:
         return None
@@ -315,18 +365,23 @@ def _torch_outputs(inputs: Activations, out_dtype: str) -> tuple[npt.NDArray, ..
     q, k, qk_var, gamma_q, gamma_k = (
         to_torch(np.ascontiguousarray(x)) for x in (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k)
     )
-    out = torch_graph(q, k, qk_var, gamma_q, gamma_k, a.epsilon, getattr(torch, out_dtype))
+    out = torch_graph(
+        q, k, qk_var, gamma_q, gamma_k, a.epsilon, getattr(torch, case.out_dtype),
+        cast_before_gamma=case.cast_before_gamma,
+    )  # fmt: skip
     return tuple(to_numpy(x) for x in out)
 
 
-def describe_difference(
-    operand: str, a: Activations, actual: npt.NDArray, wanted: npt.NDArray
-) -> str:
-    """Describe the first element that differs."""
+def describe_difference(name: str, a: Activations, actual: npt.NDArray, wanted: npt.NDArray) -> str:
+    """Describe the first element of an output that differs."""
     bits = f"u{wanted.itemsize}"
     got, want = np.ascontiguousarray(actual).view(bits), np.ascontiguousarray(wanted).view(bits)
     nan = np.isnan(actual.astype(np.float32)) & np.isnan(wanted.astype(np.float32))
     row, col = map(int, np.argwhere((got != want) & ~nan)[0])
+    if name == "qk_var":
+        told, must = float(actual[row, col]).hex(), float(wanted[row, col]).hex()
+        return f"qk_var[{row}, {col}] is {told}, must be {must}"
+    operand = name[0]
     x, gamma = (a.q, a.gamma_q) if operand == "q" else (a.k, a.gamma_k)
     var = a.qk_var[row, "qk".index(operand)]
 
@@ -343,14 +398,32 @@ def describe_difference(
 
 
 def default_specs(target: str) -> tuple[tuple[KernelSpec, ...], ...]:
-    """Return what ``verify`` compiles, by module: every pairing open, and some columns fixed."""
+    """Return what ``verify`` compiles, by module.
+
+    Every pairing open, some columns fixed, and the other operations.
+    """
     pairings = tuple(KernelSpec(in_dtype=a, out_dtype=b, target=target) for a, b in PAIRINGS)
     fixed = [("bfloat16", "bfloat16", 1536, 256), ("bfloat16", "bfloat16", 257, 1537)]
     fixed += [("bfloat16", "bfloat16", 7, 1), ("bfloat16", "float32", 1536, 256)]
     fixed += [("float16", "float16", 1536, 256), ("float32", "float32", 1536, 256)]
-    return pairings, tuple(
-        KernelSpec(in_dtype=a, out_dtype=b, q_cols=q, k_cols=k, target=target)
-        for a, b, q, k in fixed
+    layer = [("bfloat16", None, None), ("bfloat16", 1536, 256), ("float16", 192, 64)]
+    layer += [("float32", None, None)]
+    others = [
+        KernelSpec(op=op, in_dtype=a, q_cols=q, k_cols=k, target=target)
+        for op in ("row_mean_of_squares_qk", "qk_rms_norm")
+        for a, q, k in layer
+    ]
+    others += [
+        KernelSpec(in_dtype=a, out_dtype=b, cast_before_gamma=True, target=target)
+        for a, b in (("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32"))
+    ]
+    return (
+        pairings,
+        tuple(
+            KernelSpec(in_dtype=a, out_dtype=b, q_cols=q, k_cols=k, target=target)
+            for a, b, q, k in fixed
+        ),
+        tuple(others),
     )
 
 
@@ -359,4 +432,4 @@ def iterate(modules: Iterable[Module], *, thorough: bool = False) -> Iterator[tu
     for module in modules:
         for spec in module.specs:
             for case in cases_for(spec, thorough=thorough):
-                yield module, case
+                yield module, _of_operation(spec, case)

@@ -65,13 +65,18 @@ class OnDevice:
             owner[...] = copy.cpu().numpy()
 
 
-def torch_outputs(a: Activations, out_dtype: str, device: str) -> tuple[npt.NDArray, ...]:
+def torch_outputs(
+    a: Activations, out_dtype: str, device: str, *, cast_before_gamma: bool = False
+) -> tuple[npt.NDArray, ...]:
     """Return the outputs of the unfused graph in torch on a device."""
     import torch
 
     inputs = (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k)
     q, k, var, gamma_q, gamma_k = (to_torch(np.ascontiguousarray(x)).to(device) for x in inputs)
-    outputs = torch_graph(q, k, var, gamma_q, gamma_k, a.epsilon, getattr(torch, out_dtype))
+    outputs = torch_graph(
+        q, k, var, gamma_q, gamma_k, a.epsilon, getattr(torch, out_dtype),
+        cast_before_gamma=cast_before_gamma,
+    )  # fmt: skip
     return tuple(to_numpy(x.cpu()) for x in outputs)
 
 
@@ -118,9 +123,12 @@ def run_case(
             inputs.gamma_k,
             inputs.epsilon,
             case.out_dtype,
+            cast_before_gamma=spec.cast_before_gamma,
         )
     else:
-        expected = torch_outputs(inputs, case.out_dtype, device)  # type: ignore[assignment]
+        expected = torch_outputs(  # type: ignore[assignment]
+            inputs, case.out_dtype, device, cast_before_gamma=spec.cast_before_gamma
+        )
     tally = report.groups.setdefault(case.group, Tally())
     for layout in case.layouts:
         placed = Placed(inputs, case.out_dtype, layout, by_element=True)
@@ -131,9 +139,8 @@ def run_case(
         there.fetch()
         tally.checks += 1
         where = f"{case.description}; {layout}"
-        for operand, actual, wanted in zip(
-            "qk", (placed.q_out, placed.k_out), expected, strict=True
-        ):
+        outputs = {"q_out": placed.q_out, "k_out": placed.k_out}
+        for (name, actual), wanted in zip(outputs.items(), expected, strict=True):
             wrong = reference.differing(actual, wanted)
             if spec.reproducible:
                 tally.elements += wanted.size
@@ -142,7 +149,7 @@ def run_case(
                 tally.torch_elements += wanted.size
                 tally.from_torch += wrong
             if wrong:
-                told = describe_difference(operand, inputs, actual, wanted)
+                told = describe_difference(name, inputs, actual, wanted)
                 report.note(f"{where}: {told}")
         if not placed.intact():
             tally.spoilt += 1
