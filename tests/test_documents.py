@@ -46,7 +46,7 @@ LANGUAGES = ("python", "bash", "cpp")
 SECONDS = 120
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_MARK = re.compile(r"<!--\s*(not run|needs|file):(.*?)-->\n\Z", re.DOTALL)
+_MARK = re.compile(r"^<!-- (not run|needs|file):(.*) -->\n\Z", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def blocks_of(path: Path) -> Iterator[Block]:
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start(2)) + 1
         mark = _MARK.search(text[: match.start()])
-        said = (mark[1], " ".join(mark[2].split())) if mark else ("", "")
+        said = (mark[1], mark[2].strip()) if mark else ("", "")
         yield Block(path.name, line, match[1], match[2], *said)
 
 

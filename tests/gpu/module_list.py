@@ -53,6 +53,12 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
             KernelSpec(in_dtype=d, q_cols=1536, k_cols=256, target=target, reproducible=True)
             for d in ("bfloat16", "float32")
         ],
+        "cast_before_gamma": [
+            KernelSpec(
+                in_dtype=a, out_dtype=b, q_cols=q, k_cols=k, target=target, cast_before_gamma=True
+            )
+            for a, b, q, k in (FIXED[0], FIXED[4], FIXED[6], FIXED[8])
+        ],
         # Its wait for the previous kernel is taken out: shows that a test would notice.
         "without_wait": single,
         # For a GPU that is older than what the file holds, and for one that is newer.

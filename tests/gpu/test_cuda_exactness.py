@@ -53,6 +53,15 @@ def test_reproducible_equals_the_cpu(get_module: GetModule, dtype: str) -> None:
     assert report.exact, report.first_difference
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_cast_before_gamma(get_module: GetModule, index: int) -> None:
+    """A rounding that is dropped: MiniMax-M2's order of operations."""
+    module = get_module("cast_before_gamma")
+    report = _verify(module, lambda spec: spec == module.specs[index])
+    assert report.groups["shapes and layouts"].torch_elements > 0
+    assert report.exact, report.first_difference
+
+
 def test_a_difference_would_be_seen(get_module: GetModule) -> None:
     """A comparison that compares nothing."""
     module = get_module("single")
@@ -60,7 +69,9 @@ def test_a_difference_would_be_seen(get_module: GetModule) -> None:
     case = next(iter(verification_cuda.cuda_cases(module, spec)))
     broken = verification_cuda.torch_outputs
     try:
-        verification_cuda.torch_outputs = lambda a, *rest: tuple(-out for out in broken(a, *rest))
+        verification_cuda.torch_outputs = lambda a, *rest, **how: tuple(
+            -x for x in broken(a, *rest, **how)
+        )
         report = Report()
         verification_cuda.run_case(module, spec, case, report)
     finally:
