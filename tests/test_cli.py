@@ -482,6 +482,45 @@ def test_bench_prints_tables_that_fit_80_columns(
         assert f" {name} " in shown
 
 
+def test_bench_layer_prints_tables_that_fit_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shape = ["--shapes", "192/64", "--rows", "3", "--threads", "1,2", "--min-time", "0"]
+    assert main(["bench-layer", *shape, "--no-torch-compile"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "row_mean_of_squares_qk 192/64 bfloat16, 1 thread" in shown
+    assert "qk_rms_norm 192/64 bfloat16, 2 threads" in shown
+    assert " NO" not in shown
+
+
+def test_bench_layer_fails_where_a_result_differs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reference, "differing", lambda actual, expected: 1)
+    shape = ["--shapes", "192/64", "--rows", "3", "--threads", "1", "--min-time", "0"]
+    assert main(["bench-layer", *shape, "--no-torch-compile", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {one["timings"][0]["exact"] for one in found} == {False}
+
+
+def test_export_holds_several_operations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "layer.so"
+    ops = ["row_mean_of_squares_qk", "apply_qk_rms_norm"]
+    given = [part for op in ops for part in ("--op", op)]
+    columns = ["--q-cols", "192", "--k-cols", "64", "--target", host_cpu_target()]
+    assert main(["export", str(out), *given, *columns, "--cast-before-gamma"]) == 0
+    assert "row_mean_of_squares_qk[bfloat16->float32" in capsys.readouterr().out
+    module = load(out)
+    assert [spec.op for spec in module.specs] == ops
+    assert [spec.cast_before_gamma for spec in module.specs] == [False, True]
+    assert main(["verify", str(out)]) == 0
+    assert "EXACT" in capsys.readouterr().out
+
+
 def test_bench_fails_where_a_result_differs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,8 +102,7 @@ def _print(results: list[tuple[str, CaseResult]], busy: str) -> None:
     key: Any = lambda x: (x[0], x[1].q_cols, x[1].k_cols, x[1].in_dtype, x[1].threads)  # noqa: E731
     for (op, q_cols, k_cols, dtype, threads), group in itertools.groupby(results, key):
         made = table(
-            "M", "ours µs", "quartiles", "GB/s", "floor µs", "ours/floor", "torch/ours",
-            "torch.compile/ours", "exact",
+            "M", "ours", "quartiles", "GB/s", "floor", "/floor", "torch", "compile", "exact",
             title=f"{op} {q_cols}/{k_cols} {dtype}, {plural(threads, 'thread')}",
         )  # fmt: skip
         for _, result in group:
@@ -126,6 +125,11 @@ def _print(results: list[tuple[str, CaseResult]], busy: str) -> None:
                 "yes" if ours.exact else "NO",
             )
         printer.print(made)
-    notes = dict.fromkeys(t.note for _, one in results for t in one.timings if t.note)
-    for note in notes:
-        printer.print(f"floor, or what is missing: {note}")
+    printer.print(
+        "Times in µs. /floor: ours over the floor. torch, compile: unfused torch's and "
+        "torch.compile's time over ours."
+    )
+    for note in dict.fromkeys(
+        f"{t.name}: {t.note}" for _, r in results for t in r.timings if t.note
+    ):
+        printer.print(note)
