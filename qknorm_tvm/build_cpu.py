@@ -15,11 +15,11 @@ from .configs import cpu_buckets
 from .declaration import declare
 from .errors import BuildError
 from .lowering import STREAM_ALIGNMENT, lower
-from .native_build import Level, Variant, compile_entry, link, tables
+from .native_build import Level, Variant, c_compiler, compile_entry, link, tables
 from .schedules.llvm import schedule
 from .schedules.llvm_config import LLVMConfig, default_config
 from .spec import KernelSpec
-from .targets import X86_FEATURES, X86_LEVELS
+from .targets import AARCH64, X86_FEATURES, X86_LEVELS
 
 #: Instruction sets kept from LLVM. Some it would use change results (avx512bf16 and avxneconvert
 #: flush denormals when they round); the others `X86_FEATURES` cannot test for at load.
@@ -36,11 +36,15 @@ _TUNING = ("-prefer-256-bit", "-fast-variable-crosslane-shuffle", "-fast-variabl
 def cpu_features(cpu: str) -> tuple[str, ...]:
     """Return the instruction sets that code for an LLVM CPU name may use, sorted.
 
+    Those that must be tested for when a module is loaded: none on AArch64.
+
     Raises
     ------
     BuildError
         LLVM does not know the name.
     """
+    if cpu == AARCH64:
+        return ()
     if cpu in X86_LEVELS:
         return tuple(sorted(X86_LEVELS[cpu]))
     codegen = tvm.target.codegen
@@ -49,7 +53,7 @@ def cpu_features(cpu: str) -> tuple[str, ...]:
     if cpu not in known:
         raise BuildError(
             f"target must be a CPU that LLVM {codegen.llvm_version_major()} knows, got {cpu!r}; "
-            "for example x86-64-v3, znver4 or sapphirerapids"
+            "for example x86-64-v3, znver4 or sapphirerapids; every AArch64 CPU's is 'aarch64'"
         )
     found = codegen.llvm_get_cpu_features(
         tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu})
@@ -58,7 +62,12 @@ def cpu_features(cpu: str) -> tuple[str, ...]:
 
 
 def llvm_target(cpu: str) -> tvm.target.Target:
-    """Return TVM's target for an x86-64 level or CPU name."""
+    """Return TVM's target for ``"aarch64"``, an x86-64 level or CPU name."""
+    if cpu == AARCH64:
+        # Without bf16 and fullfp16, whose instructions round otherwise, and without SVE.
+        return tvm.target.Target(
+            {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic"}
+        )
     return tvm.target.Target(
         {
             "kind": "llvm",
@@ -167,10 +176,12 @@ def build(
         described.append({"name": cpu, "features": list(features), "code": configs_used})
     metadata = {**metadata, "kind": "cpu", "levels": described}
     table_text = tables(specs, levels, metadata, cuda=False)
+    machine = specs[0].parsed_target.machine
+    c_compiler(machine)  # before the minutes that many specs take
     objects: list[Path] = []
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         # The C compiler beside LLVM: a third of the time.
-        native = worker.submit(compile_entry, directory, table_text, pool=True)
+        native = worker.submit(compile_entry, directory, table_text, pool=True, machine=machine)
         for cpu, of_level in functions.items():
             level_object = directory / f"{cpu}.o"
             generate(cpu, of_level).write_to_file(str(level_object), "o")
@@ -178,5 +189,5 @@ def build(
             # the linker keeps the first, which has to run everywhere.
             objects.insert(0, level_object)
         out = directory / "module.so"
-        link([*native.result(), *objects], out)
+        link([*native.result(), *objects], out, machine)
     return out

@@ -11,7 +11,7 @@ of its own and in the fused one::
     then the second half to the first, until one is left
     which is divided by the number of columns
 
-Each square is added by a fused multiply-add where the CPU has one (x86-64-v3 and up); squares of
+Each square is added by a fused multiply-add where the CPU has one (all but x86-64-v2); squares of
 bfloat16 and float16 are exact in float32, so that this matters for float32 alone. No sum has more
 than STEPS terms until there are as many blocks, and the lanes' errors average out: the error is
 that of the last few additions, and no larger than that of torch's float32 mean. (Without blocks it

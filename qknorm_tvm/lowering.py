@@ -40,8 +40,7 @@ _HALF_ULP = 0x7FFF
 #: What TensorIR cannot say, as LLVM IR that is linked into the code and inlined. Names carry the
 #: number of lanes: functions of one module may need several.
 _OPAQUE_IR = """
-; Hides a constant from the optimiser, which else makes of shift, and, or one word permute: three
-; micro-operations of AVX-512 instead of two.
+; Hides a constant from the optimiser.
 define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none) {
   %hidden = call i32 asm "", "=r,0"(i32 %value) nounwind memory(none)
   ret i32 %hidden
@@ -160,25 +159,47 @@ def _rounded(expr: tirx.Expr, lanes: int, rounding: str) -> tirx.Expr:
     return bits + ((bits >> _splat(16, lanes)) & _splat(1, lanes)) + _splat(_HALF_ULP, lanes)
 
 
-def _inner_rounded(value: tirx.Expr, rounding: str) -> tirx.Expr:
+def _hidden(bits: int) -> tirx.Expr:
+    """Return a 32-bit constant that the optimiser does not see."""
+    return tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(bits, "uint32"))
+
+
+def _divide(div: tirx.Div) -> tirx.Expr:
+    """Return a division that stays one.
+
+    LLVM multiplies where the divisor is a power of two, and would then fuse that product with the
+    addition of epsilon: another result where the mean and epsilon are denormal.
+    """
+    if not isinstance(div.b, tirx.FloatImm):
+        return div
+    (bits,) = struct.unpack("<I", struct.pack("<f", div.b.value))
+    return tirx.Div(div.a, _floats(_hidden(bits), 1))
+
+
+def _inner_rounded(value: tirx.Expr, rounding: str, *, hide: bool) -> tirx.Expr:
     """Spell out roundings to bfloat16 within an expression, which TVM's legalisation drops."""
 
     def inner(cast: tirx.Cast) -> tirx.Expr:
-        return _to_bfloat16(cast, rounding) if _is_bfloat16(cast) else cast
+        return _to_bfloat16(cast, rounding, hide=hide) if _is_bfloat16(cast) else cast
 
     return structural_map(value, (tirx.Cast, inner))
 
 
-def _to_bfloat16(cast: tirx.Cast, rounding: str) -> tirx.Expr:
+def _to_bfloat16(cast: tirx.Cast, rounding: str, *, hide: bool) -> tirx.Expr:
+    """Round to bfloat16; with `hide`, the mask that packs pairs is hidden from the optimiser.
+
+    From shift, and, or it makes one word permute on AVX-512, three micro-operations instead of two;
+    on AArch64 one instruction.
+    """
     lanes = _type(cast).lanes
     value = cast.value
     if lanes >= _SMALLEST_PAIRS and isinstance(value, tirx.Mul):
         half = lanes // 2
         even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half, rounding))
-        high = tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(0xFFFF0000, "uint32"))
+        high = _hidden(0xFFFF0000) if hide else tirx.const(0xFFFF0000, "uint32")
         pairs = (even >> _splat(16, half)) | (odd & tirx.Broadcast(high, half))
         return tirx.reinterpret(f"bfloat16x{lanes}", pairs)
-    value = _inner_rounded(value, rounding)
+    value = _inner_rounded(value, rounding, hide=hide)
     bits = _rounded(_clear_payload(value, lanes), lanes, "shift") >> _splat(16, lanes)
     suffix = "" if lanes == 1 else f"x{lanes}"
     return tirx.reinterpret(f"bfloat16{suffix}", tirx.Cast(f"uint16{suffix}", bits))
@@ -222,14 +243,15 @@ def _plain_division(division: tirx.Div) -> tirx.Expr:
 def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> tvm.transform.Pass:
     """Make the pass that rounds to bfloat16 exactly, and streams; run after vectorising."""
     output = {"q_out", "k_out"}
+    hide = spec.parsed_target.machine == "x86_64"
 
     def store(node: tirx.BufferStore) -> tirx.Stmt:
         value = node.value
         if isinstance(value, tirx.Cast) and _is_bfloat16(value):
-            rounded = _to_bfloat16(value, config.rounding)
+            rounded = _to_bfloat16(value, config.rounding, hide=hide)
             node = tirx.BufferStore(node.buffer, rounded, node.indices)
         elif spec.cast_before_gamma:
-            value = _inner_rounded(value, config.rounding)
+            value = _inner_rounded(value, config.rounding, hide=hide)
             node = tirx.BufferStore(node.buffer, value, node.indices)
         elif node.buffer.name in _MEANS:
             value = structural_map(value, (tirx.Div, _plain_division))
@@ -250,6 +272,7 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
     @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.RewriteStores")
     def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
         body = structural_map(func.body, (tirx.BufferStore, store))
+        body = structural_map(body, (tirx.Div, _divide))
         ir = tvm.ir.StringImm(text)
         return func.with_body(tirx.AttrStmt(tirx.const(0), "pragma_import_llvm", ir, body))
 

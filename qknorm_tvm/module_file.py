@@ -16,6 +16,8 @@ from typing import Any
 
 from .errors import ModuleFileError
 
+#: ELF's numbers for the machines that modules are for, see `targets.MACHINES`.
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 #: Version of the metadata; a reader refuses any other. 2: several operations in one module.
 FORMAT = 2
 SECTION = ".qknorm"
@@ -56,6 +58,16 @@ def _section(data: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
     except struct.error:
         raise damaged from None
     raise foreign
+
+
+def machine_of(path: str | os.PathLike[str]) -> str:
+    """Return the machine that a library is for: one of `targets.MACHINES`, else ELF's number."""
+    with Path(path).open("rb") as file:
+        head = file.read(20)
+    if len(head) < 20:
+        raise ModuleFileError(f"{path} is damaged or truncated: export it again")
+    (number,) = struct.unpack_from("<H", head, 18)
+    return _ELF_MACHINES.get(number, f"ELF machine {number}")
 
 
 def _digest(data: bytes, offset: int) -> bytes:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +17,13 @@ from typing import Any
 from .errors import BuildError
 from .module_file import seal
 from .spec import OPS, KernelSpec
-from .targets import X86_FEATURES
+from .targets import MACHINES, X86_FEATURES, host_machine
+
+#: For machines other than this one: the GNU cross compiler's name and Debian's packages of it.
+_CROSS = {
+    "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+    "x86_64": ("x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu libc6-dev-amd64-cross"),
+}
 
 _DTYPES = {
     "bfloat16": "{kDLBfloat, 16, 1}",
@@ -138,6 +145,35 @@ def find_c_compiler(given: str | None = None) -> str:
     )
 
 
+def c_compiler(machine: str) -> str:
+    """Return the C compiler for a machine of `targets.MACHINES`.
+
+    This machine's own is `find_c_compiler`'s. For another it is a cross compiler: the program that
+    ``$QKNORM_TVM_AARCH64_CC`` (or ``…_X86_64_CC``) names, otherwise the GNU one.
+
+    Raises
+    ------
+    BuildError
+        There is none.
+    """
+    if machine == host_machine():
+        return find_c_compiler(os.environ.get("CC"))
+    variable = f"QKNORM_TVM_{machine.upper()}_CC"
+    name, packages = _CROSS[machine]
+    given = os.environ.get(variable)
+    found = shutil.which(given or name)
+    if found:
+        return found
+    missing = f"${variable} names {given!r}, which" if given else name
+    here = MACHINES.get(host_machine(), host_machine())
+    own = "aarch64" if host_machine() == "aarch64" else "cpu"
+    raise BuildError(
+        f"a C cross compiler is needed to link a module for {MACHINES[machine]} machines on this "
+        f"one ({here}), but {missing} is not on the PATH: install one, such as with "
+        f"`apt-get install {packages}`, or compile for this machine, target {own!r}"
+    )
+
+
 def run_compiler(command: Sequence[str], doing: str) -> None:
     """Run a compiler; a failure is a `BuildError` with the first lines that it printed."""
     environment = {**os.environ, "LC_ALL": "C"}
@@ -147,12 +183,17 @@ def run_compiler(command: Sequence[str], doing: str) -> None:
         raise BuildError(f"{doing} failed ({command[0]} exited {done.returncode}):\n{said[:4000]}")
 
 
-def compile_entry(directory: Path, table_text: str, *, pool: bool) -> list[Path]:
-    """Compile the entry point, and for CPUs the thread pool, against a module's tables."""
+def compile_entry(
+    directory: Path, table_text: str, *, pool: bool, machine: str | None = None
+) -> list[Path]:
+    """Compile the entry point, and for CPUs the thread pool, against a module's tables.
+
+    `machine` is the one that the code is for, by default this one.
+    """
     import tvm_ffi.libinfo as ffi
 
     (directory / "tables.h").write_text(table_text)
-    compiler = find_c_compiler(os.environ.get("CC"))
+    compiler = c_compiler(machine or host_machine())
     objects = []
     for name in ("entry", "pool") if pool else ("entry",):
         source = resources.files(__package__) / "native" / f"{name}.c"
@@ -173,20 +214,44 @@ def exported_symbols() -> str:
     return f"{{ global: {names}; __tvm_ffi_qknorm_*; local: *; }};\n"
 
 
-def link(objects: Sequence[Path], out: Path) -> None:
-    """Link objects to a module that exports its entry points alone, and seal it."""
+def _stand_in_for_tvm_ffi(directory: Path, compiler: str) -> Path:
+    """Make a library with tvm-ffi's name and the names of its C functions, to link against.
+
+    The tvm-ffi of another machine is not here. The process that loads the module has it.
+    """
     import tvm_ffi.libinfo as ffi
 
+    header = Path(ffi.find_include_path()) / "tvm" / "ffi" / "c_api.h"
+    names = sorted(set(re.findall(r"\b(TVMFFI\w+)\(", header.read_text())))
+    source, library = directory / "stand_in.c", directory / "libtvm_ffi.so"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    command = [compiler, "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libtvm_ffi.so"]
+    run_compiler([*command, str(source), "-o", str(library)], "making a stand-in for libtvm_ffi")
+    return library
+
+
+def link(objects: Sequence[Path], out: Path, machine: str | None = None) -> None:
+    """Link objects to a module that exports its entry points alone, and seal it.
+
+    `machine` is the one that the code is for, by default this one.
+    """
+    import tvm_ffi.libinfo as ffi
+
+    machine = machine or host_machine()
+    compiler = c_compiler(machine)
     script = out.with_suffix(".exports")
     script.write_text(exported_symbols())
-    command = [find_c_compiler(os.environ.get("CC")), "-shared", "-s", "-o", str(out)]
+    command = [compiler, "-shared", "-s", "-o", str(out)]
     command += map(str, objects)
     # Never unloaded: its pool's threads may serve other modules.
     command += ["-Wl,-z,nodelete", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,--gc-sections"]
     # Bound when it is loaded: a tvm-ffi that lacks a function is noticed then, not in a call.
     command += ["-Wl,-z,now"]
     command += [f"-Wl,--version-script={script}", "-Wl,--build-id=none", "-Wl,--no-undefined"]
-    library = Path(ffi.find_libtvm_ffi())
+    if machine == host_machine():
+        library = Path(ffi.find_libtvm_ffi())
+    else:
+        library = _stand_in_for_tvm_ffi(out.parent, compiler)
     command += [f"-L{library.parent}", "-ltvm_ffi", "-lpthread", "-ldl", "-lm"]
     run_compiler(command, "linking")
     seal(out)

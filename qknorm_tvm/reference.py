@@ -107,7 +107,7 @@ def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True) -> npt.NDArray:
     x : ndarray, ``[M, N]``
         bfloat16, float16 or float32.
     fused : bool
-        Whether squares are added by a fused multiply-add, as from x86-64-v3 on.
+        Whether squares are added by a fused multiply-add, as from x86-64-v3 on and on AArch64.
 
     Returns
     -------

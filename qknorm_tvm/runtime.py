@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModuleFileError
-from .module_file import read_metadata
+from .module_file import machine_of, read_metadata
 from .operations import OPERATIONS
 from .spec import KernelSpec
+from .targets import MACHINES, host_machine
 
 
 class Module:
@@ -54,7 +55,10 @@ class Module:
 
     @property
     def active_level(self) -> str:
-        """The CPU level chosen for this machine, such as ``"x86-64-v4"``; ``"cuda"`` on CUDA."""
+        """The CPU level chosen for this machine, such as ``"x86-64-v4"``.
+
+        ``"cuda"`` on CUDA.
+        """
         return str(self.library.get_function("qknorm_active_level")())
 
     def __repr__(self) -> str:
@@ -88,6 +92,12 @@ def load(path: str | os.PathLike[str]) -> Module:
     path = Path(path).absolute()
     metadata = read_metadata(path)
     _check_specs(path, metadata)
+    machine, here = machine_of(path), host_machine()
+    if machine != here:
+        raise ModuleFileError(
+            f"{path} is for {MACHINES.get(machine, machine)} machines, and this one is "
+            f"{MACHINES.get(here, here)}: export it for this one, or load it there"
+        )
     if path.suffix != ".so":
         raise ModuleFileError(f"{path} must be named *.so to be loaded: rename it")
     try:

@@ -75,6 +75,12 @@ X86_LEVELS: dict[str, tuple[str, ...]] = {
     "x86-64-v2": _V2,
 }
 
+#: AArch64 with NEON, which every Linux there needs: one level, nothing to choose at load.
+AARCH64 = "aarch64"
+
+#: Machines that CPU modules are for, by the names of compilers and of Linux, with names for people.
+MACHINES = {"x86_64": "x86-64", "aarch64": "AArch64"}
+
 #: What ``target="cuda"`` holds machine code for; PTX is added for GPUs to come.
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -100,6 +106,13 @@ class Target:
     text: str
     variants: tuple[str, ...]
 
+    @property
+    def machine(self) -> str:
+        """The machine, of `MACHINES`, that a CPU target is for; this one for CUDA."""
+        if self.kind != "cpu":
+            return host_machine()
+        return "aarch64" if self.text == AARCH64 else "x86_64"
+
 
 @functools.lru_cache(maxsize=256)
 def parse_target(text: str) -> Target:
@@ -115,7 +128,7 @@ def parse_target(text: str) -> Target:
         raise TypeError(f"target must be a str, got {type(text).__name__}")
     expected = (
         "target must be 'cpu', a level such as 'x86-64-v3', a CPU's LLVM name such as 'znver4', "
-        "'cuda', or architectures such as 'cuda:sm_80,sm_90'"
+        "'aarch64', 'cuda', or architectures such as 'cuda:sm_80,sm_90'"
     )
     if text == "cpu":
         return Target("cpu", text, tuple(X86_LEVELS))
@@ -127,9 +140,15 @@ def parse_target(text: str) -> Target:
         if not all(_CUDA_ARCH.fullmatch(arch) for arch in archs):
             raise ValueError(f"{expected}; got {text!r}")
         return Target("cuda", "cuda:" + ",".join(archs), archs)
-    if text in ("native", "x86-64", "llvm") or not _CPU_NAME.fullmatch(text):
+    if text in ("native", "x86-64", "arm64", "llvm") or not _CPU_NAME.fullmatch(text):
         raise ValueError(f"{expected}; got {text!r}")
     return Target("cpu", text, (text,))
+
+
+def host_machine() -> str:
+    """Return this machine's name, one of `MACHINES` where CPU modules can be for it."""
+    name = platform.machine()
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def feature_in_proc(name: str) -> str:
@@ -140,7 +159,7 @@ def feature_in_proc(name: str) -> str:
 @functools.lru_cache(maxsize=1)
 def host_features() -> frozenset[str]:
     """Instruction sets of `X86_FEATURES` that this machine and its kernel offer."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if host_machine() != "x86_64":
         return frozenset()
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -153,18 +172,20 @@ def host_features() -> frozenset[str]:
 
 @functools.lru_cache(maxsize=1)
 def host_cpu_target() -> str:
-    """Return the best level that this machine runs, such as ``"x86-64-v4"``.
+    """Return the best level that this machine runs, such as ``"x86-64-v4"`` or ``"aarch64"``.
 
     Raises
     ------
     RuntimeError
-        The machine is not x86-64, or older than x86-64-v2 (2009).
+        The machine is neither x86-64 nor AArch64, or older than x86-64-v2 (2009).
     """
+    if host_machine() == "aarch64":
+        return AARCH64
     features = host_features()
     for level, needed in X86_LEVELS.items():
         if features.issuperset(needed):
             return level
     raise RuntimeError(
-        f"this CPU ({platform.machine()}) is not x86-64-v2 or better; qknorm-tvm's CPU modules "
-        "need SSE4.2"
+        f"this CPU ({platform.machine()}) is not x86-64-v2 or better, nor AArch64; "
+        "qknorm-tvm's CPU modules need SSE4.2"
     )

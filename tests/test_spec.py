@@ -21,6 +21,7 @@ _TARGETS = st.sampled_from(
         "x86-64-v3",
         "x86-64-v4",
         "znver4",
+        "aarch64",
         "cuda",
         "cuda:sm_90",
         "cuda:sm_80,sm_90a",

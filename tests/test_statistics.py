@@ -112,6 +112,25 @@ def test_statistics_and_fused_equal_the_reference(level: str, in_dtype: str) -> 
     set_threads(0)
 
 
+def test_epsilon_is_added_to_the_rounded_mean() -> None:
+    """A mean over a power of two of columns, multiplied and added in one rounding.
+
+    The mean lies between two denormals, and epsilon is the smallest.
+    """
+    spec = KernelSpec(
+        op="qk_rms_norm", in_dtype="float32", q_cols=1024, k_cols=64, target=host_cpu_target()
+    )
+    q, k = np.zeros((1, 1024), np.float32), np.ones((1, 64), np.float32)
+    q[0, :3] = 2.0**-70
+    gammas = [np.ones(n, np.float32) for n in (1024, 64)]
+    outs = [np.empty_like(q), np.empty_like(k)]
+    compile(spec).module.qk_rms_norm(*outs, *gammas, q, k, 1e-45)
+    var = reference.row_mean_of_squares_qk(q, k)
+    wanted = reference.apply_qk_rms_norm(q, k, var, *gammas, 1e-45)
+    for actual, expected in zip(outs, wanted, strict=True):
+        assert reference.differing(actual, expected) == 0
+
+
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
 @pytest.mark.parametrize("cast_before_gamma", [False, True])
 def test_fused_is_statistics_then_apply(

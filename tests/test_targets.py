@@ -54,6 +54,7 @@ def test_single_cpu(name: str) -> None:
         "native",
         "llvm",
         "x86-64",
+        "arm64",
         "cpu\n",
         "-mcpu=znver4",
         "znver4;rm",
@@ -97,6 +98,12 @@ def test_each_level_holds_the_one_below() -> None:
     assert v2 < v3 < v4 <= set(X86_FEATURES)
 
 
+def test_aarch64_is_a_cpu_target_of_its_own_machine() -> None:
+    target = parse_target("aarch64")
+    assert (target.kind, target.variants, target.machine) == ("cpu", ("aarch64",), "aarch64")
+    assert {parse_target(name).machine for name in ("cpu", "znver4", *LEVELS)} == {"x86_64"}
+
+
 def _levels_for(
     monkeypatch: pytest.MonkeyPatch, features: set[str], machine: str = "x86_64"
 ) -> str:
@@ -116,6 +123,12 @@ def test_host_level_is_the_best_that_is_whole(monkeypatch: pytest.MonkeyPatch, l
 
 def test_host_without_one_feature_gets_the_level_below(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _levels_for(monkeypatch, set(X86_LEVELS["x86-64-v4"]) - {"avx512vl"}) == "x86-64-v3"
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_host_that_is_aarch64(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    """A machine without x86 features that is taken for an old x86."""
+    assert _levels_for(monkeypatch, set(), machine) == "aarch64"
 
 
 def test_too_old_a_host_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from .options import Columns, debug_option, dtype_choice, parse_config
 )
 @click.option("--target", default="cpu", show_default=True,
               help="cpu (x86-64-v2, v3 and v4 in one file, chosen when it is loaded), one such "
-              "level, a CPU's LLVM name such as znver4, cuda, or cuda:sm_90,... .")  # fmt: skip
+              "level, a CPU's LLVM name such as znver4, aarch64, cuda, or "
+              "cuda:sm_90,... .")  # fmt: skip
 @click.option("--arch", "archs", metavar="sm_80,sm_90,...",
               help="Code for these GPUs: short for --target cuda:sm_80,sm_90,...")  # fmt: skip
 @click.option("--reproducible", is_flag=True,
@@ -72,6 +73,7 @@ def export(
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256
       qknorm-tvm export qk.so --dtype float16 --out-dtype float32
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target x86-64-v3
+      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target aarch64
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --arch sm_80,sm_90
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --config vector=16 --config row_tile=2
       qknorm-tvm export qk.so --op row_mean_of_squares_qk --op apply_qk_rms_norm

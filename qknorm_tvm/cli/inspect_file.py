@@ -33,7 +33,7 @@ def inspect_file(file: Path, as_json: bool) -> None:
     from ..module_file import read_metadata
 
     metadata = read_metadata(file)
-    runs, why = runs_here(metadata)
+    runs, why = runs_here(file, metadata)
     if as_json:
         found = {
             **metadata,
@@ -50,8 +50,15 @@ def inspect_file(file: Path, as_json: bool) -> None:
     printer.print(describe(file, metadata))
 
 
-def runs_here(metadata: Mapping[str, Any]) -> tuple[bool, str]:
+def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     """Return whether this machine has what a module needs, and a sentence on it."""
+    from ..module_file import machine_of
+    from ..targets import MACHINES, host_features, host_machine
+
+    machine, here = machine_of(file), host_machine()
+    if machine != here:
+        names = [MACHINES.get(one, one) for one in (machine, here)]
+        return False, f"no: it is for {names[0]} machines, and this one is {names[1]}"
     if metadata.get("kind") != "cpu":
         try:
             from ..arrays import cuda_target
@@ -63,8 +70,6 @@ def runs_here(metadata: Mapping[str, Any]) -> tuple[bool, str]:
         if any(_runs_on(arch, found) for arch in held):
             return True, f"yes, on this machine's GPU ({found})"
         return False, f"no: it holds {', '.join(held)}, and this machine's GPU is {found}"
-    from ..targets import host_features
-
     features = host_features()
     for level in metadata["levels"]:
         if features.issuperset(level["features"]):
@@ -106,7 +111,7 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     lines = [
         *((f"spec #{i}", KernelSpec(**one).text) for i, one in enumerate(metadata["specs"])),
         ("target", str(metadata["target"])),
-        ("runs here", runs_here(metadata)[1]),
+        ("runs here", runs_here(file, metadata)[1]),
         ("needs", needs),
         ("built with", versions),
         ("format", str(metadata["format"])),

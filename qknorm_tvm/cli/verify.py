@@ -91,14 +91,14 @@ def _loaded(file: Path) -> Module:
 
 
 def _levels(targets: tuple[str, ...], thorough: bool) -> list[str]:
-    from ..targets import X86_LEVELS, host_cpu_target, host_features, parse_target
+    from ..targets import X86_LEVELS, host_cpu_target, host_features, host_machine, parse_target
 
     for target in targets:
         if parse_target(target).kind != "cpu":
             raise click.UsageError(f"--target must be a CPU's for --device cpu, got {target}")
     if targets:
         return list(dict.fromkeys(targets))
-    if thorough:
+    if thorough and host_machine() == "x86_64":
         return [name for name, needed in X86_LEVELS.items() if host_features().issuperset(needed)]
     return [host_cpu_target()]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import BuildError, TuningError
 from ..machine import usable_processors
-from ..targets import X86_LEVELS, host_cpu_target, host_features
+from ..targets import AARCH64, X86_LEVELS, host_cpu_target, host_features, host_machine
 from .target import Device
 
 if TYPE_CHECKING:
@@ -21,10 +21,16 @@ def resolve_cpu(target: str, fleet: Fleet | None, device: str | None) -> tuple[s
     Raises
     ------
     TuningError
-        This machine cannot run the target's code, or the remote CPU cannot be found out.
+        The target is AArch64, this machine cannot run the target's code, or the remote CPU cannot
+        be found out.
     BuildError
         LLVM does not know the target's CPU.
     """
+    if target == AARCH64 or (target == "cpu" and fleet is None and host_machine() == AARCH64):
+        raise TuningError(
+            "aarch64 cannot be tuned: its modules use the heuristic's configs; give a config of "
+            "your own to qknorm_tvm.compile"
+        )
     if fleet is not None:
         return _remote(target, fleet, device)
     from ..build_cpu import cpu_features

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec import KernelSpec
-from ..targets import X86_LEVELS, host_cpu_target
+from ..targets import AARCH64, X86_LEVELS, host_cpu_target
 
 FILE_NAME = "tuned.json"
 FORMAT = 1
@@ -177,8 +177,10 @@ def cpu_device(cpu: str) -> str | None:
     """Return the folder of records for code for a CPU, or None when no device is meant.
 
     A CPU's name is a device. A level is not: its records are this machine's, and only where it is
-    the level that this machine would load.
+    the level that this machine would load. AArch64 is not tuned.
     """
+    if cpu == AARCH64:
+        return None
     if cpu not in X86_LEVELS:
         return f"x86_64-{cpu}"
     try:
