@@ -31,9 +31,6 @@ from .spec import KernelSpec
 #: Bytes to which rows must be aligned to be stored past the caches: a cache line.
 STREAM_ALIGNMENT = 64
 
-#: Where the fused operation keeps the means of a tile's rows.
-_MEANS = ("var_q", "var_k")
-
 _QUIET_NAN = 0x7FC00000
 _HALF_ULP = 0x7FFF
 
@@ -227,19 +224,6 @@ def _stream(node: tirx.BufferStore) -> tirx.Stmt:
     )
 
 
-def _plain_division(division: tirx.Div) -> tirx.Expr:
-    """Hide the number of columns from the optimiser.
-
-    It would multiply by the inverse of a power of two, and fuse that with the addition of epsilon:
-    a mean that is denormal would not be rounded, as it is where it goes through memory.
-    """
-    if not isinstance(division.b, tirx.FloatImm):
-        return division
-    bits = struct.unpack("<I", struct.pack("<f", division.b.value))[0]
-    hidden = tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(bits, "uint32"))
-    return tirx.Div(division.a, tirx.reinterpret("float32", hidden))
-
-
 def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> tvm.transform.Pass:
     """Make the pass that rounds to bfloat16 exactly, and streams; run after vectorising."""
     output = {"q_out", "k_out"}
@@ -252,9 +236,6 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
             node = tirx.BufferStore(node.buffer, rounded, node.indices)
         elif spec.cast_before_gamma:
             value = _inner_rounded(value, config.rounding, hide=hide)
-            node = tirx.BufferStore(node.buffer, value, node.indices)
-        elif node.buffer.name in _MEANS:
-            value = structural_map(value, (tirx.Div, _plain_division))
             node = tirx.BufferStore(node.buffer, value, node.indices)
         written = node.buffer.name.removesuffix("_1")
         return _stream(node) if streaming and written in output else node
