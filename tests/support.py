@@ -243,10 +243,10 @@ def ffi_tensors(arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return [tvm_ffi.from_dlpack(one) if isinstance(one, RawTensor) else one for one in raw], raw
 
 
-def raw_call(module: Module, *arrays: Any) -> None:
+def raw_call(module: Module, *arrays: Any, op: str = "apply_qk_rms_norm") -> None:
     """Call a module's own entry point, as C++ would: bfloat16 is bfloat16."""
     tensors, alive = ffi_tensors(arrays)
-    module.apply_qk_rms_norm(*tensors)
+    getattr(module, op)(*tensors)
     del alive
 
 
@@ -344,6 +344,22 @@ def specs_of(
 def open_columns() -> Path:
     """One file for every dtype pairing, with columns known at the call only."""
     return compiled("open", *specs_of(PAIRINGS, [(None, None)]))
+
+
+#: Fixed in `statistics_and_fused`; the others go through its open columns.
+FIXED_COLUMNS = ((1536, 256), (129, 1090))
+
+
+def statistics_and_fused(in_dtype: str) -> Path:
+    """One portable file of the two operations of one dtype: some columns fixed, any others open."""
+    return compiled(
+        f"statistics-{in_dtype}",
+        *(
+            KernelSpec(op=op, in_dtype=in_dtype, q_cols=q_cols, k_cols=k_cols)
+            for op in ("row_mean_of_squares_qk", "qk_rms_norm")
+            for q_cols, k_cols in (*FIXED_COLUMNS, (None, None))
+        ),
+    )
 
 
 def smallest() -> Path:

@@ -29,23 +29,38 @@ from qknorm_tvm import KernelSpec
 TVM_VERSION, GCC_VERSION = "0.27.0", "12"
 #: Values of M.
 ROWS = (1, 16, 256)
-#: Instructions of a call, less those of `FIXED`, over its elements: level, dtype -> at each M of
-#: `ROWS`. So what the entry point does shows in `FIXED` alone.
-PER_ELEMENT: dict[tuple[str, str], tuple[float, ...]] = {
-    ("x86-64-v3", "bfloat16"): (1.927, 1.408, 1.41),
-    ("x86-64-v3", "float16"): (0.514, 0.6009, 0.6053),
-    ("x86-64-v3", "float32"): (0.3744, 0.4374, 0.4402),
-    ("x86-64-v2", "bfloat16"): (4.341, 3.2, 3.207),
-    ("x86-64-v2", "float16"): (47.96, 48.13, 48.14),
-    ("x86-64-v2", "float32"): (1.352, 1.523, 1.532),
+#: Instructions of a call, less those of `FIXED`, over its elements: operation, level, dtype -> at
+#: each M of `ROWS`. So what the entry point does shows in `FIXED` alone.
+PER_ELEMENT: dict[tuple[str, str, str], tuple[float, ...]] = {
+    ("apply_qk_rms_norm", "x86-64-v3", "bfloat16"): (1.927, 1.408, 1.41),
+    ("apply_qk_rms_norm", "x86-64-v3", "float16"): (0.514, 0.601, 0.6053),
+    ("apply_qk_rms_norm", "x86-64-v3", "float32"): (0.3744, 0.4375, 0.4402),
+    ("apply_qk_rms_norm", "x86-64-v2", "bfloat16"): (4.341, 3.2, 3.207),
+    ("apply_qk_rms_norm", "x86-64-v2", "float16"): (47.96, 48.13, 48.14),
+    ("apply_qk_rms_norm", "x86-64-v2", "float32"): (1.352, 1.523, 1.532),
+    ("row_mean_of_squares_qk", "x86-64-v3", "bfloat16"): (0.1518, 0.387, 0.4004),
+    ("row_mean_of_squares_qk", "x86-64-v3", "float32"): (0.06138, 0.2966, 0.31),
+    ("qk_rms_norm", "x86-64-v3", "bfloat16"): (2.099, 1.785, 1.801),
+    ("qk_rms_norm", "x86-64-v3", "float32"): (0.4487, 0.7224, 0.7384),
 }
-#: Instructions of a call at M = 1 with 32 columns each: nearly all are the entry point's.
-FIXED: dict[str, int] = {"x86-64-v3": 2663, "x86-64-v2": 2823}
+#: Instructions of a call at M = 1 with 32 columns each: nearly all are the entry point's, but for
+#: the additions across a sum's lanes.
+FIXED: dict[tuple[str, str], int] = {
+    ("apply_qk_rms_norm", "x86-64-v3"): 2528,
+    ("apply_qk_rms_norm", "x86-64-v2"): 2688,
+    ("row_mean_of_squares_qk", "x86-64-v3"): 1469,
+    ("qk_rms_norm", "x86-64-v3"): 2658,
+}
 #: What a count may exceed its table by.
 ELEMENT_SLACK, FIXED_SLACK = 0.05, 0.10
 
-LEVELS = ("x86-64-v3", "x86-64-v2")
-DTYPES = ("bfloat16", "float16", "float32")
+#: What is counted: operation, level -> dtypes.
+DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("apply_qk_rms_norm", "x86-64-v3"): ("bfloat16", "float16", "float32"),
+    ("apply_qk_rms_norm", "x86-64-v2"): ("bfloat16", "float16", "float32"),
+    ("row_mean_of_squares_qk", "x86-64-v3"): ("bfloat16", "float32"),
+    ("qk_rms_norm", "x86-64-v3"): ("bfloat16", "float32"),
+}
 Q_COLS, K_COLS = 1536, 256
 UPDATE = "if that is meant, run python tests/test_instruction_counts.py and copy its tables here"
 
@@ -59,10 +74,11 @@ DRIVER = r"""
 
 typedef int (*entry)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 
-__attribute__((noinline)) void measured(entry apply, const TVMFFIAny* arguments, int calls) {
+__attribute__((noinline)) void measured(entry called, const TVMFFIAny* arguments, int count,
+                                        int calls) {
   for (int i = 0; i < calls; ++i) {
     TVMFFIAny result = {0};
-    if (apply(NULL, arguments, 8, &result)) abort();
+    if (called(NULL, arguments, count, &result)) abort();
   }
 }
 
@@ -87,28 +103,41 @@ static TVMFFIAny tensor(DLDataType type, int64_t rows, int64_t cols, int ndim) {
   return any;
 }
 
-/* driver libtvm_ffi.so, then for each case: module.so, DLPack type code, bits, Nq, Nk, M, calls */
+/* driver libtvm_ffi.so, operation, then for each case:
+ * module.so, DLPack type code, bits, Nq, Nk, M, calls */
 int main(int argc, char** argv) {
   if (!dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL)) return fputs(dlerror(), stderr), 1;
-  for (char** at = argv + 2; at + 6 < argv + argc; at += 7) {
+  int apply = !strcmp(argv[2], "apply_qk_rms_norm"), fused = !strcmp(argv[2], "qk_rms_norm");
+  char symbol[64];
+  snprintf(symbol, sizeof symbol, "__tvm_ffi_%s", argv[2]);
+  for (char** at = argv + 3; at + 6 < argv + argc; at += 7) {
     void* module = dlopen(at[0], RTLD_NOW | RTLD_LOCAL);
     if (!module) return fputs(dlerror(), stderr), 1;
-    entry apply = (entry)dlsym(module, "__tvm_ffi_apply_qk_rms_norm");
-    if (!apply) return fputs(dlerror(), stderr), 1;
+    entry called = (entry)dlsym(module, symbol);
+    if (!called) return fputs(dlerror(), stderr), 1;
     DLDataType type = {(uint8_t)atoi(at[1]), (uint8_t)atoi(at[2]), 1}, float32 = {kDLFloat, 32, 1};
     int64_t nq = atoi(at[3]), nk = atoi(at[4]), m = atoi(at[5]);
-    TVMFFIAny arguments[8] = {tensor(type, m, nq, 2),   tensor(type, m, nk, 2),
-                              tensor(float32, 1, nq, 1), tensor(float32, 1, nk, 1),
-                              tensor(float32, m, 2, 2), tensor(type, m, nq, 2),
-                              tensor(type, m, nk, 2)};
-    arguments[7].type_index = kTVMFFIFloat;
-    arguments[7].v_float64 = 1e-6;
+    TVMFFIAny arguments[8] = {0};
+    int count = 0;
+    if (apply || fused) {
+      arguments[count++] = tensor(type, m, nq, 2);
+      arguments[count++] = tensor(type, m, nk, 2);
+      arguments[count++] = tensor(float32, 1, nq, 1);
+      arguments[count++] = tensor(float32, 1, nk, 1);
+    }
+    if (!fused) arguments[count++] = tensor(float32, m, 2, 2);
+    arguments[count++] = tensor(type, m, nq, 2);
+    arguments[count++] = tensor(type, m, nk, 2);
+    if (apply || fused) {
+      arguments[count].type_index = kTVMFFIFloat;
+      arguments[count++].v_float64 = 1e-6;
+    }
     /* What the first calls set up is not counted. */
     for (int i = 0; i < 3; ++i) {
       TVMFFIAny result = {0};
-      if (apply(NULL, arguments, 8, &result)) return fputs("the call failed\n", stderr), 1;
+      if (called(NULL, arguments, count, &result)) return fputs("the call failed\n", stderr), 1;
     }
-    measured(apply, arguments, atoi(at[6]));
+    measured(called, arguments, count, atoi(at[6]));
   }
   return 0;
 }
@@ -155,23 +184,25 @@ def _events(path: Path) -> int:
 
 
 @functools.cache
-def counted(level: str) -> Counted:
-    """Count every case of a level in one process."""
+def counted(op: str, level: str) -> Counted:
+    """Count every case of an operation and a level in one process."""
     from tvm_ffi import libinfo
 
     needs_level(level)
     valgrind = _needs("valgrind")
+    dtypes = DTYPES[op, level]
     specs = [
-        KernelSpec(in_dtype=dtype, q_cols=Q_COLS, k_cols=K_COLS, target=level) for dtype in DTYPES
+        KernelSpec(op=op, in_dtype=dtype, q_cols=Q_COLS, k_cols=K_COLS, target=level)
+        for dtype in dtypes
     ]
     # Apart: what a module's search among several specs takes is not every module's.
     modules = [compiled(f"counted-{spec.digest}", spec) for spec in specs]
-    tiny = KernelSpec(q_cols=32, k_cols=32, target=level)
+    tiny = KernelSpec(op=op, q_cols=32, k_cols=32, target=level)
     code = {"bfloat16": ("4", "16"), "float16": ("2", "16"), "float32": ("2", "32")}
     cases: list[tuple[str, int]] = []
     words: list[str] = []
     calls: list[int] = []
-    for dtype, module in zip(DTYPES, modules, strict=True):
+    for dtype, module in zip(dtypes, modules, strict=True):
         for m in ROWS:
             cases.append((dtype, m))
             calls.append(20 if m == 1 else 1)
@@ -190,7 +221,7 @@ def counted(level: str) -> Counted:
         [
             *(valgrind, "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=measured"),
             *("--dump-after=measured", f"--callgrind-out-file={folder / 'dump'}"),
-            *(str(_driver()), libinfo.find_libtvm_ffi(), *words),
+            *(str(_driver()), libinfo.find_libtvm_ffi(), op, *words),
         ],
         capture_output=True,
         text=True,
@@ -225,22 +256,21 @@ def check(what: str, count: float, wanted: float, slack: float, unit: str) -> No
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_instructions_of_an_element(level: str, dtype: str) -> None:
+@pytest.mark.parametrize(("op", "level", "dtype"), PER_ELEMENT)
+def test_instructions_of_an_element(op: str, level: str, dtype: str) -> None:
     """Code that got slower: a conversion that is a call, scalar code, vectors of half the width."""
-    found = counted(level).per_element(dtype)
-    for m, count, wanted in zip(ROWS, found, PER_ELEMENT[level, dtype], strict=True):
-        what = f"{level} {dtype}, M = {m}"
+    found = counted(op, level).per_element(dtype)
+    for m, count, wanted in zip(ROWS, found, PER_ELEMENT[op, level, dtype], strict=True):
+        what = f"{op}, {level} {dtype}, M = {m}"
         check(what, count, wanted, ELEMENT_SLACK, "instructions an element")
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_fixed_instructions_of_a_call(level: str) -> None:
+@pytest.mark.parametrize(("op", "level"), FIXED)
+def test_fixed_instructions_of_a_call(op: str, level: str) -> None:
     """Checks that are made twice, a search that got longer: what each decode step pays."""
-    count = counted(level).fixed
-    what = f"{level}, a call with M = 1 and 32/32 columns"
-    check(what, count, FIXED[level], FIXED_SLACK, "instructions")
+    count = counted(op, level).fixed
+    what = f"{op}, {level}, a call with M = 1 and 32/32 columns"
+    check(what, count, FIXED[op, level], FIXED_SLACK, "instructions")
 
 
 def test_more_instructions_than_the_table_fail_and_say_what_to_do() -> None:
@@ -250,17 +280,19 @@ def test_more_instructions_than_the_table_fail_and_say_what_to_do() -> None:
 
 
 def _print_tables() -> None:
-    tables = {level: counted(level) for level in LEVELS}
+    tables = {key: counted(*key) for key in DTYPES}
     tvm = importlib.metadata.version("apache-tvm")
     print(f'TVM_VERSION, GCC_VERSION = "{tvm}", "{_gcc()}"')
-    print("PER_ELEMENT: dict[tuple[str, str], tuple[float, ...]] = {")
-    for level in LEVELS:
-        for dtype in DTYPES:
-            figures = ", ".join(f"{x:.4g}" for x in tables[level].per_element(dtype))
-            print(f'    ("{level}", "{dtype}"): ({figures}),')
+    print("PER_ELEMENT: dict[tuple[str, str, str], tuple[float, ...]] = {")
+    for (op, level), dtypes in DTYPES.items():
+        for dtype in dtypes:
+            figures = ", ".join(f"{x:.4g}" for x in tables[op, level].per_element(dtype))
+            print(f'    ("{op}", "{level}", "{dtype}"): ({figures}),')
     print("}")
-    fixed = ", ".join(f'"{level}": {tables[level].fixed}' for level in LEVELS)
-    print(f"FIXED: dict[str, int] = {{{fixed}}}")
+    print("FIXED: dict[tuple[str, str], int] = {")
+    for (op, level), table in tables.items():
+        print(f'    ("{op}", "{level}"): {table.fixed},')
+    print("}")
 
 
 if __name__ == "__main__":

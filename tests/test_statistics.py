@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import DTYPES, LEVELS, PAIRINGS, compiled, load_at_level, needs_level
+from support import (
+    DTYPES,
+    FIXED_COLUMNS,
+    LEVELS,
+    PAIRINGS,
+    load_at_level,
+    needs_level,
+    statistics_and_fused,
+)
 
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, arrays, compile, load, reference
 from qknorm_tvm.declaration_statistics import LANES, STEPS
 from qknorm_tvm.inputs import Activations, generate
 from qknorm_tvm.layouts import LAYOUTS, Placed
+from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.reference import NUMPY_DTYPES
 from qknorm_tvm.targets import host_cpu_target
 from qknorm_tvm.verification import pattern_case, shape_case
 
-#: Fixed in the module; the others go through its open columns.
-FIXED = ((1536, 256), (129, 1090))
+#: Beside `FIXED_COLUMNS`: through the module's open columns.
 OPEN = ((1, 63), (64, 1024), (127, 640), (2111, 7))
 ROWS = (0, 1, 3, 9)
-OPS = ("row_mean_of_squares_qk", "qk_rms_norm")
-
-
-def module_path(in_dtype: str) -> Path:
-    """One portable file of both operations: some columns fixed, any others open."""
-    columns = [*FIXED, (None, None)]
-    return compiled(
-        f"statistics-{in_dtype}",
-        *(
-            KernelSpec(op=op, in_dtype=in_dtype, q_cols=q_cols, k_cols=k_cols)
-            for op in OPS
-            for q_cols, k_cols in columns
-        ),
-    )
 
 
 @functools.cache
 def module_of(in_dtype: str) -> Module:
-    return load(module_path(in_dtype))
+    return load(statistics_and_fused(in_dtype))
 
 
 def statistics(module: Module, q: Any, k: Any, out: Any = None) -> Any:
@@ -91,9 +84,9 @@ def test_the_reference_rounds_once() -> None:
 def test_statistics_and_fused_equal_the_reference(level: str, in_dtype: str) -> None:
     """Another order of summation on some level, tail, layout or number of threads."""
     needs_level(level)
-    module = load_at_level(module_path(in_dtype), level)
+    module = load_at_level(statistics_and_fused(in_dtype), level)
     set_threads = module.library.get_function("qknorm_set_num_threads")
-    for cols in (*FIXED, *OPEN):
+    for cols in (*FIXED_COLUMNS, *OPEN):
         for rows in ROWS:
             case = shape_case(KernelSpec(in_dtype=in_dtype), rows, *cols, seed=rows)
             a = case.make()

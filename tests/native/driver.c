@@ -1,6 +1,9 @@
 /* Calls an exported CPU module as a C program would, for a sanitizer or valgrind to watch.
  *
- *   driver MODULE.so MAX_ROWS CALLERS IN-OUT-Q_COLS-K_COLS...      such as bf16-f32-33-5
+ *   driver MODULE.so MAX_ROWS CALLERS FMA IN-OUT-Q_COLS-K_COLS...      such as bf16-f32-33-5
+ *
+ * FMA is 1 where the module adds squares by a fused multiply-add, otherwise 0. Every operation that
+ * the module has is called.
  *
  * Every tensor is a heap block of exactly its bytes, and so is every shape, every list of strides
  * and of arguments: one byte too far is an error of the sanitizer. Between the rows of a strided
@@ -31,6 +34,19 @@
 typedef int (*entry_point)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 
 enum { Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K, NUM_TENSORS };
+
+typedef struct {
+  const char* symbol;
+  int num_outputs, num_tensors, has_epsilon;
+  int tensors[NUM_TENSORS]; /* in the order of the call, outputs first */
+} operation;
+
+static const operation kOperations[] = {
+    {"__tvm_ffi_apply_qk_rms_norm", 2, 7, 1, {Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K}},
+    {"__tvm_ffi_row_mean_of_squares_qk", 1, 3, 0, {QK_VAR, Q, K}},
+    {"__tvm_ffi_qk_rms_norm", 2, 6, 1, {Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, Q, K}},
+};
+enum { APPLY, STATISTICS, FUSED, NUM_OPERATIONS };
 
 typedef struct {
   char* block; /* NULL where another tensor owns it */
@@ -65,7 +81,8 @@ static const layout kLayouts[] = {
 
 static const DLDataType kFloat32 = {kDLFloat, 32, 1}, kBFloat16 = {kDLBfloat, 16, 1};
 static const float kEpsilon = 1e-6f;
-static entry_point apply, set_threads;
+static entry_point entries[NUM_OPERATIONS], set_threads;
+static int fuses; /* squares are added by a fused multiply-add */
 static atomic_llong calls, compared;
 static int short_arguments, short_output;
 
@@ -147,7 +164,8 @@ static char* row_of(const tensor* t, int64_t row) {
 
 static int64_t rows_of(const tensor* t) { return t->dl->ndim == 2 ? t->dl->shape[0] : 1; }
 
-static void fill(const tensor* t, uint32_t seed) {
+/* With `summed`, three rows of four are of ordinary numbers: one that is not hides the others. */
+static void fill(const tensor* t, uint32_t seed, int summed) {
   int64_t cols = t->dl->shape[t->dl->ndim - 1], item = item_of(t->dl->dtype);
   for (int64_t row = 0; row < rows_of(t); ++row) {
     char* at = row_of(t, row);
@@ -155,7 +173,7 @@ static void fill(const tensor* t, uint32_t seed) {
     for (int64_t c = 0; c < cols; ++c, at += item) {
       uint32_t bits = next_random(&seed);
       /* One in 16 of any bits at all, the others from 2^-8 to 2^8. */
-      if (bits >> 28) bits = (bits & 0x80ffffffu) | (0x3b000000u + (bits >> 29 << 24));
+      if (bits >> 28 || (summed && row % 4 < 3)) bits = (bits & 0x80ffffffu) | (0x3b000000u + (bits >> 29 << 24));
       uint16_t half = (uint16_t)(bits >> 16);
       memcpy(at, item == 2 ? (void*)&half : (void*)&bits, (size_t)item);
     }
@@ -180,45 +198,56 @@ static void check_painted(const tensor* t, const char* what) {
 }
 
 static void release(tensor* t) {
+  if (!t->dl) return;
   free(t->dl->shape);
   free(t->dl->strides);
   free(t->dl);
   free(t->block);
 }
 
-static void make_all(tensor* t, const kind* k, int64_t rows, const layout* l) {
+static void release_all(tensor* t) {
+  for (int i = 0; i < NUM_TENSORS; ++i) release(&t[i]);
+}
+
+static void make_all(tensor* t, int op, const kind* k, int64_t rows, const layout* l) {
   const layout plain = {.shift = l->shift, .no_strides = l->no_strides};
   int64_t in_q = l->broadcast ? 0 : k->q_cols + l->gap, in_k = l->broadcast ? 0 : k->k_cols + l->gap;
-  t[GAMMA_Q] = make(kFloat32, 1, 1, k->q_cols, 1, &plain, NULL, 0);
-  t[GAMMA_K] = make(kFloat32, 1, 1, k->k_cols, 1, &plain, NULL, 0);
-  t[QK_VAR] = make(kFloat32, 2, rows, 2, l->broadcast ? 0 : 2 + l->gap, l, NULL, 0);
+  int64_t in_var = l->broadcast && op == APPLY ? 0 : 2 + l->gap;
+  memset(t, 0, NUM_TENSORS * sizeof *t);
+  if (op != FUSED) t[QK_VAR] = make(kFloat32, 2, rows, 2, in_var, l, NULL, 0);
   t[Q] = make(k->in, 2, rows, k->q_cols, in_q, l, NULL, 0);
   t[K] = make(k->in, 2, rows, k->k_cols, in_k, l, NULL, 0);
-  const tensor *same_q = l->in_place ? &t[Q] : NULL, *same_k = l->in_place ? &t[K] : NULL;
-  t[Q_OUT] = make(k->out, 2, rows, k->q_cols, k->q_cols + l->gap, l, same_q, 0);
-  t[K_OUT] = make(k->out, 2, rows, k->k_cols, k->k_cols + l->gap, l, same_k, short_output);
-  for (int i = 0; i < NUM_TENSORS; ++i) {
-    if (i <= K_OUT && (l->in_place || short_output)) continue;
-    if (i <= K_OUT) paint(&t[i]);
-    else fill(&t[i], (uint32_t)(i + 7 * rows));
+  if (op != STATISTICS) {
+    const tensor *same_q = l->in_place ? &t[Q] : NULL, *same_k = l->in_place ? &t[K] : NULL;
+    t[GAMMA_Q] = make(kFloat32, 1, 1, k->q_cols, 1, &plain, NULL, 0);
+    t[GAMMA_K] = make(kFloat32, 1, 1, k->k_cols, 1, &plain, NULL, 0);
+    t[Q_OUT] = make(k->out, 2, rows, k->q_cols, k->q_cols + l->gap, l, same_q, 0);
+    t[K_OUT] = make(k->out, 2, rows, k->k_cols, k->k_cols + l->gap, l, same_k, short_output);
+  }
+  for (int i = 0; i < kOperations[op].num_tensors; ++i) {
+    int which = kOperations[op].tensors[i], is_output = i < kOperations[op].num_outputs;
+    if (is_output && (l->in_place || short_output)) continue;
+    if (is_output) paint(&t[which]);
+    else fill(&t[which], (uint32_t)(which + 7 * rows), op != APPLY && which >= Q);
   }
 }
 
-static int call(const tensor* t, double epsilon) {
-  int held = NUM_TENSORS + 1 - short_arguments;
+static int call(int op, const tensor* t, double epsilon) {
+  const operation* about = &kOperations[op];
+  int count = about->num_tensors + about->has_epsilon, held = count - short_arguments;
   TVMFFIAny* args = exact((size_t)held * sizeof *args);
   TVMFFIAny result;
   memset(args, 0, (size_t)held * sizeof *args);
   memset(&result, 0, sizeof result);
-  for (int i = 0; i < NUM_TENSORS; ++i) {
+  for (int i = 0; i < about->num_tensors; ++i) {
     args[i].type_index = kTVMFFIDLTensorPtr;
-    args[i].v_ptr = t[i].dl;
+    args[i].v_ptr = t[about->tensors[i]].dl;
   }
-  if (held > NUM_TENSORS) {
-    args[NUM_TENSORS].type_index = kTVMFFIFloat;
-    args[NUM_TENSORS].v_float64 = epsilon;
+  if (held > about->num_tensors) {
+    args[about->num_tensors].type_index = kTVMFFIFloat;
+    args[about->num_tensors].v_float64 = epsilon;
   }
-  int status = apply(NULL, args, NUM_TENSORS + 1, &result);
+  int status = entries[op](NULL, args, count, &result);
   free(args);
   atomic_fetch_add(&calls, 1);
   return status;
@@ -238,19 +267,55 @@ static void check_error(const char* what, const char* wanted_kind) {
   TVMFFIObjectDecRef(error);
 }
 
+enum { LANES = 64, BLOCK = 16 * LANES };
+
+/* The mean of squares of a row, in the order of summation that declaration_statistics.py states. */
+static float mean_of_squares(const tensor* x, int64_t row) {
+  int64_t cols = x->dl->shape[1], item = item_of(x->dl->dtype);
+  const char* at = row_of(x, row);
+  float lanes[LANES] = {0};
+  for (int64_t first = 0; first < cols; first += BLOCK) {
+    float partial[LANES] = {0};
+    for (int64_t c = first; c < cols && c < first + BLOCK; ++c) {
+      float value = read_element(at + c * item, x->dl->dtype), *sum = &partial[c % LANES];
+      *sum = fuses ? fmaf(value, value, *sum) : value * value + *sum;
+    }
+    for (int i = 0; i < LANES; ++i) lanes[i] += partial[i];
+  }
+  for (int i = 0; i < LANES / 2; ++i) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
+  for (int half = LANES / 4; half; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0] / (float)cols;
+}
+
+static uint32_t bits_of(float value, DLDataType type) {
+  return isnan(value) ? 0x7fc00000u : rounded_bits(value, type);
+}
+
 /* The bits that an output must hold, row after row; before the call, which may be in place. */
-static uint32_t* expected_of(const tensor* t, int out, DLDataType type) {
+static uint32_t* expected_of(int op, const tensor* t, int out, DLDataType type) {
+  if (out == QK_VAR) {
+    int64_t rows = rows_of(&t[Q]);
+    uint32_t* bits = exact((size_t)rows * 2 * sizeof *bits);
+    for (int64_t i = 0; i < 2 * rows; ++i) {
+      bits[i] = bits_of(mean_of_squares(&t[i % 2 ? K : Q], i / 2), kFloat32);
+    }
+    return bits;
+  }
   int operand = out == Q_OUT ? Q : K, gamma = out == Q_OUT ? GAMMA_Q : GAMMA_K;
   int64_t rows = rows_of(&t[operand]), cols = t[operand].dl->shape[1];
   int64_t item = item_of(t[operand].dl->dtype);
   uint32_t* bits = exact((size_t)(rows * cols) * sizeof *bits);
   for (int64_t row = 0; row < rows; ++row) {
-    float var = read_element(row_of(&t[QK_VAR], row) + 4 * (out == K_OUT), kFloat32);
+    float var = op == FUSED
+                    ? mean_of_squares(&t[operand], row)
+                    : read_element(row_of(&t[QK_VAR], row) + 4 * (out == K_OUT), kFloat32);
     float rs = 1.0f / sqrtf(var + kEpsilon);
     for (int64_t c = 0; c < cols; ++c) {
       float scaled = read_element(row_of(&t[operand], row) + c * item, t[operand].dl->dtype) * rs;
       float weighted = scaled * read_element(first_element(&t[gamma]) + 4 * c, kFloat32);
-      bits[row * cols + c] = isnan(weighted) ? 0x7fc00000u : rounded_bits(weighted, type);
+      bits[row * cols + c] = bits_of(weighted, type);
     }
   }
   return bits;
@@ -273,33 +338,35 @@ static void compare(const tensor* t, const uint32_t* bits, const char* what) {
   atomic_fetch_add(&compared, rows_of(t) * cols);
 }
 
-static void check_result(const kind* k, int64_t rows, const layout* l) {
+static void check_result(int op, const kind* k, int64_t rows, const layout* l) {
+  const operation* about = &kOperations[op];
   tensor t[NUM_TENSORS];
-  if (l->in_place && item_of(k->in) != item_of(k->out)) return;
-  make_all(t, k, rows, l);
-  uint32_t* q_bits = expected_of(t, Q_OUT, k->out);
-  uint32_t* k_bits = expected_of(t, K_OUT, k->out);
-  if (call(t, kEpsilon)) {
-    check_error(l->name, "none");
-  } else {
-    compare(&t[Q_OUT], q_bits, l->name);
-    compare(&t[K_OUT], k_bits, l->name);
+  uint32_t* bits[2];
+  if (l->in_place && (op == STATISTICS || item_of(k->in) != item_of(k->out))) return;
+  make_all(t, op, k, rows, l);
+  for (int i = 0; i < about->num_outputs; ++i) {
+    bits[i] = expected_of(op, t, about->tensors[i], k->out);
   }
-  free(q_bits);
-  free(k_bits);
-  for (int i = 0; i < NUM_TENSORS; ++i) release(&t[i]);
+  int status = call(op, t, kEpsilon);
+  if (status) check_error(l->name, "none");
+  for (int i = 0; i < about->num_outputs; ++i) {
+    if (!status) compare(&t[about->tensors[i]], bits[i], l->name);
+    free(bits[i]);
+  }
+  release_all(t);
 }
 
 /* One mistake at a time in each argument. Its data is never to be looked at: it is freed first. */
-static void check_refusals(const kind* k) {
+static void check_refusals(int op, const kind* k) {
   static const char* const kWhat[] = {"columns", "dtype", "rank", "device", "column stride",
                                       "row stride", "no data", "rows"};
   enum { kMistakes = sizeof kWhat / sizeof *kWhat };
   const layout packed = {.name = "packed"};
   for (int mistake = 0; mistake < kMistakes; ++mistake) {
-    for (int i = 0; i < NUM_TENSORS; ++i) {
+    for (int n = 0; n < kOperations[op].num_tensors; ++n) {
+      int i = kOperations[op].tensors[n];
       tensor t[NUM_TENSORS];
-      make_all(t, k, 3, &packed);
+      make_all(t, op, k, 3, &packed);
       DLTensor* dl = t[i].dl;
       int last = dl->ndim - 1, type_error = 0;
       int64_t only_row[1] = {dl->shape[last]};
@@ -317,37 +384,42 @@ static void check_refusals(const kind* k) {
       /* A column of one element has no stride that counts. */
       int legal = (mistake == 4 || (mistake == 5 && !last)) && dl->shape[last] == 1;
       if (!legal) {
-        if (!call(t, kEpsilon)) die(kWhat[mistake], "accepted");
+        if (!call(op, t, kEpsilon)) die(kWhat[mistake], "accepted");
         check_error(kWhat[mistake], type_error ? "TypeError" : "ValueError");
         dl->ndim = last + 1, dl->shape = shape, dl->strides = strides;
-        if (i != Q_OUT) check_painted(&t[Q_OUT], kWhat[mistake]);
-        if (i != K_OUT) check_painted(&t[K_OUT], kWhat[mistake]);
+        for (int j = 0; j < kOperations[op].num_outputs; ++j) {
+          int out = kOperations[op].tensors[j];
+          if (i != out) check_painted(&t[out], kWhat[mistake]);
+        }
       }
       dl->shape = shape, dl->strides = strides;
-      for (int j = 0; j < NUM_TENSORS; ++j) release(&t[j]);
+      release_all(t);
     }
   }
 }
 
-static void check_argument_lists(const kind* k) {
+static void check_argument_lists(int op, const kind* k) {
+  const operation* about = &kOperations[op];
   tensor t[NUM_TENSORS];
-  make_all(t, k, 1, &kLayouts[0]);
-  for (int count = 0; count <= NUM_TENSORS; ++count) {
+  make_all(t, op, k, 1, &kLayouts[0]);
+  for (int count = 0; count < about->num_tensors + about->has_epsilon; ++count) {
     TVMFFIAny* args = exact((size_t)count * sizeof *args);
     TVMFFIAny result;
     memset(args, 0, (size_t)count * sizeof *args);
     for (int i = 0; i < count; ++i) {
       args[i].type_index = kTVMFFIDLTensorPtr;
-      args[i].v_ptr = t[i].dl;
+      args[i].v_ptr = t[about->tensors[i]].dl;
     }
-    if (!apply(NULL, args, count, &result)) die("too few arguments", "accepted");
+    if (!entries[op](NULL, args, count, &result)) die("too few arguments", "accepted");
     check_error("too few arguments", "TypeError");
     free(args);
   }
-  if (!call(t, NAN)) die("epsilon of NaN", "accepted");
-  check_error("epsilon of NaN", "ValueError");
-  check_painted(&t[Q_OUT], "arguments");
-  for (int i = 0; i < NUM_TENSORS; ++i) release(&t[i]);
+  if (about->has_epsilon) {
+    if (!call(op, t, NAN)) die("epsilon of NaN", "accepted");
+    check_error("epsilon of NaN", "ValueError");
+  }
+  check_painted(&t[about->tensors[0]], "arguments");
+  release_all(t);
 }
 
 static void use_threads(int count) {
@@ -359,7 +431,7 @@ static void use_threads(int count) {
   if (set_threads(NULL, &argument, 1, &result)) check_error("qknorm_set_num_threads", "none");
 }
 
-static void check_kind(const kind* k, int64_t max_rows) {
+static void check_kind(int op, const kind* k, int64_t max_rows) {
   static const int64_t kRows[] = {0, 1, 2, 3, 7, 8, 9, 17, 0};
   int64_t row_bytes = (k->q_cols + k->k_cols) * (item_of(k->in) + item_of(k->out));
   int64_t many = 700000 / row_bytes + 1; /* several threads' worth */
@@ -367,11 +439,13 @@ static void check_kind(const kind* k, int64_t max_rows) {
     int64_t rows = i + 1 < sizeof kRows / sizeof *kRows ? kRows[i] : many;
     if (rows > max_rows) continue;
     for (size_t j = 0; j < sizeof kLayouts / sizeof *kLayouts; ++j) {
-      check_result(k, rows, &kLayouts[j]);
+      /* Rows are shared out alike in every operation: fewer of the long cases for the others. */
+      if (rows == many && op != APPLY && j % 3) continue;
+      check_result(op, k, rows, &kLayouts[j]);
     }
   }
-  check_refusals(k);
-  check_argument_lists(k);
+  check_refusals(op, k);
+  check_argument_lists(op, k);
 }
 
 typedef struct {
@@ -384,7 +458,18 @@ static atomic_int stopped;
 
 static void* check_all(void* argument) {
   const work* w = argument;
-  for (int i = 0; i < w->count; ++i) check_kind(&w->kinds[i], w->max_rows);
+  for (int op = 0; op < NUM_OPERATIONS; ++op) {
+    if (!entries[op]) continue;
+    for (int i = 0; i < w->count; ++i) {
+      /* Statistics have no dtype but q's. */
+      int seen = 0;
+      for (int j = 0; op == STATISTICS && j < i; ++j) {
+        const kind *a = &w->kinds[i], *b = &w->kinds[j];
+        seen |= a->in.bits == b->in.bits && a->q_cols == b->q_cols && a->k_cols == b->k_cols;
+      }
+      if (!seen) check_kind(op, &w->kinds[i], w->max_rows);
+    }
+  }
   return NULL;
 }
 
@@ -398,19 +483,22 @@ static void* keep_changing_threads(void* unused) {
 }
 
 int main(int argc, char** argv) {
-  if (argc < 5) die("usage", "driver MODULE.so MAX_ROWS CALLERS IN-OUT-Q_COLS-K_COLS...");
+  if (argc < 6) die("usage", "driver MODULE.so MAX_ROWS CALLERS FMA IN-OUT-Q_COLS-K_COLS...");
   void* library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
   if (!library) die(argv[1], dlerror());
-  apply = (entry_point)(intptr_t)dlsym(library, "__tvm_ffi_apply_qk_rms_norm");
+  for (int op = 0; op < NUM_OPERATIONS; ++op) {
+    entries[op] = (entry_point)(intptr_t)dlsym(library, kOperations[op].symbol);
+  }
+  fuses = atoi(argv[4]);
   set_threads = (entry_point)(intptr_t)dlsym(library, "__tvm_ffi_qknorm_set_num_threads");
-  if (!apply || !set_threads) die(argv[1], "lacks an entry point");
-  int count = argc - 4, callers = atoi(argv[3]);
+  if (!entries[APPLY] || !set_threads) die(argv[1], "lacks an entry point");
+  int count = argc - 5, callers = atoi(argv[3]);
   kind* kinds = exact((size_t)count * sizeof *kinds);
   for (int i = 0; i < count; ++i) {
     char in[8], out[8];
     long long q, k;
-    if (sscanf(argv[4 + i], "%7[a-z0-9]-%7[a-z0-9]-%lld-%lld", in, out, &q, &k) != 4) {
-      die(argv[4 + i], "must look like bf16-f32-33-5");
+    if (sscanf(argv[5 + i], "%7[a-z0-9]-%7[a-z0-9]-%lld-%lld", in, out, &q, &k) != 4) {
+      die(argv[5 + i], "must look like bf16-f32-33-5");
     }
     kinds[i] = (kind){strcmp(in, "bf16") ? kFloat32 : kBFloat16,
                       strcmp(out, "bf16") ? kFloat32 : kBFloat16, q, k};
@@ -419,9 +507,9 @@ int main(int argc, char** argv) {
   if (callers < 0) {
     short_arguments = callers == -1, short_output = callers == -2;
     tensor t[NUM_TENSORS];
-    make_all(t, &kinds[0], 1, &kLayouts[0]);
-    call(t, kEpsilon);
-    for (int i = 0; i < NUM_TENSORS; ++i) release(&t[i]);
+    make_all(t, APPLY, &kinds[0], 1, &kLayouts[0]);
+    call(APPLY, t, kEpsilon);
+    release_all(t);
   } else if (callers == 0) {
     for (int threads = 1; threads <= 3; threads += 2) {
       use_threads(threads);
