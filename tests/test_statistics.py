@@ -22,7 +22,6 @@ from qknorm_tvm import KernelSpec, Module, arrays, compile, load, reference
 from qknorm_tvm.declaration_statistics import LANES, STEPS
 from qknorm_tvm.inputs import Activations, generate
 from qknorm_tvm.layouts import LAYOUTS, Placed
-from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.reference import NUMPY_DTYPES
 from qknorm_tvm.targets import host_cpu_target
 from qknorm_tvm.verification import pattern_case, shape_case
