@@ -122,8 +122,15 @@ def test_epsilon_is_added_to_the_rounded_mean() -> None:
         assert reference.differing(actual, expected) == 0
 
 
-@pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
-@pytest.mark.parametrize("cast_before_gamma", [False, True])
+@pytest.mark.parametrize(
+    ("in_dtype", "out_dtype", "cast_before_gamma"),
+    [
+        *((*pairing, False) for pairing in PAIRINGS),
+        ("bfloat16", "bfloat16", True),
+        ("bfloat16", "float32", True),
+        ("float16", "bfloat16", True),
+    ],
+)
 def test_fused_is_statistics_then_apply(
     in_dtype: str, out_dtype: str, cast_before_gamma: bool
 ) -> None:

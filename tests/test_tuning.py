@@ -279,7 +279,7 @@ def _measure_wrongly(text: str, spec: str, rows: int, built: object, plan: objec
     from qknorm_tvm.tuning import workers
 
     right = reference.apply_qk_rms_norm
-    reference.apply_qk_rms_norm = lambda *a: right(*a[:5], 1.0, a[6])
+    reference.apply_qk_rms_norm = lambda *a, **how: right(*a[:5], 1.0, a[6], **how)
     return workers.measure_task(text, spec, rows, built, plan)  # type: ignore[arg-type]
 
 
