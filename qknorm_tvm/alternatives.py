@@ -38,7 +38,7 @@ MORE = (NUMBA, JAX)
 NOT_INSTALLED = "torch is not installed"
 
 #: Untimed calls before each sample with several threads, see `measure`.
-_SETTLE_SECONDS = 0.005
+SETTLE_SECONDS = 0.005
 #: Handing work to Python threads takes some 50 µs, in which one thread copies more than this.
 _LEAST_BYTES_FOR_PYTHON_THREADS = 2 << 20
 
@@ -129,7 +129,7 @@ def compare(
         elif name == JAX:
             candidates.append(_jax(a, out_dtype, threads, is_exact))
     status("timing")
-    timings = measure(candidates, min_time=min_time, settle=_SETTLE_SECONDS if threads > 1 else 0.0)
+    timings = measure(candidates, min_time=min_time, settle=SETTLE_SECONDS if threads > 1 else 0.0)
     return CaseResult(
         a.rows,
         a.q_cols,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .alternatives import NOT_INSTALLED, set_num_threads
+from .alternatives import NOT_INSTALLED, SETTLE_SECONDS, set_num_threads
 from .benchmark import Candidate, CaseResult, measure
 from .calls import operation_arguments
 from .inputs import Activations, aligned_empty
@@ -18,9 +18,7 @@ from .reference_torch import apply_qk_rms_norm as torch_apply
 from .reference_torch import row_mean_of_squares_qk as torch_statistics
 from .reference_torch import to_torch, torch_or_none
 from .runtime import Module
-
-#: Untimed calls before each sample with several threads, see `benchmark.measure`.
-_SETTLE_SECONDS = 0.005
+from .verification import expected_statistics
 
 
 def torch_layer(q: Any, k: Any, gamma_q: Any, gamma_k: Any, epsilon: float) -> tuple[Any, Any]:
@@ -72,7 +70,7 @@ def compare_layer(
     for out in (q_out, k_out, qk_var):
         out.view(np.uint8)[...] = 0xA5
     status("the reference")
-    wanted: Sequence[Any] = [_expected(module, a)]
+    wanted: Sequence[Any] = [expected_statistics(module, a)]
     outputs: Sequence[Any] = [qk_var]
     if fused:
         wanted = reference.apply_qk_rms_norm(a.q, a.k, wanted[0], a.gamma_q, a.gamma_k, a.epsilon)
@@ -88,17 +86,12 @@ def compare_layer(
     graph = torch_layer if fused else torch_statistics
     candidates += _torch(graph, a, fused, torch_compile, status)
     status("timing")
-    timings = measure(candidates, min_time=min_time, settle=_SETTLE_SECONDS if threads > 1 else 0.0)
+    timings = measure(candidates, min_time=min_time, settle=SETTLE_SECONDS if threads > 1 else 0.0)
     size = a.q.nbytes + a.k.nbytes
     return CaseResult(
         a.rows, a.q_cols, a.k_cols, a.dtype, a.dtype if fused else "float32", threads,
         2 * size if fused else size, timings,
     )  # fmt: skip
-
-
-def _expected(module: Module, a: Activations) -> Any:
-    fused = module.active_level != "x86-64-v2"
-    return reference.row_mean_of_squares_qk(a.q, a.k, fused=fused)
 
 
 def _words(array: Any) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -112,6 +113,19 @@ class Target:
         if self.kind != "cpu":
             return host_machine()
         return "aarch64" if self.text == AARCH64 else "x86_64"
+
+
+def adds_fused(cpu: str, features: Iterable[str]) -> bool:
+    """Whether code for a CPU adds squares by a fused multiply-add: every AArch64 CPU has one.
+
+    Parameters
+    ----------
+    cpu : str
+        Level or name that the code is for.
+    features : iterable of str
+        Instruction sets that it may use.
+    """
+    return cpu == AARCH64 or "fma" in features
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,6 +23,7 @@ from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch, torch_or_none
 from .runtime import Module
 from .spec import DTYPE_BYTES, KernelSpec
+from .targets import adds_fused
 
 #: Every in and out dtype. A module for NumPy calls names bfloat16 first, see ``entry.c``.
 PAIRINGS = tuple((a, b) for a in DTYPE_BYTES for b in DTYPE_BYTES)
@@ -341,8 +342,7 @@ class Guarded:
 def _expected(module: Module, a: Activations, case: Case) -> tuple[npt.NDArray, ...]:
     qk_var = a.qk_var
     if case.op != "apply_qk_rms_norm":
-        fused = "fma" in active_features(module)
-        qk_var = reference.row_mean_of_squares_qk(a.q, a.k, fused=fused)
+        qk_var = expected_statistics(module, a)
     if not OPERATIONS[case.op].normalises:
         return (qk_var,)
     return reference.apply_qk_rms_norm(
@@ -351,10 +351,11 @@ def _expected(module: Module, a: Activations, case: Case) -> tuple[npt.NDArray, 
     )  # fmt: skip
 
 
-def active_features(module: Module) -> tuple[str, ...]:
-    """Return the instruction sets that the code of the module's active level may use."""
-    levels = module.metadata["levels"]
-    return tuple(next(one["features"] for one in levels if one["name"] == module.active_level))
+def expected_statistics(module: Module, a: Activations) -> npt.NDArray:
+    """Return what ``row_mean_of_squares_qk`` of a module's active level must compute."""
+    level = next(x for x in module.metadata["levels"] if x["name"] == module.active_level)
+    fused = adds_fused(level["name"], level["features"])
+    return reference.row_mean_of_squares_qk(a.q, a.k, fused=fused)
 
 
 def _torch_outputs(inputs: Activations, case: Case) -> tuple[npt.NDArray, ...] | None:

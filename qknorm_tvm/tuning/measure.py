@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .. import reference
 from ..inputs import Activations
 from ..spec import KernelSpec
+from ..targets import adds_fused
 
 
 class InexactError(Exception):
@@ -142,7 +143,8 @@ class Bench:
         """Whether the target's code adds squares by a fused multiply-add."""
         from ..build_cpu import cpu_features
 
-        return "fma" in cpu_features(self.spec.parsed_target.variants[0])
+        (cpu,) = self.spec.parsed_target.variants
+        return adds_fused(cpu, cpu_features(cpu))
 
     def _scalars(self) -> list[Any]:
         return [1e-6, 1] if self.spec.operation.has_epsilon else [1]
