@@ -23,10 +23,16 @@ def canonical_dtype(name: str, dtype: Any) -> str:
     return text
 
 
+def _array_namespace(array: Any) -> Any:
+    """Return the array API's module of an array's framework, or None where it has none."""
+    namespace = getattr(array, "__array_namespace__", None)
+    return namespace() if namespace else None
+
+
 def _is_jax(array: Any) -> bool:
     """Whether an array is JAX's, which cannot be written to."""
-    namespace = getattr(array, "__array_namespace__", None)
-    return namespace is not None and namespace().__name__.partition(".")[0] == "jax"
+    xp = _array_namespace(array)
+    return xp is not None and xp.__name__.partition(".")[0] == "jax"
 
 
 class Adapter:
@@ -61,8 +67,7 @@ class Adapter:
         """Allocate a packed array of the same framework and device; `name` is for messages."""
         import tvm_ffi
 
-        namespace = getattr(like, "__array_namespace__", None)
-        xp = namespace() if namespace else None
+        xp = _array_namespace(like)
         if _is_jax(like):
             raise ValueError(
                 f"{name} must be given for JAX arrays, which cannot be written to, got None: pass "

@@ -16,7 +16,6 @@ The arithmetic on each element, and so each result, stays the declaration's.
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
@@ -27,6 +26,7 @@ from .declaration_statistics import BLOCK, LANES
 from .schedules.llvm_config import LLVMConfig
 from .schedules.llvm_statistics import BLOCKS, PARITY, STEP
 from .spec import KernelSpec
+from .substitution import substitute
 
 #: Bytes to which rows must be aligned to be stored past the caches: a cache line.
 STREAM_ALIGNMENT = 64
@@ -260,13 +260,6 @@ def rewrite_stores(config: LLVMConfig, spec: KernelSpec, *, streaming: bool) -> 
     return rewrite
 
 
-def _substitute(node: Any, values: list[tuple[tirx.Var, tirx.Expr]]) -> Any:
-    def replace(var: tirx.Var) -> tirx.Expr:
-        return next((new for old, new in values if var.same_as(old)), var)
-
-    return structural_map(node, (tirx.Var, replace))
-
-
 @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.SplitBlocks")
 def split_blocks(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
     """Take the columns beyond the last whole block of a row's sum apart; a TVM pass.
@@ -282,8 +275,8 @@ def split_blocks(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.
         is_test = str(getattr(call.op, "name", "")).endswith("if_then_else")
         return call.args[1] if is_test else call
 
-    def steps_of(block: tirx.For, cols: tirx.Expr) -> tirx.Stmt:
-        """Return the last block's body: its loop over steps cut short, columns after it."""
+    def last_block(body: tirx.Stmt, block: tirx.Var, cols: tirx.Expr) -> tirx.Stmt:
+        """Return the body for the last block: its loop over steps cut short, columns after it."""
         whole = simplify(tirx.floordiv(tirx.floormod(cols, BLOCK), LANES))
         rest = simplify(tirx.floormod(cols, LANES))
 
@@ -304,19 +297,19 @@ def split_blocks(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.
                 values.append((loops[1].loop_var, tirx.floordiv(column, 2)))
             else:
                 values.append((loops[0].loop_var, column))
-            body = _substitute(body, values)
+            body = substitute(body, values)
             return tirx.SeqStmt([main, tirx.For(column, zero, rest, tirx.ForKind.SERIAL, body)])
 
         def renamed(loop: tirx.For) -> tirx.For:
             var = tirx.Var(loop.loop_var.name, "int64")
-            body = _substitute(loop.body, [(loop.loop_var, var)])
+            body = substitute(loop.body, [(loop.loop_var, var)])
             return tirx.For(
                 var, loop.min, loop.extent, loop.kind, body, annotations=loop.annotations
             )
 
         index = simplify(tirx.floordiv(cols, BLOCK))
-        body = structural_map(block.body, (tirx.For, cut))
-        body = _substitute(body, [(block.loop_var, index)])
+        body = structural_map(body, (tirx.For, cut))
+        body = substitute(body, [(block, index)])
         # A loop variable belongs to one loop.
         return structural_map(body, (tirx.For, renamed))
 
@@ -328,7 +321,7 @@ def split_blocks(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.
         whole = tirx.For(loop.loop_var, zero, tirx.floordiv(cols, BLOCK), loop.kind, body)
         if isinstance(cols, tirx.IntImm) and cols.value % BLOCK == 0:
             return whole
-        last = steps_of(tirx.For(loop.loop_var, zero, whole.extent, loop.kind, body), cols)
+        last = last_block(body, loop.loop_var, cols)
         if isinstance(cols, tirx.IntImm) and cols.value < BLOCK:
             return last
         return tirx.SeqStmt([whole, last])
@@ -359,12 +352,12 @@ def read_words(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.Pr
                 return cast
             if not (isinstance(index.stride, tirx.IntImm) and index.stride.value == 2):
                 raise ValueError(f"expected a vector of every second element, got {index}")
-            first = tirx.Ramp(_substitute(index.base, [(loop.loop_var, even)]), 1, 2 * index.lanes)
+            first = tirx.Ramp(substitute(index.base, [(loop.loop_var, even)]), 1, 2 * index.lanes)
             words = _words(tirx.BufferLoad(load.source, [first]), int(index.lanes))
             return _widened(words, parity)
 
         body = structural_map(loop.body, (tirx.Cast, widen))
-        return _substitute(body, [(loop.loop_var, tirx.const(parity, "int64"))])
+        return substitute(body, [(loop.loop_var, tirx.const(parity, "int64"))])
 
     def expand(loop: tirx.For) -> tirx.Stmt:
         if PARITY not in loop.annotations:

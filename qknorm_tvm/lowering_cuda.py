@@ -18,7 +18,6 @@ MetaSchedule, whose trace holds them, is lowered by the same function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import tvm
@@ -27,6 +26,8 @@ from tvm import s_tir, tirx
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import Range, TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize
+
+from .substitution import substitute
 
 #: Annotations on the loops over threads: this and the name of a field of ``CudaConfig``.
 NOTE = "qknorm."
@@ -45,16 +46,6 @@ def aligned_elements(buffer: tirx.Buffer) -> int:
 
 def _int64(value: int) -> tirx.IntImm:
     return tirx.IntImm("int64", value)
-
-
-def _substitute(node: Any, values: Sequence[tuple[tirx.Var, Any]]) -> Any:
-    def replace(var: tirx.Var) -> Any:
-        for old, new in values:
-            if var.same_as(old):
-                return new
-        return var
-
-    return tvm_ffi.structural_map(node, (tirx.Var, replace))
 
 
 def _device_call(name: str, *args: tirx.Expr, code: str) -> tirx.Stmt:
@@ -180,7 +171,7 @@ class _Distributor:
         )
         for loop in reversed(loops):
             var = tirx.Var(loop.loop_var.name, "int64")
-            body = _substitute(stmt, [(loop.loop_var, var)])
+            body = substitute(stmt, [(loop.loop_var, var)])
             stmt = tirx.For(var, loop.min, loop.extent, loop.kind, body)
         return stmt
 
@@ -217,9 +208,9 @@ def _vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
         bits = tvm.DataType(str(store.buffer.dtype)).bits * int(lane.extent)
         name, code = _vector_store(bits // 32, streaming)
         first = [(lane.loop_var, _int64(0))]
-        indices = [_substitute(index, first) for index in store.indices]
+        indices = [substitute(index, first) for index in store.indices]
         to = tirx.address_of(tirx.BufferLoad(store.buffer, indices))
-        return _device_call(name, to, tirx.address_of(_substitute(store.value, first)), code=code)
+        return _device_call(name, to, tirx.address_of(substitute(store.value, first)), code=code)
 
     def vectors(loop: tirx.For) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.VECTORIZED:
@@ -309,8 +300,8 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
     parts = simplify(tirx.floordiv(total + (threads - 1), _int64(threads)))
     one_part = isinstance(parts, tirx.IntImm) and parts.value == 1
     place = thread if one_part else part * threads + thread
-    q_body = _substitute(tirx.SeqStmt(q_order), [(first.loop_var, place)])
-    k_body = _substitute(tirx.SeqStmt(k_order), [(second.loop_var, place - first.extent)])
+    q_body = substitute(tirx.SeqStmt(q_order), [(first.loop_var, place)])
+    k_body = substitute(tirx.SeqStmt(k_order), [(second.loop_var, place - first.extent)])
     if not (isinstance(total, tirx.IntImm) and total.value % threads == 0):
         k_body = tirx.IfThenElse(place < total, k_body, None)
     body: tirx.Stmt = tirx.IfThenElse(place < first.extent, q_body, k_body)
@@ -327,7 +318,7 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
         body = _bind(tiles.loop_var, tiles.extent, "blockIdx.x", body)
     else:
         block = tirx.Var("block", "int64")
-        body = _substitute(
+        body = substitute(
             body,
             [
                 (tiles.loop_var, tirx.floordiv(block, parts)),
