@@ -32,6 +32,7 @@ from .errors import BuildError
 from .lowering_cuda import DEPENDENT_ATTR
 from .module_file import seal
 from .native_build import Level, Variant, compile_entry, exported_symbols, run_compiler, tables
+from .schedules import cuda_statistics
 from .schedules.cuda import schedule
 from .schedules.cuda_config import CudaConfig, CudaVariant
 
@@ -354,7 +355,10 @@ def link_cuda(objects: Sequence[Path], out: Path) -> None:
 def scheduled_variant(spec: KernelSpec, variant: CudaVariant) -> tirx.PrimFunc:
     """Declare and schedule one kernel."""
     func = declare(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
-    return schedule(func, variant.config)
+    if spec.op == "apply_qk_rms_norm":
+        return schedule(func, variant.config)
+    normalises = spec.operation.normalises
+    return cuda_statistics.schedule(func, variant.config, normalises=normalises)
 
 
 def build(
@@ -367,9 +371,6 @@ def build(
 
     Needs no GPU. `metadata` is completed with the architectures and each spec's kernels.
     """
-    for spec in specs:
-        if spec.op != "apply_qk_rms_norm":
-            raise BuildError(f"{spec.op} cannot be built for CUDA yet, only for CPUs")
     archs = specs[0].parsed_target.variants
     functions: list[tuple[str, Any]] = []
     per_spec: list[tuple[Variant, ...]] = []

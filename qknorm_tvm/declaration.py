@@ -227,7 +227,7 @@ def _row_mean_of_squares_qk(
 ) -> tirx.PrimFunc:
     in_dtype = spec.in_dtype
     nq, nk = _columns(spec)
-    add_up_q, add_up_k = sum_of_squares("q"), sum_of_squares("k")
+    add_up_q, add_up_k = (sum_of_squares(tag, spec.parsed_target.kind) for tag in ("q", "k"))
 
     @T.prim_func(s_tir=True)
     def row_mean_of_squares_qk(
@@ -289,7 +289,7 @@ def _qk_rms_norm(
     in_dtype, out_dtype = spec.in_dtype, spec.out_dtype
     nq, nk = _columns(spec)
     normalise_q, normalise_k = _one_operand("q", spec), _one_operand("k", spec)
-    add_up_q, add_up_k = sum_of_squares("q"), sum_of_squares("k")
+    add_up_q, add_up_k = (sum_of_squares(tag, spec.parsed_target.kind) for tag in ("q", "k"))
     mean_q, mean_k = _one_mean("q"), _one_mean("k")
 
     @T.prim_func(s_tir=True)

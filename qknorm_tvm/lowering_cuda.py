@@ -44,24 +44,26 @@ def aligned_elements(buffer: tirx.Buffer) -> int:
     return max(1, min(16, int(buffer.data_alignment)) // item)
 
 
-def _int64(value: int) -> tirx.IntImm:
+def int64(value: int) -> tirx.IntImm:
+    """Return a constant: every index is 64 bits wide."""
     return tirx.IntImm("int64", value)
 
 
-def _device_call(name: str, *args: tirx.Expr, code: str) -> tirx.Stmt:
+def device_call(name: str, *args: tirx.Expr, code: str) -> tirx.Stmt:
+    """Call a device function, given as its CUDA code from the list of parameters on."""
     source = f"__device__ __forceinline__ void {name}{code}"
     return tirx.Evaluate(cuda_func_call(name, *args, source_code=source))
 
 
-def _grid_dependency(action: str) -> tirx.Stmt:
-    """``griddepcontrol``, which machine code for GPUs before sm_90 does not have."""
+def grid_dependency(action: str) -> tirx.Stmt:
+    """Return ``griddepcontrol``, which machine code for GPUs before sm_90 does not have."""
     code = f"""() {{
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.{action};" : : : "memory");
 #endif
 }}
 """
-    return _device_call(f"qknorm_{action}", code=code)
+    return device_call(f"qknorm_{action}", code=code)
 
 
 # ---- 1. distribute ---------------------------------------------------------------------------
@@ -130,7 +132,7 @@ class _Distributor:
     def _expand(self, buffer: tirx.Buffer, loops: list[tirx.For]) -> None:
         bound = tvm.sym.Analyzer().const_int_bound
         shape = [loop.extent for loop in loops]
-        shape += [_int64(bound(extent).max_value) for extent in buffer.shape]
+        shape += [int64(bound(extent).max_value) for extent in buffer.shape]
         expanded = tirx.decl_buffer(
             shape, buffer.dtype, buffer.name, scope=buffer.scope(), data_alignment=16
         )
@@ -201,16 +203,16 @@ def _vector_store(words: int, streaming: bool) -> tuple[str, str]:
     return f"qknorm_store{'_streaming' if streaming else ''}_{4 * words}", code
 
 
-def _vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
+def vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
     """Spell out the vector accesses of a thread's stores to global memory."""
 
     def one_copy(store: tirx.BufferStore, lane: tirx.For) -> tirx.Stmt:
         bits = tvm.DataType(str(store.buffer.dtype)).bits * int(lane.extent)
         name, code = _vector_store(bits // 32, streaming)
-        first = [(lane.loop_var, _int64(0))]
+        first = [(lane.loop_var, int64(0))]
         indices = [substitute(index, first) for index in store.indices]
         to = tirx.address_of(tirx.BufferLoad(store.buffer, indices))
-        return _device_call(name, to, tirx.address_of(substitute(store.value, first)), code=code)
+        return device_call(name, to, tirx.address_of(substitute(store.value, first)), code=code)
 
     def vectors(loop: tirx.For) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.VECTORIZED:
@@ -234,23 +236,25 @@ def _one_thread(loop: tirx.For, tag: str, config: dict[str, Any]) -> tuple[list[
     if sorted(stages) != sorted(expected):
         raise ValueError(f"expected blocks {sorted(expected)} for {tag}, got {sorted(stages)}")
     gamma, load, rs, compute, store = (stages[name] for name in expected)
-    store = [_vector_stores(stage, bool(config["streaming_stores"])) for stage in store]
+    store = [vector_stores(stage, bool(config["streaming_stores"])) for stage in store]
     loads = [*load, *gamma, *rs]
     if config["dependent_launch"] != "off":
-        loads.insert(0, _grid_dependency("wait"))
+        loads.insert(0, grid_dependency("wait"))
     if config["dependent_launch"] == "after_loads":
-        loads.append(_grid_dependency("launch_dependents"))
+        loads.append(grid_dependency("launch_dependents"))
     return [*loads, *compute, *store], nest.buffers
 
 
-def _bind(var: tirx.Var, extent: tirx.Expr, tag: str, body: tirx.Stmt) -> tirx.For:
+def bind_axis(var: tirx.Var, extent: tirx.Expr, tag: str, body: tirx.Stmt) -> tirx.For:
+    """Return a loop over an axis of the grid or the block."""
     axis = tirx.IterVar(
-        Range(_int64(0), extent), tirx.Var(tag, "int64"), tirx.IterVar.ThreadIndex, tag
+        Range(int64(0), extent), tirx.Var(tag, "int64"), tirx.IterVar.ThreadIndex, tag
     )
-    return tirx.For(var, _int64(0), extent, tirx.ForKind.THREAD_BINDING, body, axis)
+    return tirx.For(var, int64(0), extent, tirx.ForKind.THREAD_BINDING, body, axis)
 
 
-def _config_of(loop: tirx.For) -> dict[str, Any]:
+def config_of(loop: tirx.For) -> dict[str, Any]:
+    """Return the fields of the config with which a schedule annotated a loop."""
     config = {
         str(name).removeprefix(NOTE): value
         for name, value in loop.annotations.items()
@@ -286,7 +290,7 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
     if not isinstance(tiles, tirx.For) or not isinstance(tiles.body, tirx.SeqStmt):
         raise ValueError("expected one loop over rows that holds a loop for Q and one for K")
     first, second = tiles.body.seq
-    config = _config_of(first)
+    config = config_of(first)
     threads = int(config["threads"])
     simplify = tvm.sym.Analyzer().simplify
 
@@ -297,7 +301,7 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
     # 2. One range of threads, cut into blocks.
     thread, part = tirx.Var("thread", "int64"), tirx.Var("part", "int64")
     total = simplify(first.extent + second.extent)
-    parts = simplify(tirx.floordiv(total + (threads - 1), _int64(threads)))
+    parts = simplify(tirx.floordiv(total + (threads - 1), int64(threads)))
     one_part = isinstance(parts, tirx.IntImm) and parts.value == 1
     place = thread if one_part else part * threads + thread
     q_body = substitute(tirx.SeqStmt(q_order), [(first.loop_var, place)])
@@ -308,14 +312,14 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     # 3. Let the next kernel start at once, if the config says so.
     if config["dependent_launch"] == "first":
-        body = tirx.SeqStmt([_grid_dependency("launch_dependents"), body])
+        body = tirx.SeqStmt([grid_dependency("launch_dependents"), body])
     registers = [tirx.AllocBuffer(buffer) for buffer in (*q_registers, *k_registers)]
-    body = _bind(thread, _int64(threads), "threadIdx.x", tirx.SeqStmt([*registers, body]))
+    body = bind_axis(thread, int64(threads), "threadIdx.x", tirx.SeqStmt([*registers, body]))
     if one_part:
-        body = _bind(tiles.loop_var, tiles.extent, "blockIdx.x", body)
+        body = bind_axis(tiles.loop_var, tiles.extent, "blockIdx.x", body)
     elif config["grid_order"] == "rows":
-        body = _bind(part, parts, "blockIdx.y", body)
-        body = _bind(tiles.loop_var, tiles.extent, "blockIdx.x", body)
+        body = bind_axis(part, parts, "blockIdx.y", body)
+        body = bind_axis(tiles.loop_var, tiles.extent, "blockIdx.x", body)
     else:
         block = tirx.Var("block", "int64")
         body = substitute(
@@ -325,6 +329,6 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
                 (part, tirx.floormod(block, parts)),
             ],
         )
-        body = _bind(block, tiles.extent * parts, "blockIdx.x", body)
+        body = bind_axis(block, tiles.extent * parts, "blockIdx.x", body)
     func = func.with_body(SBlockRealize([], True, SBlock([], [], [], "root", body)))
     return func.with_attr(DEPENDENT_ATTR, config["dependent_launch"] != "off")

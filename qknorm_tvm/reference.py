@@ -79,6 +79,8 @@ def apply_qk_rms_norm(
 #: Partial sums of a row on CPUs, and terms of each before they are added to a total: the order of
 #: `row_mean_of_squares`.
 LANES, STEPS = 64, 16
+#: On CUDA: columns of a thread, threads of a warp, and slots of warps' sums.
+VECTOR, WARP, SLOTS = 8, 32, 32
 
 
 def _add_square(x: npt.NDArray, total: npt.NDArray) -> npt.NDArray:
@@ -97,22 +99,53 @@ def _add_square(x: npt.NDArray, total: npt.NDArray) -> npt.NDArray:
     return np.where(inexact, np.nextafter(near, toward), near).astype(np.float32)
 
 
-def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True) -> npt.NDArray:
-    """Compute one operand's float32 mean of squares, in the CPU modules' order of summation.
+def _halves(sums: npt.NDArray) -> npt.NDArray:
+    """Add the second half of the last axis to the first, until one is left."""
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
 
-    The order is that of `qknorm_tvm.declaration_statistics`.
+
+def _row_mean_of_squares_cuda(x: npt.NDArray) -> npt.NDArray:
+    rows, cols = x.shape
+    chunk = VECTOR * WARP
+    turns = -(-cols // (chunk * SLOTS))
+    padded = np.zeros((rows, turns * SLOTS * chunk), np.float32)
+    padded[:, :cols] = x
+    with np.errstate(all="ignore"):
+        columns = padded.reshape(rows, turns, SLOTS, WARP, VECTOR)
+        vectors = np.zeros(columns.shape[:-1], np.float32)
+        for column in range(VECTOR):
+            vectors = _add_square(columns[..., column], vectors)
+        chunks = _halves(vectors)
+        slots = np.zeros((rows, SLOTS), np.float32)
+        for turn in range(turns):
+            slots += chunks[:, turn]
+        return _halves(slots) / np.float32(cols)
+
+
+def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True, order: str = "cpu") -> npt.NDArray:
+    """Compute one operand's float32 mean of squares, in the modules' order of summation.
+
+    The orders are those of `qknorm_tvm.declaration_statistics`.
 
     Parameters
     ----------
     x : ndarray, ``[M, N]``
         bfloat16, float16 or float32.
     fused : bool
-        Whether squares are added by a fused multiply-add, as from x86-64-v3 on and on AArch64.
+        Whether squares are added by a fused multiply-add, as from x86-64-v3 on, on AArch64 and on
+        CUDA.
+    order : str
+        ``"cpu"`` or ``"cuda"``: whose modules'.
 
     Returns
     -------
     ndarray, ``[M]``, float32
     """
+    if order == "cuda":
+        return _row_mean_of_squares_cuda(x)
     rows, cols = x.shape
     steps = -(-cols // LANES)
     padded = np.zeros((rows, steps * LANES), np.float32)
@@ -125,16 +158,15 @@ def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True) -> npt.NDArray:
                 part = padded[:, step * LANES : (step + 1) * LANES]
                 partial = _add_square(part, partial) if fused else part * part + partial
             total += partial
-        sums = total[:, ::2] + total[:, 1::2]
-        while sums.shape[1] > 1:
-            half = sums.shape[1] // 2
-            sums = sums[:, :half] + sums[:, half:]
-        return sums[:, 0] / np.float32(cols)
+        return _halves(total[:, ::2] + total[:, 1::2]) / np.float32(cols)
 
 
-def row_mean_of_squares_qk(q: npt.NDArray, k: npt.NDArray, *, fused: bool = True) -> npt.NDArray:
+def row_mean_of_squares_qk(
+    q: npt.NDArray, k: npt.NDArray, *, fused: bool = True, order: str = "cpu"
+) -> npt.NDArray:
     """Compute both operands' statistics; see `qknorm_tvm.row_mean_of_squares_qk`."""
-    return np.stack([row_mean_of_squares(one, fused=fused) for one in (q, k)], axis=1)
+    means = [row_mean_of_squares(one, fused=fused, order=order) for one in (q, k)]
+    return np.stack(means, axis=1)
 
 
 def mean_of_squares(x: npt.NDArray) -> npt.NDArray:

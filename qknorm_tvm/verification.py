@@ -218,7 +218,7 @@ def cases_for(spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
             yield shape_case(spec, rows, q_cols, k_cols)
 
 
-def _of_operation(spec: KernelSpec, case: Case) -> Case:
+def of_operation(spec: KernelSpec, case: Case) -> Case:
     """Return a case as one of the spec's operation, under a heading of its own."""
     group = case.group
     if spec.op != "apply_qk_rms_norm":
@@ -433,4 +433,4 @@ def iterate(modules: Iterable[Module], *, thorough: bool = False) -> Iterator[tu
     for module in modules:
         for spec in module.specs:
             for case in cases_for(spec, thorough=thorough):
-                yield module, _of_operation(spec, case)
+                yield module, of_operation(spec, case)

@@ -20,7 +20,16 @@ from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch
 from .runtime import Module
 from .spec import KernelSpec
-from .verification import Case, Report, Tally, cases_for, describe_difference, shape_case
+from .verification import (
+    Case,
+    Guarded,
+    Report,
+    Tally,
+    cases_for,
+    describe_difference,
+    of_operation,
+    shape_case,
+)
 
 #: Beyond this many elements a case of a switch between kernels says nothing more.
 _MOST_ELEMENTS = 12_000_000
@@ -82,7 +91,8 @@ def torch_outputs(
 
 def cuda_cases(module: Module, spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
     """Generate the CPU's cases for a spec, and the rows at which the module changes kernels."""
-    yield from cases_for(spec, thorough=thorough)
+    for case in cases_for(spec, thorough=thorough):
+        yield of_operation(spec, case)
     q_cols, k_cols = spec.q_cols or 1537, spec.k_cols or 257
     starts = {
         int(code["min_rows"])
@@ -93,7 +103,8 @@ def cuda_cases(module: Module, spec: KernelSpec, *, thorough: bool = False) -> I
     for rows in sorted({rows for start in starts - {1} for rows in (start - 1, start)}):
         if rows * (q_cols + k_cols) <= _MOST_ELEMENTS:
             case = shape_case(spec, rows, q_cols, k_cols)
-            yield dataclasses.replace(case, group="where kernels change")
+            case = dataclasses.replace(case, group="where kernels change")
+            yield of_operation(spec, case)
 
 
 def run_case(
@@ -106,54 +117,64 @@ def run_case(
     module : Module
         Holds `spec`.
     spec : KernelSpec
-        Reproducible ones are compared with NumPy, whose bits they promise; others with the unfused
-        torch graph on the same device.
+        Reproducible ones, and statistics, are compared with NumPy, whose bits they promise; others
+        with the unfused torch graph on the same device, given those statistics.
     case : Case
     report : Report
         Changed.
     device : str
     """
     inputs = case.make()
-    if spec.reproducible:
-        expected = reference.apply_qk_rms_norm(
-            inputs.q,
-            inputs.k,
-            inputs.qk_var,
-            inputs.gamma_q,
-            inputs.gamma_k,
-            inputs.epsilon,
-            case.out_dtype,
-            cast_before_gamma=spec.cast_before_gamma,
-        )
-    else:
-        expected = torch_outputs(  # type: ignore[assignment]
-            inputs, case.out_dtype, device, cast_before_gamma=spec.cast_before_gamma
-        )
+    operation = spec.operation
+    # Torch has no part in a sum of another order.
+    from_numpy = spec.reproducible or not operation.normalises
+    expected = _expected(spec, inputs, case, device)
     tally = report.groups.setdefault(case.group, Tally())
     for layout in case.layouts:
         placed = Placed(inputs, case.out_dtype, layout, by_element=True)
-        there = OnDevice(device)
+        guarded, there = Guarded(inputs.qk_var.shape), OnDevice(device)
         a = placed.activations
-        arrays = (placed.q_out, placed.k_out, a.gamma_q, a.gamma_k, a.qk_var, a.q, a.k)
-        module.apply_qk_rms_norm(*map(there.tensor, arrays), a.epsilon)
+        arrays = {"q_out": placed.q_out, "k_out": placed.k_out, "q": a.q, "k": a.k}
+        arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
+        arrays["qk_var"] = guarded.array if "qk_var" in operation.outputs else a.qk_var
+        given = [there.tensor(arrays[name]) for name in operation.tensors]
+        epsilon = [a.epsilon] if operation.has_epsilon else []
+        getattr(module, spec.op)(*given, *epsilon)
         there.fetch()
         tally.checks += 1
         where = f"{case.description}; {layout}"
-        outputs = {"q_out": placed.q_out, "k_out": placed.k_out}
-        for (name, actual), wanted in zip(outputs.items(), expected, strict=True):
-            wrong = reference.differing(actual, wanted)
-            if spec.reproducible:
+        for name, wanted in zip(operation.outputs, expected, strict=True):
+            wrong = reference.differing(arrays[name], wanted)
+            if from_numpy:
                 tally.elements += wanted.size
                 tally.from_numpy += wrong
             else:
                 tally.torch_elements += wanted.size
                 tally.from_torch += wrong
             if wrong:
-                told = describe_difference(name, inputs, actual, wanted)
+                told = describe_difference(name, inputs, arrays[name], wanted)
                 report.note(f"{where}: {told}")
-        if not placed.intact():
+        if not (placed.intact() and guarded.intact()):
             tally.spoilt += 1
             report.note(f"{where}: memory that is no output was written to")
+
+
+def _expected(
+    spec: KernelSpec, inputs: Activations, case: Case, device: str
+) -> tuple[npt.NDArray, ...]:
+    """Return what the outputs must be: statistics in CUDA's order, and the graph with them."""
+    if spec.op != "apply_qk_rms_norm":
+        qk_var = reference.row_mean_of_squares_qk(inputs.q, inputs.k, order="cuda")
+        if not spec.operation.normalises:
+            return (qk_var,)
+        inputs = dataclasses.replace(inputs, qk_var=qk_var)
+    cast = spec.cast_before_gamma
+    if not spec.reproducible:
+        return torch_outputs(inputs, case.out_dtype, device, cast_before_gamma=cast)
+    return reference.apply_qk_rms_norm(
+        inputs.q, inputs.k, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, inputs.epsilon,
+        case.out_dtype, cast_before_gamma=cast,
+    )  # fmt: skip
 
 
 def iterate(

@@ -53,6 +53,10 @@ class CudaConfig:
 
     A thread handles `columns` vectors of `vector` neighbouring columns, in `rows` rows.
 
+    The operations that add up rows have an order of summation that fixes `threads`, `grid_order`
+    and a vector of 8 columns: there `vector` only says whether accesses are of one element (1) or
+    as wide as alignment allows.
+
     Parameters
     ----------
     threads : int
@@ -261,6 +265,10 @@ def default_variants(spec: KernelSpec, config: CudaConfig | None = None) -> list
     ValueError
         `config` needs columns that are a multiple of its vector.
     """
+    if spec.op != "apply_qk_rms_norm":
+        from . import cuda_statistics_config
+
+        return cuda_statistics_config.default_variants(spec, config)
     general = _general_variants(spec)
     if config is None:
         vector = vector_width(spec)

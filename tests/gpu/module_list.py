@@ -29,6 +29,30 @@ FIXED = (
 )
 
 
+#: What the operations that add up rows are tested with.
+STATISTICS = (
+    ("bfloat16", 1536, 256),
+    ("bfloat16", 6144, 1024),
+    ("bfloat16", 640, 128),
+    ("bfloat16", 1537, 257),
+    ("bfloat16", 7, 1),
+    ("bfloat16", 32768, 1024),
+    ("float16", 1536, 256),
+    ("float32", 1536, 256),
+    ("bfloat16", None, None),
+    ("float32", None, None),
+)
+
+
+def _layer(target: str) -> list[KernelSpec]:
+    ops = ("row_mean_of_squares_qk", "qk_rms_norm", "apply_qk_rms_norm")
+    return [
+        KernelSpec(op=op, in_dtype=dtype, q_cols=q, k_cols=k, target=target)
+        for op in ops
+        for dtype, q, k in STATISTICS
+    ]
+
+
 def module_specs(target: str) -> dict[str, list[KernelSpec]]:
     """Return the specs of each module.
 
@@ -59,8 +83,33 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
             )
             for a, b, q, k in (FIXED[0], FIXED[4], FIXED[6], FIXED[8])
         ],
+        "layer": _layer(target),
+        "layer_single": [
+            one
+            for one in _layer(target)
+            if (one.q_cols, one.k_cols) == (1536, 256) and one.in_dtype == "bfloat16"
+        ],
+        "layer_other_outputs": [
+            KernelSpec(
+                op="qk_rms_norm",
+                in_dtype=a,
+                out_dtype=b,
+                q_cols=1536,
+                k_cols=256,
+                target=target,
+                reproducible=reproducible,
+                cast_before_gamma=cast,
+            )
+            for a, b, reproducible, cast in (
+                ("bfloat16", "float32", False, False),
+                ("float32", "bfloat16", False, False),
+                ("bfloat16", "bfloat16", True, False),
+                ("bfloat16", "float16", False, True),
+            )
+        ],
         # Its wait for the previous kernel is taken out: shows that a test would notice.
         "without_wait": single,
+        "layer_without_wait": [one for one in _layer(target) if one.in_dtype == "float16"],
         # For a GPU that is older than what the file holds, and for one that is newer.
         "newer_gpu": [single[0].replace(target="cuda:sm_120")],
         "older_gpu": [single[0].replace(target="cuda:sm_80")],
@@ -79,12 +128,12 @@ def _no_wait() -> Iterator[None]:
 
     from qknorm_tvm import lowering_cuda
 
-    original = lowering_cuda._grid_dependency
+    original = lowering_cuda.grid_dependency
 
     def without(action: str) -> tirx.Stmt:
         return tirx.Evaluate(0) if action == "wait" else original(action)
 
-    with mock.patch.object(lowering_cuda, "_grid_dependency", without):
+    with mock.patch.object(lowering_cuda, "grid_dependency", without):
         yield
 
 
@@ -93,6 +142,6 @@ def build_module(name: str, specs: Sequence[KernelSpec], folder: Path) -> Path:
     from qknorm_tvm import compile
 
     path = folder / file_name(name, specs)
-    with _no_wait() if name == "without_wait" else contextlib.nullcontext():
+    with _no_wait() if name.endswith("without_wait") else contextlib.nullcontext():
         compile(list(specs)).export(path)
     return path

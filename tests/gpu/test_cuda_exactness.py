@@ -58,7 +58,7 @@ def test_cast_before_gamma(get_module: GetModule, index: int) -> None:
     """A rounding that is dropped: MiniMax-M2's order of operations."""
     module = get_module("cast_before_gamma")
     report = _verify(module, lambda spec: spec == module.specs[index])
-    assert report.groups["shapes and layouts"].torch_elements > 0
+    assert report.groups["cast_before_gamma: shapes and layouts"].torch_elements > 0
     assert report.exact, report.first_difference
 
 

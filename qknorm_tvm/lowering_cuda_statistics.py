@@ -1,0 +1,550 @@
+"""Lowering of the operations that add up rows to one CUDA kernel.
+
+`schedules.cuda_statistics` leaves one statement an element, block by block. `join_rows` gives them
+to the threads of one kernel:
+
+1. *Load*: every thread loads its vectors of all of its rows, and gamma, before anything else.
+2. *Add*: it adds its squares, a warp its threads' sums, by shuffles. They are a butterfly: addition
+   commutes, so that every lane has the bits of the declared sum of halves.
+3. *Share*: each warp leaves its chunks' sums in shared memory, and all wait for one another once.
+4. *Finish*: the slots' sums, by shuffles again; the mean; and the outputs, of the vectors that a
+   thread still holds.
+
+Where a row's columns are open, or more than registers hold, a warp goes through the chunks of its
+slots, one after the other, and reads them again for the outputs.
+
+Lanes without columns, and chunks that a row does not have, hold zeros as in the declaration; sums
+that would only add such zeros are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.ir import TensorLoad
+from tvm.s_tir import SBlock, SBlockRealize
+
+from . import lowering_cuda
+from .declaration_statistics import CHUNK, SLOTS, VECTOR, WARP, cuda_blocks
+from .lowering_cuda import aligned_elements, bind_axis, config_of, int64
+from .substitution import substitute
+
+#: Most warps of a block, and most vectors of a row that a thread holds.
+_MAX_WARPS, _MAX_PARTS = 32, 4
+#: Warps of each operand that go through a row of any length in rounds.
+_ROUND_WARPS = 8
+
+_WARP_SUM = """(float value) {
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) value += __shfl_xor_sync(0xffffffffu, value, half);
+  return value;
+}
+"""
+_SLOT_SUM = """(const float* sums) {
+  int slot = threadIdx.x % WIDTH;
+  float value = 0.0f;
+#pragma unroll
+  for (int chunk = slot; chunk < COUNT; chunk += SLOTS) value += sums[chunk];
+#pragma unroll
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, half);
+  }
+  return value;
+}
+"""
+
+
+def _float_call(name: str, *args: tirx.Expr, code: str) -> tirx.Expr:
+    source = f"__device__ __forceinline__ float {name}{code}"
+    return cuda_func_call(name, *args, source_code=source, return_type="float32")
+
+
+def _slot_sum(sums: tirx.Buffer, first: int, count: int) -> tirx.Expr:
+    """Return the sum of a row's `count` chunks, whose sums start at `first`."""
+    width = min(SLOTS, 1 << (count - 1).bit_length())
+    code = _SLOT_SUM.replace("WIDTH", str(width)).replace("COUNT", str(count))
+    place = tirx.address_of(tirx.BufferLoad(sums, [int64(first)]))
+    return _float_call(f"qknorm_slot_sum_{count}", place, code=code.replace("SLOTS", str(SLOTS)))
+
+
+# ---- the declaration's statements --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """What stands for a buffer of the declaration in a thread: registers, and where in them."""
+
+    old: tirx.Var
+    new: tirx.Buffer
+    indices: Sequence[tirx.Expr]
+
+
+def _blocks(func: tirx.PrimFunc) -> dict[str, SBlock]:
+    found: list[SBlock] = []
+    tvm_ffi.structural_walk(func.body, (SBlock, found.append))
+    return {str(block.name_hint): block for block in found}
+
+
+def _statement(block: SBlock, values: Sequence[Any], uses: Sequence[_Use]) -> tirx.BufferStore:
+    """Return a block's statement for one element.
+
+    Conditions on columns that a row does not have go: the element has one.
+    """
+    simplify = tvm.sym.Analyzer().simplify
+
+    def use_of(buffer: tirx.Var) -> _Use | None:
+        return next((use for use in uses if buffer.same_as(use.old)), None)
+
+    def load(node: TensorLoad) -> tirx.Expr:
+        use = use_of(node.source)
+        return tirx.BufferLoad(use.new, list(use.indices)) if use else node
+
+    def store(node: tirx.BufferStore) -> tirx.Stmt:
+        use = use_of(node.buffer)
+        return tirx.BufferStore(use.new, node.value, list(use.indices)) if use else node
+
+    def call(node: tvm.ir.Call) -> tirx.Expr:
+        name = getattr(node.op, "name", "")
+        if name == "tirx.if_then_else":
+            condition = simplify(node.args[0])
+            never = isinstance(condition, tirx.IntImm) and condition.value == 0
+            return node.args[2] if never else node.args[1]
+        if name == "tirx.fma":  # fused whatever the compiler's options
+            return tirx.call_extern("float32", "__fmaf_rn", *node.args)
+        return node
+
+    variables = [one.var for one in block.iter_vars]
+    body = substitute(block.body, list(zip(variables, values, strict=True)))
+    return tvm_ffi.structural_map(
+        body, ((TensorLoad, load), (tirx.BufferStore, store), (tvm.ir.Call, call))
+    )
+
+
+# ---- what a thread has -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Operand:
+    """Q or K, and the warps that go through its rows."""
+
+    tag: str
+    x: tirx.Buffer
+    warps: int
+    parts: int
+    in_rounds: bool
+    first_thread: int = 0
+    first_sum: int = 0
+
+    @property
+    def cols(self) -> tirx.Expr:
+        return self.x.shape[1]
+
+    @property
+    def sums(self) -> int:
+        """How many sums its warps leave in shared memory for a row."""
+        return SLOTS if self.in_rounds else -(-int(self.cols) // CHUNK)
+
+    @property
+    def room(self) -> int:
+        """How many sums of a row there is room for: no warp has to test whether it has a chunk."""
+        return SLOTS if self.in_rounds else self.warps * self.parts
+
+
+def _operands(params: dict[str, Any], wanted: int) -> list[_Operand]:
+    """Deal out warps: as many as chunks, or as many as a block may have."""
+    xs = [params[tag] for tag in ("q", "k")]
+    fixed = all(isinstance(x.shape[1], tirx.IntImm) for x in xs)
+    chunks = [-(-int(x.shape[1]) // CHUNK) for x in xs] if fixed else []
+    for parts in range(min(wanted, _MAX_PARTS), _MAX_PARTS + 1) if fixed else ():
+        warps = [-(-count // parts) for count in chunks]
+        if sum(warps) <= _MAX_WARPS:
+            q, k = (
+                _Operand(tag, x, count, parts, False)
+                for tag, x, count in zip("qk", xs, warps, strict=True)
+            )
+            break
+    else:
+        q, k = (_Operand(tag, x, _ROUND_WARPS, 1, True) for tag, x in zip("qk", xs, strict=True))
+    k.first_thread = q.warps * WARP
+    k.first_sum = q.room
+    return [q, k]
+
+
+def _unrolled(extents: Sequence[int], body: Callable[..., tirx.Stmt]) -> tirx.Stmt:
+    """Return unrolled loops around what `body` makes of their variables."""
+    names = [tirx.Var(name, "int64") for name in ("i", "j", "e")[: len(extents)]]
+    stmt = body(*names)
+    for var, extent in reversed(list(zip(names, extents, strict=True))):
+        stmt = tirx.For(var, int64(0), int64(extent), tirx.ForKind.UNROLLED, stmt)
+    return stmt
+
+
+def _serial(var: tirx.Var, extent: tirx.Expr, body: tirx.Stmt) -> tirx.Stmt:
+    return tirx.For(var, int64(0), extent, tirx.ForKind.SERIAL, body)
+
+
+def _if(conditions: Sequence[tirx.Expr], stmt: tirx.Stmt) -> tirx.Stmt:
+    """Guard a statement; a condition that always holds is none."""
+    simplify = tvm.sym.Analyzer().simplify
+    kept = [one for one in map(simplify, conditions) if not isinstance(one, tirx.IntImm)]
+    return tirx.IfThenElse(tirx.all(*kept), stmt, None) if kept else stmt
+
+
+class _Thread:
+    """The statements of a thread.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        With the intermediates inlined.
+    config : dict
+        The fields of the config.
+    """
+
+    def __init__(self, func: tirx.PrimFunc, config: dict[str, Any]):
+        self.params = {str(one.name): one for one in func.params}
+        self.blocks = _blocks(func)
+        self.normalises = "q_out" in self.blocks
+        self.rows = int(config["rows"])
+        self.streaming = bool(config["streaming_stores"])
+        self.operands = _operands(self.params, int(config["columns"]))
+        self.parts = self.operands[0].parts
+        self.threads = WARP * sum(one.warps for one in self.operands)
+        self.thread, self.tile = tirx.Var("thread", "int64"), tirx.Var("tile", "int64")
+        self.total_rows = self.params["q"].shape[0]
+        self._check()
+        x = self.params["q"]
+        held = [self.rows, self.parts]
+        # K's threads are others than Q's: they share the names of registers.
+        self.x = self._buffer("x_local", [*held, VECTOR], str(x.dtype))
+        self.sums = self._buffer("sums_local", held)
+        self.slots = self._buffer("slots_local", held)
+        self.row_sums = self._buffer("total_local", [self.rows])
+        self.room = sum(one.room for one in self.operands)
+        self.shared = self._buffer("sums_shared", [self.rows * self.room], scope="shared")
+        self.buffers = [self.x, self.sums, self.slots, self.row_sums, self.shared]
+        if self.normalises:
+            out = str(self.params["q_out"].dtype)
+            self.gamma = self._buffer("gamma_local", [self.parts, VECTOR])
+            self.var = self._buffer("var_local", [self.rows])
+            self.rs = self._buffer("rs_local", [self.rows])
+            self.out = self._buffer("out_local", [*held, VECTOR], out)
+            self.buffers += [self.gamma, self.var, self.rs, self.out]
+
+    def _check(self) -> None:
+        tags = ("q", "k")
+        wanted = [name for tag in tags for name in cuda_blocks(tag)]
+        if self.normalises:
+            for tag in tags:
+                wanted += [f"mean_{tag}", f"rs_{tag}", f"{tag}_out"]
+        else:
+            wanted.append("mean")
+        if sorted(wanted) != sorted(set(self.blocks) - {"root"}):
+            raise ValueError(f"expected blocks {sorted(wanted)}, got {sorted(self.blocks)}")
+
+    @staticmethod
+    def _buffer(
+        name: str, shape: Sequence[int], dtype: str = "float32", scope: str = "local"
+    ) -> Any:
+        extents = [int64(one) for one in shape]
+        return tirx.decl_buffer(extents, dtype, name, scope=scope, data_alignment=16)
+
+    # Where things are. `part` is which of its vectors a thread handles, `first` the chunk of the
+    # operand's first warp.
+
+    def _place(self, one: _Operand) -> tirx.Expr:
+        return self.thread - one.first_thread
+
+    def _warp(self, one: _Operand) -> tirx.Expr:
+        return tirx.floordiv(self._place(one), int64(WARP))
+
+    def _chunk(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+        return first + part * one.warps + self._warp(one)
+
+    def _column(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+        return ((first + part * one.warps) * WARP + self._place(one)) * VECTOR
+
+    def _lane(self) -> tirx.Expr:
+        return tirx.floormod(self.thread, int64(WARP))
+
+    def _row(self, row: tirx.Expr) -> tirx.Expr:
+        return self.tile * self.rows + row
+
+    def _row_is_there(self, row: tirx.Expr) -> list[tirx.Expr]:
+        return [] if self.rows == 1 else [self._row(row) < self.total_rows]
+
+    def _column_is_there(self, one: _Operand, column: tirx.Expr) -> list[tirx.Expr]:
+        whole = isinstance(one.cols, tirx.IntImm) and int(one.cols) == (
+            one.warps * one.parts * CHUNK
+        )
+        return [] if whole and not one.in_rounds else [column < one.cols]
+
+    def _held(self, body: Callable[..., tirx.Stmt]) -> tirx.Stmt:
+        """Do something with each vector that the thread holds."""
+        return _unrolled([self.rows, self.parts], body)
+
+    def _copy(
+        self, one: _Operand, source: tirx.Buffer, leading: Sequence[Any], to: tirx.Buffer,
+        place: Sequence[Any], column: tirx.Expr, conditions: Sequence[tirx.Expr],
+    ) -> tirx.Stmt:  # fmt: skip
+        """Copy a vector to or from registers, in accesses as wide as its alignment allows.
+
+        `source` is in global memory with `leading` indices; it is written where `to` is an output's
+        registers.
+        """
+        # Without a promise on addresses there is none on columns either: one by one.
+        lanes = min(VECTOR, aligned_elements(source)) if self._aligned(one) else 1
+        writes = self.normalises and to.same_as(self.out)
+
+        def copy(offset: tirx.Expr) -> tirx.Stmt:
+            inner, outer = [*place, offset], [*leading, column + offset]
+            if writes:
+                return tirx.BufferStore(source, tirx.BufferLoad(to, inner), outer)
+            return tirx.BufferStore(to, tirx.BufferLoad(source, outer), inner)
+
+        if lanes == 1:
+            return _unrolled(
+                [VECTOR],
+                lambda e: _if([*conditions, *self._column_is_there(one, column + e)], copy(e)),
+            )
+        lane = tirx.Var("lane", "int64")
+
+        def access(first: tirx.Expr) -> tirx.Stmt:
+            return tirx.For(
+                lane, int64(0), int64(lanes), tirx.ForKind.VECTORIZED, copy(first * lanes + lane)
+            )
+
+        stmt = _unrolled([VECTOR // lanes], access) if lanes < VECTOR else access(int64(0))
+        if writes:
+            stmt = lowering_cuda.vector_stores(stmt, self.streaming)
+        return _if([*conditions, *self._column_is_there(one, column)], stmt)
+
+    def _aligned(self, one: _Operand) -> bool:
+        return aligned_elements(one.x) > 1 and int(one.cols) % VECTOR == 0
+
+    # What is done.
+
+    def _load_x(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+        def load(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+            column, there = self._column(one, j, first), self._row_is_there(i)
+            return self._copy(one, one.x, [self._row(i)], self.x, [i, j], column, there)
+
+        return self._held(load)
+
+    def _load_gamma(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+        gamma = self.params[f"gamma_{one.tag}"]
+        return _unrolled(
+            [self.parts],
+            lambda j: self._copy(
+                one, gamma, [], self.gamma, [j], self._column(one, j, first), []
+            ),
+        )  # fmt: skip
+
+    def load(self, one: _Operand) -> tirx.Stmt:
+        """Read what the thread holds; nothing where it goes through its chunks one by one."""
+        if one.in_rounds:
+            return tirx.Evaluate(0)
+        loads = [self._load_x(one, int64(0))]
+        if self.normalises:
+            loads.append(self._load_gamma(one, int64(0)))
+        return tirx.SeqStmt(loads) if len(loads) > 1 else loads[0]
+
+    def _add_squares(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+        block = self.blocks[f"vector_{one.tag}"]
+        partial = block.writes[0].source
+
+        def vector(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+            column = self._column(one, j, first)
+            chunk, lane = self._chunk(one, j, first), self._lane()
+
+            def square(e: tirx.Expr) -> tirx.Stmt:
+                uses = [_Use(one.x, self.x, [i, j, e]), _Use(partial, self.sums, [i, j])]
+                stmt = _statement(self._updated(block), [self._row(i), chunk, lane, e], uses)
+                there = [] if self._aligned(one) else self._column_is_there(one, column + e)
+                return _if(there, stmt)
+
+            zero = tirx.BufferStore(self.sums, tirx.FloatImm("float32", 0.0), [i, j])
+            there = self._column_is_there(one, column) if self._aligned(one) else []
+            return tirx.SeqStmt(
+                [zero, _if([*there, *self._row_is_there(i)], _unrolled([VECTOR], square))]
+            )
+
+        return self._held(vector)
+
+    @staticmethod
+    def _updated(block: SBlock) -> SBlock:
+        if not isinstance(block.body, tirx.BufferStore):
+            raise ValueError(f"expected one statement in block {block.name_hint}")
+        return block
+
+    def _add_warps(self, *, to_slots: bool) -> tirx.Stmt:
+        def warp_sum(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+            value = _float_call(
+                "qknorm_warp_sum", tirx.BufferLoad(self.sums, [i, j]), code=_WARP_SUM
+            )
+            if to_slots:
+                value = tirx.BufferLoad(self.slots, [i, j]) + value
+            return tirx.BufferStore(self.slots, value, [i, j])
+
+        return self._held(warp_sum)
+
+    def _share(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+        """Leave a warp's sums in shared memory."""
+
+        def share(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+            place = i * self.room + one.first_sum + self._chunk(one, j, first)
+            return tirx.BufferStore(self.shared, tirx.BufferLoad(self.slots, [i, j]), [place])
+
+        return tirx.IfThenElse(tirx.EQ(self._lane(), int64(0)), self._held(share), None)
+
+    def add(self, one: _Operand) -> tirx.Stmt:
+        """Add up the squares, and leave the sums of chunks, or of slots, in shared memory."""
+        if not one.in_rounds:
+            sums = [self._add_squares(one, int64(0)), self._add_warps(to_slots=False)]
+            return tirx.SeqStmt([*sums, self._share(one, int64(0))])
+        group, turn = tirx.Var("group", "int64"), tirx.Var("turn", "int64")
+        slot, none = group * one.warps, int64(0)
+        first = turn * SLOTS + slot
+        steps = [self._load_x(one, first), self._add_squares(one, first)]
+        chunk = tirx.SeqStmt([*steps, self._add_warps(to_slots=True)])
+        # All threads of a warp, or none: its sums are shuffles.
+        chunk = tirx.IfThenElse(self._chunk(one, none, first) * CHUNK < one.cols, chunk, None)
+        turns = tirx.floordiv(one.cols + (CHUNK * SLOTS - 1), int64(CHUNK * SLOTS))
+        zero = tirx.FloatImm("float32", 0.0)
+        body = tirx.SeqStmt(
+            [
+                self._held(lambda i, j: tirx.BufferStore(self.slots, zero, [i, j])),
+                _serial(turn, turns, chunk),
+                self._share(one, slot),
+            ]
+        )
+        return _serial(group, int64(SLOTS // one.warps), body)
+
+    def _total(self, one: _Operand, row: int) -> tirx.Stmt:
+        first = row * self.room + one.first_sum
+        value = _slot_sum(self.shared, first, one.sums)
+        return tirx.BufferStore(self.row_sums, value, [int64(row)])
+
+    def _mean(self, one: _Operand, row: int) -> tirx.Stmt:
+        """Return the statement that divides, of either operation."""
+        at = int64(row)
+        total_use = _Use(self._total_buffer(one), self.row_sums, [at])
+        if self.normalises:
+            block = self.blocks[f"mean_{one.tag}"]
+            uses = [total_use, _Use(block.writes[0].source, self.var, [at])]
+            return _statement(self._updated(block), [self._row(at)], uses)
+        block = self.blocks["mean"]
+        values = [self._row(at), int64(0 if one.tag == "q" else 1)]
+        return _statement(self._updated(block), values, [total_use])
+
+    def _total_buffer(self, one: _Operand) -> tirx.Var:
+        return self.blocks[cuda_blocks(one.tag)[-1]].writes[0].source
+
+    def write_means(self, one: _Operand) -> tirx.Stmt:
+        """Write the statistics: row by row, each by another warp."""
+        stmts = []
+        for row in range(self.rows):
+            there = self._row_is_there(int64(row))
+            write = _if([tirx.EQ(self._lane(), int64(0)), *there], self._mean(one, row))
+            both = tirx.SeqStmt([self._total(one, row), write])
+            stmts.append(_if([tirx.EQ(self._warp(one), int64(row % one.warps))], both))
+        return tirx.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
+
+    def normalise(self, one: _Operand) -> tirx.Stmt:
+        """Write the outputs."""
+        stmts: list[tirx.Stmt] = []
+        rs_block, out_block = self.blocks[f"rs_{one.tag}"], self.blocks[f"{one.tag}_out"]
+        var = self.blocks[f"mean_{one.tag}"].writes[0].source
+        rs, out = rs_block.writes[0].source, self.params[f"{one.tag}_out"]
+        gamma = self.params[f"gamma_{one.tag}"]
+        for row in range(self.rows):
+            uses = [_Use(var, self.var, [int64(row)]), _Use(rs, self.rs, [int64(row)])]
+            root = _statement(self._updated(rs_block), [self._row(int64(row))], uses)
+            stmts += [self._total(one, row), self._mean(one, row), root]
+
+        def write(first: tirx.Expr) -> list[tirx.Stmt]:
+            def compute(i: tirx.Expr, j: tirx.Expr, e: tirx.Expr) -> tirx.Stmt:
+                uses = [
+                    _Use(one.x, self.x, [i, j, e]),
+                    _Use(rs, self.rs, [i]),
+                    _Use(gamma, self.gamma, [j, e]),
+                    _Use(out, self.out, [i, j, e]),
+                ]
+                values = [self._row(i), self._column(one, j, first) + e]
+                return _statement(self._updated(out_block), values, uses)
+
+            def store(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+                column, there = self._column(one, j, first), self._row_is_there(i)
+                return self._copy(one, out, [self._row(i)], self.out, [i, j], column, there)
+
+            return [_unrolled([self.rows, self.parts, VECTOR], compute), self._held(store)]
+
+        if not one.in_rounds:
+            return tirx.SeqStmt([*stmts, *write(int64(0))])
+        turn = tirx.Var("turn", "int64")
+        first = turn * one.warps
+        again = [self._load_x(one, first), self._load_gamma(one, first), *write(first)]
+        columns = one.warps * CHUNK
+        turns = tirx.floordiv(one.cols + (columns - 1), int64(columns))
+        return tirx.SeqStmt([*stmts, _serial(turn, turns, tirx.SeqStmt(again))])
+
+    def for_both(self, what: Callable[[_Operand], tirx.Stmt]) -> tirx.Stmt:
+        """Do something in the threads of Q and in those of K."""
+        q, k = self.operands
+        return tirx.IfThenElse(self.thread < k.first_thread, what(q), what(k))
+
+
+def join_rows(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Make one kernel of what `schedules.cuda_statistics.schedule` leaves.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        The declared blocks, intermediates inlined; a loop over rows carries the config.
+
+    Returns
+    -------
+    tirx.PrimFunc
+        The function with its loops bound to the grid.
+
+    Raises
+    ------
+    ValueError
+        The function does not have the declaration's blocks.
+    """
+    noted: list[tirx.For] = []
+    tvm_ffi.structural_walk(
+        func.body, (tirx.For, lambda loop: noted.append(loop) if loop.annotations else None)
+    )
+    config = config_of(noted[0])
+    it = _Thread(func, config)
+    launch = str(config["dependent_launch"])
+    dependency = lowering_cuda.grid_dependency
+    barrier = tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared"))
+    steps = [
+        (launch == "first", lambda: dependency("launch_dependents")),
+        (launch != "off", lambda: dependency("wait")),
+        (True, lambda: it.for_both(it.load)),
+        (launch == "after_loads", lambda: dependency("launch_dependents")),
+        (True, lambda: it.for_both(it.add)),
+        (True, lambda: barrier),
+        (True, lambda: it.for_both(it.normalise if it.normalises else it.write_means)),
+    ]
+    body = tirx.SeqStmt(
+        [
+            *map(tirx.AllocBuffer, it.buffers),
+            *itertools.starmap(lambda _, make: make(), filter(lambda step: step[0], steps)),
+        ]
+    )
+    body = bind_axis(it.thread, int64(it.threads), "threadIdx.x", body)
+    tiles = tirx.floordiv(it.total_rows + (it.rows - 1), int64(it.rows))
+    body = bind_axis(it.tile, tvm.sym.Analyzer().simplify(tiles), "blockIdx.x", body)
+    func = func.with_body(SBlockRealize([], True, SBlock([], [], [], "root", body)))
+    return func.with_attr(lowering_cuda.DEPENDENT_ATTR, launch != "off")

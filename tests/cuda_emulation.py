@@ -1,0 +1,80 @@
+"""Generated CUDA kernels compiled by g++ and run on the CPU; see native/cuda_emulation.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HEADER = Path(__file__).parent / "native" / "cuda_emulation.h"
+_KERNEL = re.compile(
+    r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{', re.MULTILINE
+)
+
+
+class Kernel:
+    """One kernel of a generated CUDA source.
+
+    Parameters
+    ----------
+    source : str
+        What `build_cuda.cuda_source` returned for one function.
+    """
+
+    def __init__(self, source: str):
+        first = re.search(r"__device__ __forceinline__ \w+ qknorm_", source)
+        assert first is not None
+        text = source[first.start() : source.index("#include <tvm/ffi/c_api.h>")]
+        # The stores, and what a GPU waits for.
+        text, _ = re.subn(r'asm volatile\("st\.global[^;]*;\n?[^;]*;', "STORE(to, v);", text)
+        text = text.replace("__shared__ alignas(16)", "alignas(16) __shared__")
+        threads, name, parameters = _KERNEL.findall(text)[0]
+        self.threads = int(threads)
+        self.parameters = [one.rsplit(" ", 1) for one in parameters.split(", ")]
+        passed = ", ".join(f"*({kind}*)given[{i}]" for i, (kind, _) in enumerate(self.parameters))
+        text = (
+            f'#include "{HEADER.name}"\n{text}\nextern "C" int run(int64_t blocks, int reverse, '
+            f"void** given) {{\n  return emulate(blocks, {threads}, reverse, [=] {{ {name}({passed}"
+            "); });\n}\n"
+        )
+        self.run = _compiled(text).run
+
+    def __call__(self, blocks: int, values: Mapping[str, Any], *, reverse: bool = False) -> None:
+        """Run a grid; arrays are given by name, and so are scalars."""
+        held = []
+        for kind, name in self.parameters:
+            value = values[name.removesuffix("_ptr")]
+            if isinstance(value, np.ndarray):
+                held.append(ctypes.c_void_p(value.ctypes.data))
+            else:
+                held.append((ctypes.c_float if kind == "float" else ctypes.c_int64)(value))
+        given = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        if self.run(ctypes.c_int64(blocks), int(reverse), given):
+            raise AssertionError("not every thread comes to each shuffle and barrier")
+
+
+@functools.cache
+def _compiled(text: str) -> Any:
+    folder = Path(os.environ["QKNORM_TVM_CACHE_DIR"]) / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(text.encode() + HEADER.read_bytes()).hexdigest()[:16]
+    source, library = folder / f"{digest}-{os.getpid()}.cpp", folder / f"{digest}-{os.getpid()}.so"
+    source.write_text(text)
+    # movaps faults where an access of 16 bytes is not aligned.
+    options = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
+    options += ["-w", f"-I{HEADER.parent}", "-o", str(library)]
+    done = subprocess.run(
+        [shutil.which("g++") or "g++", *options, str(source)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise AssertionError(done.stderr[:4000])
+    return ctypes.CDLL(str(library))

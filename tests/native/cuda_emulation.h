@@ -1,0 +1,144 @@
+/* Runs a generated CUDA kernel on the CPU, thread by thread: each is a fiber that gives way at every
+ * shuffle and barrier. Shows indexing, guards and the order of arithmetic; nothing of the device, its
+ * memory model or its speed.
+ *
+ * SPDX-License-Identifier: Apache-2.0 */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+/* One block runs at a time. */
+#define __shared__ static
+
+struct dim3_like {
+  unsigned x;
+};
+static dim3_like threadIdx, blockIdx;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+typedef unsigned int uint;
+typedef _Float16 half;
+
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  explicit nv_bfloat16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    /* To nearest, ties to even; NaN stays NaN. */
+    bits = value != value ? 0x7fff : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  }
+  explicit operator float() const {
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+  }
+};
+
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+/* For the stores that the kernels spell in PTX. */
+#define STORE(to, value) memcpy(to, &(value), sizeof(value))
+
+namespace emulation {
+
+constexpr int kWarp = 32, kMostThreads = 1024, kStack = 1 << 16;
+
+struct barrier {
+  int waiting = 0, members = 0;
+  unsigned turn = 0;
+};
+static ucontext_t scheduler, fibers[kMostThreads];
+static bool finished[kMostThreads];
+static std::vector<char> stacks;
+static barrier block, warps[kMostThreads / kWarp];
+static float exchanged[2][kMostThreads];
+static unsigned current;
+static bool progress;
+static std::function<void()> body;
+
+static void wait_at(barrier* at) {
+  unsigned turn = at->turn;
+  if (++at->waiting == at->members) {
+    at->waiting = 0;
+    ++at->turn;
+    progress = true;
+  }
+  while (at->turn == turn) swapcontext(&fibers[current], &scheduler);
+}
+
+static void run_fiber() {
+  body();
+  finished[current] = true;
+  progress = true;
+}
+
+/* Returns whether every thread got to its end. */
+static bool run_block(int threads, bool reverse) {
+  stacks.resize((size_t)threads * kStack);
+  block = {0, threads, 0};
+  for (int warp = 0; warp < threads / kWarp; ++warp) warps[warp] = {0, kWarp, 0};
+  for (int i = 0; i < threads; ++i) {
+    finished[i] = false;
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = &stacks[(size_t)i * kStack];
+    fibers[i].uc_stack.ss_size = kStack;
+    fibers[i].uc_link = &scheduler;
+    makecontext(&fibers[i], run_fiber, 0);
+  }
+  for (int left = threads; left > 0;) {
+    progress = false;
+    left = 0;
+    for (int i = 0; i < threads; ++i) {
+      current = reverse ? threads - 1 - i : i;
+      if (finished[current]) continue;
+      threadIdx.x = current;
+      swapcontext(&scheduler, &fibers[current]);
+      left += !finished[current];
+    }
+    if (left && !progress) return false; /* a barrier that not all threads come to */
+  }
+  return true;
+}
+
+}  // namespace emulation
+
+static inline void __syncthreads() { emulation::wait_at(&emulation::block); }
+
+static inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+  using namespace emulation;
+  unsigned own = current;
+  barrier* warp = &warps[own / kWarp];
+  float* values = exchanged[warp->turn & 1];
+  if (mask != 0xffffffffu) __builtin_trap();
+  values[own] = value;
+  wait_at(warp);
+  return values[own ^ lanes];
+}
+
+/* Runs a grid; 0, or -1 where a block never ends. */
+static int emulate(int64_t blocks, int threads, int reverse, std::function<void()> kernel) {
+  emulation::body = kernel;
+  for (int64_t i = 0; i < blocks; ++i) {
+    blockIdx.x = (unsigned)(reverse ? blocks - 1 - i : i);
+    if (!emulation::run_block(threads, reverse)) return -1;
+  }
+  return 0;
+}
