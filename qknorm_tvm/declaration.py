@@ -11,8 +11,8 @@ computed, with every float32 intermediate named, so that the order of rounding c
     out      = cast(weighted, out_dtype)
 
 once for Q (column 0) and once for K (column 1); ``row_mean_of_squares_qk`` computes ``qk_var`` in
-the order of `declaration_statistics`; ``qk_rms_norm`` is the one after the other, with statistics
-that never leave the registers. ``qknorm_tvm.schedules`` decides the rest, per target.
+the target's order of `declaration_statistics`; ``qk_rms_norm`` is the one after the other, with
+statistics that never leave the registers. ``qknorm_tvm.schedules`` decides the rest, per target.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ that would only add such zeros are left out.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -528,23 +527,21 @@ def join_rows(func: tirx.PrimFunc) -> tirx.PrimFunc:
     launch = str(config["dependent_launch"])
     dependency = lowering_cuda.grid_dependency
     barrier = tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared"))
-    steps = [
-        (launch == "first", lambda: dependency("launch_dependents")),
-        (launch != "off", lambda: dependency("wait")),
-        (True, lambda: it.for_both(it.load)),
-        (launch == "after_loads", lambda: dependency("launch_dependents")),
-        (True, lambda: it.for_both(it.add)),
-        (True, lambda: barrier),
-        (True, lambda: it.for_both(it.normalise if it.normalises else it.write_means)),
-    ]
-    body = tirx.SeqStmt(
-        [
-            *map(tirx.AllocBuffer, it.buffers),
-            *itertools.starmap(lambda _, make: make(), filter(lambda step: step[0], steps)),
-        ]
-    )
-    body = bind_axis(it.thread, int64(it.threads), "threadIdx.x", body)
+    body: list[tirx.Stmt] = [tirx.AllocBuffer(buffer) for buffer in it.buffers]
+    if launch == "first":
+        body.append(dependency("launch_dependents"))
+    if launch != "off":
+        body.append(dependency("wait"))
+    # 1. Load.
+    body.append(it.for_both(it.load))
+    if launch == "after_loads":
+        body.append(dependency("launch_dependents"))
+    # 2. and 3. Add, and share.
+    body += [it.for_both(it.add), barrier]
+    # 4. Finish.
+    body.append(it.for_both(it.normalise if it.normalises else it.write_means))
+    block = bind_axis(it.thread, int64(it.threads), "threadIdx.x", tirx.SeqStmt(body))
     tiles = tirx.floordiv(it.total_rows + (it.rows - 1), int64(it.rows))
-    body = bind_axis(it.tile, tvm.sym.Analyzer().simplify(tiles), "blockIdx.x", body)
-    func = func.with_body(SBlockRealize([], True, SBlock([], [], [], "root", body)))
+    grid = bind_axis(it.tile, tvm.sym.Analyzer().simplify(tiles), "blockIdx.x", block)
+    func = func.with_body(SBlockRealize([], True, SBlock([], [], [], "root", grid)))
     return func.with_attr(lowering_cuda.DEPENDENT_ATTR, launch != "off")

@@ -207,14 +207,14 @@ def test_a_difference_would_be_seen() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_at_most_that_of_torch(dtype: str) -> None:
-    """A faster sum that is a worse one. Relative errors against float64, of 4,096 rows."""
+    """A faster sum that is a worse one. Relative errors against float64, of 1,024 rows."""
     pytest.importorskip("torch", reason="torch is not installed")
     from support import to_torch
 
     from qknorm_tvm.reference_torch import row_mean_of_squares_qk as by_torch
 
     for cols in ((1536, 256), (6144, 1024), (640, 128)):
-        a = generate(4096, *cols, dtype, seed=1)
+        a = generate(1024, *cols, dtype, seed=1)
         exact = np.stack([(x.astype(np.float64) ** 2).mean(axis=1) for x in (a.q, a.k)], axis=1)
         ours = reference.row_mean_of_squares_qk(a.q, a.k, order="cuda")
         torchs = by_torch(to_torch(a.q), to_torch(a.k)).numpy()

@@ -17,7 +17,6 @@ SPECS = tuple(
     for dtype, q, k in (
         ("bfloat16", 1536, 256),
         ("bfloat16", 6144, 1024),
-        ("float16", 640, 128),
         ("float32", 1536, 256),
         ("bfloat16", 1537, 257),
         ("bfloat16", None, None),

@@ -84,11 +84,6 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
             for a, b, q, k in (FIXED[0], FIXED[4], FIXED[6], FIXED[8])
         ],
         "layer": _layer(target),
-        "layer_single": [
-            one
-            for one in _layer(target)
-            if (one.q_cols, one.k_cols) == (1536, 256) and one.in_dtype == "bfloat16"
-        ],
         "layer_other_outputs": [
             KernelSpec(
                 op="qk_rms_norm",
