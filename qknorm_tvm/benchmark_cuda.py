@@ -205,6 +205,21 @@ def measure_graphs(
     return found
 
 
+def rotation(moved: int) -> tuple[int, int]:
+    """Return how many sets of buffers take turns, and how many launches are in a chain.
+
+    Parameters
+    ----------
+    moved : int
+        Bytes that a call reads and writes.
+    """
+    import torch
+
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    count = max(3, -(-2 * cache // moved) + 1) if moved > cache else 1
+    return count, _LARGE_CHAIN if moved > 8 * cache else _CHAIN
+
+
 def compare(
     module: Module,
     activations: Activations,
@@ -243,10 +258,7 @@ def compare(
     a = activations
     in_bytes, out_bytes = DTYPE_BYTES[a.dtype], DTYPE_BYTES[out_dtype]
     moved = case_bytes(a.rows, a.q_cols, a.k_cols, in_bytes, out_bytes)
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    beyond = moved > cache
-    count = max(3, -(-2 * cache // moved) + 1) if beyond else 1
-    launches = _LARGE_CHAIN if moved > 8 * cache else _CHAIN
+    count, launches = rotation(moved)
     status("copying to the GPU")
     sets = _buffers(a, out_dtype, count, misaligned)
 
@@ -281,24 +293,26 @@ def compare(
         if name == EMPTY:
             candidates.append(Candidate(EMPTY, EmptyKernel()))
         elif name in (alternatives.COPY, TWO_COPIES):
-            candidates.append(_copies(name, a, (in_bytes + out_bytes) // 2, count))
+            cols = [a.q_cols + a.k_cols] if name == alternatives.COPY else [a.q_cols, a.k_cols]
+            candidates.append(copies(name, a.rows, cols, moved, count))
         elif name == alternatives.TORCH:
             candidates.append(Candidate(name, graph_of, (), is_exact(graph_of(0))))
         elif name == alternatives.TORCH_COMPILE:
-            candidates.append(_compiled(sets, a.epsilon, getattr(torch, out_dtype), is_exact))
+            given = [(*one.inputs, a.epsilon, getattr(torch, out_dtype)) for one in sets]
+            candidates.append(compiled(torch_graph, given, is_exact))
     status("timing")
     timings = measure_graphs(candidates, launches=launches, min_time=min_time)
     return CaseResult(a.rows, a.q_cols, a.k_cols, a.dtype, out_dtype, 0, moved, timings)
 
 
-def _copies(name: str, a: Activations, half: int, count: int) -> Candidate:
-    """Return copies of as many bytes as ours moves: half of them read, half written."""
+def copies(name: str, rows: int, cols: Sequence[int], moved: int, count: int) -> Candidate:
+    """Return copies, one for each of `cols`, that read and write `moved` bytes together."""
     import torch
 
-    cols = [a.q_cols + a.k_cols] if name == alternatives.COPY else [a.q_cols, a.k_cols]
+    half = moved // (2 * rows * sum(cols))
     pairs = [
         [
-            tuple(torch.ones(a.rows * one * half, dtype=torch.uint8, device="cuda") for _ in "io")
+            tuple(torch.ones(rows * one * half, dtype=torch.uint8, device="cuda") for _ in "io")
             for one in cols
         ]
         for _ in range(count)
@@ -311,9 +325,12 @@ def _copies(name: str, a: Activations, half: int, count: int) -> Candidate:
     return Candidate(name, copy)
 
 
-def _compiled(
-    sets: Sequence[_Buffers], epsilon: float, dtype: Any, is_exact: Callable[[Sequence[Any]], bool]
+def compiled(
+    graph: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    is_exact: Callable[[Sequence[Any]], bool] | None = None,
 ) -> Candidate:
+    """Return torch.compile's version of a graph, which takes turns with lists of arguments."""
     import torch
 
     name = alternatives.TORCH_COMPILE
@@ -321,14 +338,13 @@ def _compiled(
     try:
         torch.compiler.reset()
         # Shapes fixed: the best that it can do.
-        graph: Any = torch.compile(torch_graph, dynamic=False)
-        exact = is_exact(graph(*sets[0].inputs, epsilon, dtype))
+        made: Any = torch.compile(graph, dynamic=False)
+        outputs = made(*arguments[0])
+        exact = None if is_exact is None else is_exact(outputs)
     except Exception as error:
         return Candidate(name, None, note=f"failed: {str(error).splitlines()[0][:100]}")
     note = f"compiled in {time.perf_counter() - start:.1f} s"
-    return Candidate(
-        name, lambda i: graph(*sets[i % len(sets)].inputs, epsilon, dtype), (), exact, note
-    )
+    return Candidate(name, lambda i: made(*arguments[i % len(arguments)]), (), exact, note)
 
 
 def equal_bits(actual: Any, expected: Any) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Numbers, Shapes, debug_option, dtype_choice
+from .options import Numbers, Shapes, check_device, debug_option, device_option, dtype_choice
 
 if TYPE_CHECKING:
-    from ..benchmark import CaseResult
+    from ..benchmark import CaseResult, Timing
 
 _OPS = ("row_mean_of_squares_qk", "qk_rms_norm")
 
@@ -30,7 +31,11 @@ _OPS = ("row_mean_of_squares_qk", "qk_rms_norm")
               help="Seconds for each candidate.")  # fmt: skip
 @click.option("--torch-compile/--no-torch-compile", default=True,
               help="Time torch.compile too: it compiles for every shape.")  # fmt: skip
+@click.option("--module", "files", multiple=True, metavar="FILE.so",
+              type=click.Path(dir_okay=False, path_type=Path),
+              help="CUDA: time these, not what is compiled now; several times.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@device_option
 @debug_option
 def bench_layer(
     ops: tuple[str, ...],
@@ -40,9 +45,11 @@ def bench_layer(
     threads: tuple[int, ...] | None,
     min_time: float,
     torch_compile: bool,
+    files: tuple[Path, ...],
     as_json: bool,
+    device: str,
 ) -> int:
-    """Check results, then time the statistics and the layer of one rank, on this CPU.
+    """Check results, then time the statistics and the layer of one rank.
 
     \b
     ours           the module, outputs given
@@ -50,8 +57,25 @@ def bench_layer(
     torch          operation by operation, as models do
     torch.compile  the graph compiled for this very shape
 
+    With --device cuda, in chains inside CUDA graphs: beside an empty kernel, a copy that moves as
+    many bytes, and the layer as statistics and apply in two launches.
+
     Candidates take turns in one process. Exit status: 0, or 1 when a result is not exact.
     """
+    check_device(device)
+    if device == "cuda":
+        if threads:
+            raise click.UsageError("--threads is for --device cpu")
+        from .cuda import measure_layer_cuda
+
+        found, about = measure_layer_cuda(ops, shapes, dtype, rows, files, min_time, torch_compile)
+        if as_json:
+            click.echo(json.dumps(_as_dicts(found), indent=2))
+        else:
+            _print_cuda(found, about)
+        return 0 if all(one.exact for _, one in found) else 1
+    if files:
+        raise click.UsageError("--module is for --device cuda")
     from ..benchmark_layer import compare_layer
     from ..inputs import generate
     from ..machine import load_warning, usable_processors
@@ -84,10 +108,50 @@ def bench_layer(
                 )
                 results.append((op, result))
     if as_json:
-        click.echo(json.dumps([{"op": op, **one.to_dict()} for op, one in results], indent=2))
+        click.echo(json.dumps(_as_dicts(results), indent=2))
     else:
         _print(results, load_warning())
     return 0 if all(one.exact for _, one in results) else 1
+
+
+def _as_dicts(results: list[tuple[str, CaseResult]]) -> list[dict[str, Any]]:
+    return [{"op": op, **one.to_dict()} for op, one in results]
+
+
+def _print_cuda(results: list[tuple[str, CaseResult]], about: dict[str, str]) -> None:
+    from ..benchmark_layer_cuda import METHOD
+    from .output import console, facts, microseconds, ratio, table
+
+    printer = console()
+    printer.print(facts(about.items()))
+    key: Any = lambda x: (x[0], x[1].q_cols, x[1].k_cols, x[1].in_dtype)  # noqa: E731
+    for (op, q_cols, k_cols, dtype), group in itertools.groupby(results, key):
+        cases = [result for _, result in group]
+        names = [timing.name for timing in cases[0].timings]
+        others = [name for name in names if name != "ours"]
+        made = table(
+            "M", "ours", "quartiles", "GB/s", *others, "/empty", "/copy", "exact",
+            title=f"{op} {q_cols}/{k_cols} {dtype}",
+        )  # fmt: skip
+        for result in cases:
+            ours = result.timings[0]
+
+            def shown(name: str, result: CaseResult = result) -> str:
+                timing: Timing | None = result.timing(name)
+                return microseconds(timing.median) if timing else ""
+
+            made.add_row(
+                f"{result.rows:,}",
+                microseconds(ours.median),
+                f"{microseconds(ours.q1)}-{microseconds(ours.q3)}",
+                f"{result.bandwidth(ours):.0f}",
+                *map(shown, others),
+                ratio(result.ratio(ours, "empty kernel")),
+                ratio(result.ratio(ours, "copy")),
+                "yes" if all(t.exact is not False for t in result.timings) else "NO",
+            )
+        printer.print(made)
+    printer.print(METHOD)
 
 
 def _print(results: list[tuple[str, CaseResult]], busy: str) -> None:

@@ -59,7 +59,9 @@ def module_of(modules: Sequence[Module], spec: KernelSpec) -> Module | None:
     for fixed in (True, False):
         for module in modules:
             for held in module.specs:
-                if (held.in_dtype, held.out_dtype) != (spec.in_dtype, spec.out_dtype):
+                if (held.op, held.in_dtype, held.out_dtype) != (
+                    spec.op, spec.in_dtype, spec.out_dtype,
+                ):  # fmt: skip
                     continue
                 columns = (held.q_cols, held.k_cols)
                 wanted = (spec.q_cols, spec.k_cols)
@@ -177,7 +179,60 @@ def measure_cuda(
     return results, host_timings, facts
 
 
-def _compile(spec: KernelSpec, config: Any) -> Module:
+def measure_layer_cuda(
+    ops: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    dtype: str,
+    rows: Sequence[int],
+    files: Sequence[Path],
+    min_time: float,
+    torch_compile: bool,
+) -> tuple[list[tuple[str, CaseResult]], dict[str, str]]:
+    """Time the statistics and the layer on the GPU; returns what ``bench-layer`` prints."""
+    from .. import alternatives, benchmark_layer_cuda
+    from ..operations import OPERATIONS
+    from ..spec import KernelSpec
+    from .output import console
+
+    names = [
+        name
+        for name in benchmark_layer_cuda.ALL
+        if torch_compile or name != alternatives.TORCH_COMPILE
+    ]
+    given = load_modules(files)
+    results: list[tuple[str, CaseResult]] = []
+    facts: dict[str, str] = {}
+    with console(stderr=True).status("compiling") as status:
+        for q_cols, k_cols in shapes:
+            specs = [
+                KernelSpec(
+                    op=op, in_dtype=dtype, q_cols=q_cols, k_cols=k_cols, target=gpu_target(None)
+                )
+                for op in OPERATIONS
+            ]
+            compiled = None if given else _compile(specs, None)
+            for spec in (one for op in dict.fromkeys(ops) for one in specs if one.op == op):
+                module = compiled or module_of(given, spec)
+                if module is None:
+                    raise click.UsageError(f"none of the modules given holds {spec.text}")
+                facts = facts or cuda_facts(module)
+                for m in rows:
+                    where = f"{spec.op} {q_cols}/{k_cols}, M = {m}"
+                    result = benchmark_layer_cuda.compare_layer(
+                        spec.op,
+                        module,
+                        activations(m, spec),
+                        min_time=min_time,
+                        names=names,
+                        status=lambda text, where=where: status.update(  # type: ignore[misc]
+                            f"{where}: {text}"
+                        ),
+                    )
+                    results.append((spec.op, result))
+    return results, facts
+
+
+def _compile(spec: KernelSpec | Sequence[KernelSpec], config: Any) -> Module:
     need_compiler("give --module FILE.so, exported")
     from ..build import compile
 
