@@ -5,6 +5,8 @@ One reference for the tests, ``qknorm-tvm verify`` and the benchmarks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +101,21 @@ def _add_square(x: npt.NDArray, total: npt.NDArray) -> npt.NDArray:
     return np.where(inexact, np.nextafter(near, toward), near).astype(np.float32)
 
 
+def _adder(x: npt.NDArray, fused: bool) -> Callable[[npt.NDArray, npt.NDArray], npt.NDArray]:
+    """Return what adds squares of `x`'s float32 values: one rounding, by the shortest way to it.
+
+    Squares of 16-bit elements have at most 22 bits, so that float32 holds them exactly unless they
+    are among its smallest numbers.
+    """
+    if fused:
+        if x.dtype.itemsize > 2:
+            return _add_square
+        size = np.abs(x.astype(np.float32))
+        if ((size > 0) & (size < 2.0**-60)).any():
+            return _add_square
+    return lambda part, total: part * part + total
+
+
 def _halves(sums: npt.NDArray) -> npt.NDArray:
     """Add the second half of the last axis to the first, until one is left."""
     while sums.shape[-1] > 1:
@@ -107,22 +124,31 @@ def _halves(sums: npt.NDArray) -> npt.NDArray:
     return sums[..., 0]
 
 
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
 def _row_mean_of_squares_cuda(x: npt.NDArray) -> npt.NDArray:
     rows, cols = x.shape
-    chunk = VECTOR * WARP
-    turns = -(-cols // (chunk * SLOTS))
-    padded = np.zeros((rows, turns * SLOTS * chunk), np.float32)
+    vectors_there = -(-cols // VECTOR)
+    chunks = -(-vectors_there // WARP)
+    turns = -(-chunks // SLOTS)
+    # Lanes and slots that no row has anything for hold zeros, which change no sum.
+    lanes = _power_of_two(min(vectors_there, WARP))
+    slots = _power_of_two(min(chunks, SLOTS))
+    padded = np.zeros((rows, turns * slots * lanes * VECTOR), np.float32)
     padded[:, :cols] = x
+    add_square = _adder(x, fused=True)
     with np.errstate(all="ignore"):
-        columns = padded.reshape(rows, turns, SLOTS, WARP, VECTOR)
+        columns = padded.reshape(rows, turns, slots, lanes, VECTOR)
         vectors = np.zeros(columns.shape[:-1], np.float32)
         for column in range(VECTOR):
-            vectors = _add_square(columns[..., column], vectors)
-        chunks = _halves(vectors)
-        slots = np.zeros((rows, SLOTS), np.float32)
+            vectors = add_square(columns[..., column], vectors)
+        sums = _halves(vectors)
+        total = np.zeros((rows, slots), np.float32)
         for turn in range(turns):
-            slots += chunks[:, turn]
-        return _halves(slots) / np.float32(cols)
+            total += sums[:, turn]
+        return _halves(total) / np.float32(cols)
 
 
 def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True, order: str = "cpu") -> npt.NDArray:
@@ -151,12 +177,13 @@ def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True, order: str = "cpu
     padded = np.zeros((rows, steps * LANES), np.float32)
     padded[:, :cols] = x
     total = np.zeros((rows, LANES), np.float32)
+    add_square = _adder(x, fused)
     with np.errstate(all="ignore"):
         for first in range(0, steps, STEPS):
             partial = np.zeros((rows, LANES), np.float32)
             for step in range(first, min(first + STEPS, steps)):
                 part = padded[:, step * LANES : (step + 1) * LANES]
-                partial = _add_square(part, partial) if fused else part * part + partial
+                partial = add_square(part, partial)
             total += partial
         return _halves(total[:, ::2] + total[:, 1::2]) / np.float32(cols)
 
