@@ -1,4 +1,8 @@
-"""What each rank does and checks in test_many_ranks. Every rank runs the same cases in order."""
+"""What each rank does and checks, in test_many_ranks and under torchrun.
+
+Every rank runs the same cases in order. Tensors are made on a device that is named, never on a
+default one: that would hide what the library itself puts on the wrong device.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +42,22 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     statistics: str = "fused"
     cast_before_gamma: bool = False
+    device: str = "cpu"
 
     def whole_layer(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q, k, gamma_q and gamma_k of all heads, the same on every rank."""
-        generator = torch.Generator().manual_seed(hash((self.q_heads, self.head_dim, self.rows)))
+        seed = hash((self.q_heads, self.head_dim, self.rows))
+        generator = torch.Generator(self.device).manual_seed(seed)
         columns = [heads * self.head_dim for heads in (self.q_heads, self.kv_heads)]
 
         def values(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, device=self.device)
 
         scales = torch.exp2(values(self.rows, 1) * 3)
         # Heads differ in size, so that no rank's mean is near the whole's.
         inputs = [
-            scales * values(self.rows, cols) * torch.linspace(0.1, 4, cols) for cols in columns
+            scales * values(self.rows, cols) * torch.linspace(0.1, 4, cols, device=self.device)
+            for cols in columns
         ]
         return (*(x.to(self.dtype) for x in inputs), *(values(cols) for cols in columns))
 
@@ -109,6 +116,8 @@ def check_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def gathered(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
     """Return every rank's tensor, all of one shape."""
+    if not tensor.numel():
+        return [tensor] * dist.get_world_size(group)
     mine = tensor.contiguous()
     raw = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather([one.view(torch.uint8) for one in raw], mine.view(torch.uint8), group=group)
@@ -189,12 +198,12 @@ def _part(widths: Sequence[int]) -> slice:
     return slice(start, start + widths[dist.get_rank()])
 
 
-def check_uneven(dtype: torch.dtype, rows: int) -> None:
+def check_uneven(dtype: torch.dtype, rows: int, device: str = "cpu") -> None:
     """Shards of several widths through explicit totals; without them the mean would be wrong."""
     world = dist.get_world_size()
     q_widths = [32 * (1 + rank % 3) for rank in range(world)]
     k_widths = [16 * (3 - rank % 2) for rank in range(world)]
-    case = Case(sum(q_widths), sum(k_widths), 1, rows, dtype)
+    case = Case(sum(q_widths), sum(k_widths), 1, rows, dtype, device=device)
     q, k, gamma_q, gamma_k = case.whole_layer()
     q_part, k_part = _part(q_widths), _part(k_widths)
     arguments = (q[:, q_part], k[:, k_part], gamma_q[q_part], gamma_k[k_part], EPSILON)
@@ -251,13 +260,14 @@ def check_powers_of_two_add_no_rounding() -> None:
         check_same(tp.reduce_row_mean_of_squares(values.clone(), **weights), values)
 
 
-def check_module() -> None:
+def check_module(device: str = "cpu") -> None:
     """The module: scales by head from bfloat16, leading dimensions, its own state dict."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    case = Case(q_heads=2 * world, kv_heads=max(1, world // 2), head_dim=32, rows=6)
+    case = Case(q_heads=2 * world, kv_heads=max(1, world // 2), head_dim=32, rows=6, device=device)
     q, k, gamma_q, gamma_k = case.whole_layer()
     gammas = gamma_q.bfloat16(), gamma_k.bfloat16()
-    norm = tp.TensorParallelQKNorm(case.q_heads, case.kv_heads, 32, EPSILON, validate=True)
+    heads = (case.q_heads, case.kv_heads, 32, EPSILON)
+    norm = tp.TensorParallelQKNorm(*heads, validate=True, device=device)
     norm.load_full(*gammas)
     layout = norm.layout
     assert (layout.world_size, layout.rank) == (world, rank)
@@ -274,7 +284,7 @@ def check_module() -> None:
     )
     check_same(q_out.view(6, -1), wanted[0])
     check_same(k_out.view(6, -1), wanted[1])
-    other = tp.TensorParallelQKNorm(case.q_heads, case.kv_heads, 32, EPSILON)
+    other = tp.TensorParallelQKNorm(*heads, device=device)
     other.load_state_dict(norm.state_dict())
     check_same(other(q, k)[1], wanted[1])
 
@@ -319,7 +329,7 @@ def raises(kind: type[Exception], message: str, call: Callable[[], object]) -> N
     assert time.monotonic() - start < SECONDS
 
 
-def check_disagreement() -> None:
+def check_disagreement(device: str = "cpu") -> None:
     """Whatever one rank does otherwise, all raise the same, at once, and the group still works."""
     world, rank = dist.get_world_size(), dist.get_rank()
     last = world - 1
@@ -334,11 +344,10 @@ def check_disagreement() -> None:
         epsilon: float = EPSILON,
         **keywords: Any,
     ) -> Callable[[], object]:
-        q = torch.ones(rows, q_cols, dtype=dtype)
-        k = torch.ones(rows, 16, dtype=k_dtype or dtype)
-        return lambda: tp.qk_rms_norm(
-            q, k, torch.ones(q_cols), torch.ones(16), epsilon, validate=True, **keywords
-        )
+        q = torch.ones(rows, q_cols, dtype=dtype, device=device)
+        k = torch.ones(rows, 16, dtype=k_dtype or dtype, device=device)
+        gammas = [torch.ones(cols, device=device) for cols in (q_cols, 16)]
+        return lambda: tp.qk_rms_norm(q, k, *gammas, epsilon, validate=True, **keywords)
 
     def one_differs(message: str, **changes: Any) -> None:
         raises(ValueError, message, call(**changes) if rank == last else call())

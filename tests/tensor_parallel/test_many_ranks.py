@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rank_processes import run_group
 from support import DTYPES, compiled
 
 from qknorm_tvm import KernelSpec
@@ -16,6 +14,10 @@ from qknorm_tvm.targets import host_cpu_target
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no gloo",
+)
 #: A rank that hangs fails the test instead of stopping the run.
 SECONDS = 240
 
@@ -40,28 +42,15 @@ def logs(folder: Path) -> str:
     return "\n".join(f"---- {log.name}\n{log.read_text()}" for log in sorted(folder.glob("*.log")))
 
 
-@pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this torch has no gloo",
-)
+@needs_gloo
 @pytest.mark.parametrize("world", [2, 4, 8, 16])
 def test_every_case(world: int, tmp_path: Path) -> None:
     ranks = Path(__file__).with_name("ranks.py")
-    process = subprocess.Popen(
+    status, output = run_group(
         [sys.executable, str(ranks), str(world), str(tmp_path), *modules()],
-        # Off the network: gloo looks this machine's name up otherwise.
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        seconds=SECONDS,
+        logs=lambda: logs(tmp_path),
     )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"not done after {SECONDS} s\n{output}\n{logs(tmp_path)}")
-    assert process.returncode == 0, f"{output}\n{logs(tmp_path)}"
+    assert status == 0, f"{output}\n{logs(tmp_path)}"
     for rank in range(world):
         assert (tmp_path / f"rank-{rank}.log").read_text().endswith("all cases passed\n")
