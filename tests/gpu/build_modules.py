@@ -1,4 +1,6 @@
-"""Build the modules of the GPU tests on a machine without a GPU: TARGET, then the folder.
+"""Build the modules of the GPU tests on a machine without a GPU: TARGET, the folder, names.
+
+All modules where no names are given.
 
 python tests/gpu/build_modules.py cuda:sm_90 modules/
 QKNORM_TVM_TEST_MODULES=modules pytest -m gpu tests/gpu     # on the GPU machine, without TVM
@@ -13,9 +15,11 @@ from pathlib import Path
 from module_list import build_module, module_specs
 
 
-def main(target: str, folder: str) -> None:
+def main(target: str, folder: str, *names: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, specs in module_specs(target).items():
+    lists = module_specs(target)
+    for name in names or lists:
+        specs = lists[name]
         start = time.perf_counter()
         path = build_module(name, specs, Path(folder))
         print(f"{path} {path.stat().st_size} bytes, {time.perf_counter() - start:.1f} s")

@@ -44,12 +44,20 @@ STATISTICS = (
 )
 
 
-def _layer(target: str) -> list[KernelSpec]:
+#: Of the layer over ranks: any columns, and those of a rank that is timed, of 1 and of 2.
+RANKS = (
+    ("bfloat16", None, None),
+    ("float32", None, None),
+    *(("bfloat16", q, k) for q, k in ((6144, 1024), (3072, 512), (5120, 1024), (2560, 512))),
+)
+
+
+def _layer(target: str, sizes: Sequence[tuple[str, int | None, int | None]]) -> list[KernelSpec]:
     ops = ("row_mean_of_squares_qk", "qk_rms_norm", "apply_qk_rms_norm")
     return [
         KernelSpec(op=op, in_dtype=dtype, q_cols=q, k_cols=k, target=target)
         for op in ops
-        for dtype, q, k in STATISTICS
+        for dtype, q, k in sizes
     ]
 
 
@@ -83,7 +91,8 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
             )
             for a, b, q, k in (FIXED[0], FIXED[4], FIXED[6], FIXED[8])
         ],
-        "layer": _layer(target),
+        "layer": _layer(target, STATISTICS),
+        "ranks": _layer(target, RANKS),
         "layer_other_outputs": [
             KernelSpec(
                 op="qk_rms_norm",
@@ -104,7 +113,9 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
         ],
         # Its wait for the previous kernel is taken out: shows that a test would notice.
         "without_wait": single,
-        "layer_without_wait": [one for one in _layer(target) if one.in_dtype == "float16"],
+        "layer_without_wait": [
+            one for one in _layer(target, STATISTICS) if one.in_dtype == "float16"
+        ],
         # For a GPU that is older than what the file holds, and for one that is newer.
         "newer_gpu": [single[0].replace(target="cuda:sm_120")],
         "older_gpu": [single[0].replace(target="cuda:sm_80")],
