@@ -125,8 +125,12 @@ def _buffers(a: Activations, out_dtype: str, count: int, misaligned: bool) -> li
     return found
 
 
-def _graph(function: Callable[[int], Any], launches: int) -> Any:
-    """Capture a chain of calls; each gets its number."""
+def capture(function: Callable[[int], Any], launches: int) -> Any:
+    """Return a CUDA graph of a chain of calls; each gets its number.
+
+    It is called three times before. Collectives in it need a communicator that exists, and ranks
+    that do the same.
+    """
     import torch
 
     stream = torch.cuda.Stream()
@@ -137,7 +141,8 @@ def _graph(function: Callable[[int], Any], launches: int) -> Any:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, NCCL's watchdog among them, may call CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for i in range(launches):
             function(i)
     return graph
@@ -167,7 +172,7 @@ def measure_graphs(
     for i, candidate in enumerate(candidates):
         if candidate.function is not None:
             try:
-                graphs[i] = _graph(candidate.function, launches)
+                graphs[i] = capture(candidate.function, launches)
             except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
                 torch.cuda.synchronize()
                 candidate.note = f"cannot be captured: {str(error).splitlines()[0][:80]}"
