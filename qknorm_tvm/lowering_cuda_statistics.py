@@ -13,6 +13,10 @@ to the threads of one kernel:
 Where a row's columns are open, or more than registers hold, a warp goes through the chunks of its
 slots, one after the other, and reads them again for the outputs.
 
+Where nothing is known of alignment, elements are read and written one by one: by each thread every
+32nd of a chunk, so that a warp's accesses are to neighbours, and for the sum a warp hands on in
+shared memory to each thread the 8 neighbouring columns that the order of summation gives it.
+
 Lanes without columns, and chunks that a row does not have, hold zeros as in the declaration; sums
 that would only add such zeros are left out.
 """
@@ -40,6 +44,21 @@ _MAX_WARPS, _MAX_PARTS = 32, 4
 #: Warps of each operand that go through a row of any length in rounds.
 _ROUND_WARPS = 8
 
+# In CUDA, as TVM would put barriers of the block around shared memory that it knows of.
+_HAND_ON = """(const TYPE* held, TYPE* vector) {
+  __shared__ alignas(16) TYPE chunks[ROOM];
+  TYPE* chunk = chunks + threadIdx.x / 32 * 256;
+  int lane = threadIdx.x % 32;
+  /* What was handed on before has been taken. */
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < 8; ++e) chunk[e * 32 + lane] = held[e];
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < 8; ++e) vector[e] = chunk[lane * 8 + e];
+}
+"""
+_CUDA_TYPES = {"bfloat16": "nv_bfloat16", "float16": "half", "float32": "float"}
 _WARP_SUM = """(float value) {
 #pragma unroll
   for (int half = 16; half > 0; half /= 2) value += __shfl_xor_sync(0xffffffffu, value, half);
@@ -229,6 +248,9 @@ class _Thread:
         self.room = sum(one.room for one in self.operands)
         self.shared = self._buffer("sums_shared", [self.rows * self.room], scope="shared")
         self.buffers = [self.x, self.sums, self.slots, self.row_sums, self.shared]
+        if not all(map(self._aligned, self.operands)):
+            self.vector = self._buffer("vector_local", [VECTOR], str(x.dtype))
+            self.buffers.append(self.vector)
         if self.normalises:
             out = str(self.params["q_out"].dtype)
             self.gamma = self._buffer("gamma_local", [self.parts, VECTOR])
@@ -267,8 +289,18 @@ class _Thread:
     def _chunk(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
         return first + part * one.warps + self._warp(one)
 
-    def _column(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+    def _vector_column(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+        """Return the first of the columns whose squares a thread adds."""
         return ((first + part * one.warps) * WARP + self._place(one)) * VECTOR
+
+    def _column(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+        """Return the first of the columns that a thread holds, `_step` apart."""
+        if self._aligned(one):
+            return self._vector_column(one, part, first)
+        return self._chunk(one, part, first) * CHUNK + self._lane()
+
+    def _step(self, one: _Operand) -> int:
+        return 1 if self._aligned(one) else WARP
 
     def _lane(self) -> tirx.Expr:
         return tirx.floormod(self.thread, int64(WARP))
@@ -302,8 +334,10 @@ class _Thread:
         lanes = min(VECTOR, aligned_elements(source)) if self._aligned(one) else 1
         writes = self.normalises and to.same_as(self.out)
 
+        step = self._step(one)
+
         def copy(offset: tirx.Expr) -> tirx.Stmt:
-            inner, outer = [*place, offset], [*leading, column + offset]
+            inner, outer = [*place, offset], [*leading, column + offset * step]
             if writes:
                 return tirx.BufferStore(source, tirx.BufferLoad(to, inner), outer)
             return tirx.BufferStore(to, tirx.BufferLoad(source, outer), inner)
@@ -311,7 +345,9 @@ class _Thread:
         if lanes == 1:
             return _unrolled(
                 [VECTOR],
-                lambda e: _if([*conditions, *self._column_is_there(one, column + e)], copy(e)),
+                lambda e: _if(
+                    [*conditions, *self._column_is_there(one, column + e * step)], copy(e)
+                ),
             )
         lane = tirx.Var("lane", "int64")
 
@@ -358,24 +394,33 @@ class _Thread:
     def _add_squares(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
         block = self.blocks[f"vector_{one.tag}"]
         partial = block.writes[0].source
+        aligned = self._aligned(one)
 
         def vector(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
-            column = self._column(one, j, first)
+            column = self._vector_column(one, j, first)
             chunk, lane = self._chunk(one, j, first), self._lane()
 
             def square(e: tirx.Expr) -> tirx.Stmt:
-                uses = [_Use(one.x, self.x, [i, j, e]), _Use(partial, self.sums, [i, j])]
+                x = _Use(one.x, self.x, [i, j, e]) if aligned else _Use(one.x, self.vector, [e])
+                uses = [x, _Use(partial, self.sums, [i, j])]
                 stmt = _statement(self._updated(block), [self._row(i), chunk, lane, e], uses)
-                there = [] if self._aligned(one) else self._column_is_there(one, column + e)
-                return _if(there, stmt)
+                return _if([] if aligned else self._column_is_there(one, column + e), stmt)
 
             zero = tirx.BufferStore(self.sums, tirx.FloatImm("float32", 0.0), [i, j])
-            there = self._column_is_there(one, column) if self._aligned(one) else []
-            return tirx.SeqStmt(
-                [zero, _if([*there, *self._row_is_there(i)], _unrolled([VECTOR], square))]
-            )
+            there = self._column_is_there(one, column) if aligned else []
+            add = _if([*there, *self._row_is_there(i)], _unrolled([VECTOR], square))
+            return tirx.SeqStmt([zero, *([] if aligned else [self._hand_on(i, j)]), add])
 
         return self._held(vector)
+
+    def _hand_on(self, i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+        """Give each thread of a warp its neighbouring columns of the chunk that the warp holds."""
+        room, dtype = self.threads * VECTOR, str(self.x.dtype)
+        held = tirx.address_of(tirx.BufferLoad(self.x, [i, j, int64(0)]))
+        vector = tirx.address_of(tirx.BufferLoad(self.vector, [int64(0)]))
+        code = _HAND_ON.replace("TYPE", _CUDA_TYPES[dtype]).replace("ROOM", str(room))
+        name = f"qknorm_hand_on_{dtype}_{room}"
+        return lowering_cuda.device_call(name, held, vector, code=code)
 
     @staticmethod
     def _updated(block: SBlock) -> SBlock:
@@ -476,7 +521,7 @@ class _Thread:
                     _Use(gamma, self.gamma, [j, e]),
                     _Use(out, self.out, [i, j, e]),
                 ]
-                values = [self._row(i), self._column(one, j, first) + e]
+                values = [self._row(i), self._column(one, j, first) + e * self._step(one)]
                 return _statement(self._updated(out_block), values, uses)
 
             def store(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:

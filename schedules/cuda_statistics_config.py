@@ -6,12 +6,14 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
   where that makes over 16 warps (6144/1024, fused, one row: 1.58 µs against 1.66). The next kernel
   may start once the inputs are loaded (0.94 µs against 0.99 at once and 1.15 at the end; 1536/256,
   statistics, one row).
-* Many rows, statistics: 823 blocks start in a microsecond, so that a block of few warps takes two
-  rows (1536/256, 4,096 rows: 3.8 µs against 5.8).
-* Many rows, fused: a thread holds more vectors, so that a multiprocessor has several blocks of
-  which some load while others add. What fits L2: two rows (6144/1024, 1,024 rows: 7.3 µs with four
-  vectors against 7.9 with one row of two). Beyond: one row of four vectors (16,384 rows: 156.7 µs
-  against 170; a copy 156.5).
+* Many rows: 823 blocks start in a microsecond, so that a block takes two rows of them, or four of
+  short ones (statistics, 1536/256, 4,096 rows: 3.8 µs against 5.8; 640/128, 16,384 rows: 6.7 with
+  four rows, 10.6 with two, 20.5 with one). Long rows are better off alone in a block for statistics
+  (6144/1024, 16,384 rows: 74.8 against 75.5), and in pairs for the fused kernel, where that hides
+  the barrier (1,024 rows: 7.6 against 7.9; 16,384: 157.1 against 169.9, a copy 156.5).
+* Four vectors a thread are faster still at 6144/1024 (1,024 rows: 7.3 µs in pairs; 16,384: 156.7
+  alone) and slower at 4096/4096 (16,384 rows: 192 against 179.7), where a multiprocessor holds one
+  block less: for tuning to find.
 * Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 10 %
   slower at 6144/1024. Streaming stores made no difference.
 """
@@ -22,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from .cuda_config import (
     _MANY_BLOCKS,
-    _STREAM_BYTES,
     ACCESS_BYTES,
     CudaConfig,
     CudaVariant,
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 #: Neighbouring columns of a thread, and the columns of a warp's vectors: the order of summation.
 VECTOR, CHUNK = 8, 256
-# Warps of a row, with a vector a thread, beyond which a thread has several vectors of it.
+# Warps of a row, with a vector a thread, beyond which a thread has several vectors of it,
 _MANY_WARPS = 16
-# Warps of a row up to which a block takes four rows of many.
+# and up to which a block takes four rows, where that saves starting more than 2,700 blocks.
 _FEW_WARPS = 4
-# Vectors of the call from which the fused kernel takes what is best for many rows.
+# Vectors of the call from which the fused kernel takes rows in pairs.
 _MANY_VECTORS = 320 * 1024
 
 
@@ -72,20 +73,18 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
     def variant(name: str, min_rows: int, **choices: Any) -> CudaVariant:
         return _aligned(spec, name, CudaConfig(**choices), min_rows)
 
-    decode = variant("decode", 1, columns=2 if is_long else 1, dependent_launch="after_loads")
-    if not spec.operation.normalises:
-        if is_long:
-            return [decode]
-        rows = 2 if warps > _FEW_WARPS else 4
-        many = variant("prefill", _MANY_BLOCKS, rows=rows, dependent_launch="after_loads")
-        return [many, decode]
-    stream = _ceil_div(_STREAM_BYTES, sum(cols) * (spec.in_bytes + spec.out_bytes))
-    batch = _ceil_div(_MANY_VECTORS, vectors)
-    return [
-        variant("prefill", max(stream, batch), columns=4),
-        variant("batch", batch, rows=2, columns=4 if is_long else 1),
-        decode,
-    ]
+    after = "after_loads"
+    found = [variant("decode", 1, columns=2 if is_long else 1, dependent_launch=after)]
+    if spec.operation.normalises:
+        pairs = min(_MANY_BLOCKS, _ceil_div(_MANY_VECTORS, vectors))
+        found.append(
+            variant("batch", pairs, rows=2, dependent_launch="first" if is_long else after)
+        )
+    elif not is_long:
+        found.append(variant("batch", _MANY_BLOCKS, rows=2, dependent_launch=after))
+    if warps <= _FEW_WARPS:
+        found.append(variant("prefill", 3 * _MANY_BLOCKS, rows=4, dependent_launch=after))
+    return found[::-1]
 
 
 def _general_variants(spec: KernelSpec) -> list[CudaVariant]:

@@ -1,10 +1,12 @@
 """Statistics on CUDA: order and indexing of the generated kernels, run on the CPU.
 
 What only a device shows, memory, streams and speed, is tested in ``gpu/``.
+``QKNORM_TVM_CAMPAIGN=1`` takes more columns and dtypes.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
@@ -26,6 +28,8 @@ SM_90 = "cuda:sm_90"
 STATISTICS, FUSED = "row_mean_of_squares_qk", "qk_rms_norm"
 #: Whole chunks, a part of one, less than a vector, an odd number, more chunks than slots.
 COLUMNS = ((1536, 256), (640, 128), (7, 1), (1537, 257), (8200, 64))
+
+_CAMPAIGN = bool(os.environ.get("QKNORM_TVM_CAMPAIGN"))
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -132,14 +136,20 @@ def _different(variants: list[CudaVariant]) -> list[CudaVariant]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("op", [STATISTICS, FUSED])
 @pytest.mark.parametrize(
-    ("dtype", "q_cols", "k_cols"),
+    ("op", "dtype", "q_cols", "k_cols"),
     [
-        *(("bfloat16", *columns) for columns in COLUMNS),
-        ("float16", 640, 128),
-        ("float32", 1536, 256),
-        ("float32", 1537, 257),
+        (FUSED, "bfloat16", 1536, 256),
+        (STATISTICS, "float16", 640, 128),
+        (FUSED, "float32", 1537, 257),
+        (STATISTICS, "bfloat16", 8200, 64),
+        *(
+            (op, dtype, *columns)
+            for op in (STATISTICS, FUSED)
+            for dtype in DTYPES
+            for columns in COLUMNS
+            if _CAMPAIGN
+        ),
     ],
 )
 def test_default_kernels(op: str, dtype: str, q_cols: int, k_cols: int) -> None:
@@ -152,8 +162,13 @@ def test_default_kernels(op: str, dtype: str, q_cols: int, k_cols: int) -> None:
     assert all(checked.values()), checked
 
 
-@pytest.mark.parametrize("op", [STATISTICS, FUSED])
-@pytest.mark.parametrize(("q_cols", "k_cols"), [(1537, 257), (64, 8200)])
+@pytest.mark.parametrize(
+    ("op", "q_cols", "k_cols"),
+    [
+        (FUSED, 64, 8200),
+        *((op, 1537, 257) for op in (STATISTICS, FUSED) if _CAMPAIGN),
+    ],
+)
 def test_open_columns(op: str, q_cols: int, k_cols: int) -> None:
     """Rounds over chunks: a slot's chunks in another order, or of another row."""
     for dtype, open_q, open_k in (("bfloat16", True, True), ("float32", False, True)):
@@ -173,8 +188,7 @@ def test_a_row_that_registers_do_not_hold(op: str) -> None:
         assert _check(spec, variant, _cases(spec, 32768, 1024, 1))
 
 
-@pytest.mark.parametrize("op", [STATISTICS, FUSED])
-@pytest.mark.parametrize("vector", [1, 8])
+@pytest.mark.parametrize(("op", "vector"), [(STATISTICS, 1), (FUSED, 8)])
 def test_the_order_does_not_depend_on_the_config(op: str, vector: int) -> None:
     """A choice of the schedule that changes results."""
     spec = KernelSpec(op=op, q_cols=1800, k_cols=520, target=SM_90)
@@ -184,9 +198,10 @@ def test_the_order_does_not_depend_on_the_config(op: str, vector: int) -> None:
         assert _check(spec, variant, _cases(spec, 1800, 520, 4)[:1])
 
 
-@pytest.mark.parametrize(("in_dtype", "out_dtype"), [("bfloat16", "float32"),
-                                                     ("float32", "float16")])  # fmt: skip
-@pytest.mark.parametrize("cast_before_gamma", [False, True])
+@pytest.mark.parametrize(
+    ("in_dtype", "out_dtype", "cast_before_gamma"),
+    [("bfloat16", "float32", True), ("float32", "float16", False)],
+)
 def test_other_outputs(in_dtype: str, out_dtype: str, cast_before_gamma: bool) -> None:
     """Strides of outputs counted in the inputs' elements; a rounding that is dropped."""
     spec = KernelSpec(

@@ -145,7 +145,8 @@ def test_no_local_memory_and_few_registers(built: Built) -> None:
     assert {name for name, *_ in functions} == set(_kernel_names())
     for name, stack, stores, loads, registers in functions:
         assert (stack, stores, loads) == ("0", "0", "0"), name
-        assert int(registers) <= 72, (name, registers)
+        # Two rows of four vectors in flight, and gamma for them, are the most that was of use.
+        assert int(registers) <= (128 if "batch" in name else 80), (name, registers)
 
 
 def test_one_module_for_a_layer() -> None:

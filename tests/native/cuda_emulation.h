@@ -122,6 +122,11 @@ static bool run_block(int threads, bool reverse) {
 
 static inline void __syncthreads() { emulation::wait_at(&emulation::block); }
 
+static inline void __syncwarp() {
+  using namespace emulation;
+  wait_at(&warps[current / kWarp]);
+}
+
 static inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
   using namespace emulation;
   unsigned own = current;
