@@ -137,6 +137,14 @@ def test_module_picks_the_level_of_this_machine(large: Path) -> None:
 # ---- a CPU that lacks what the code needs --------------------------------------------------------
 
 
+def test_fixed_columns_come_before_open_ones() -> None:
+    """Slower code for any columns, where the file has code for these."""
+    fixed = KernelSpec(q_cols=16, k_cols=8, target=host_cpu_target())
+    half, none = (fixed.replace(q_cols=None, k_cols=k) for k in (8, None))
+    module = qknorm_tvm.compile([none, half, fixed]).module
+    assert module.specs == [fixed, half, none]
+
+
 @pytest.mark.parametrize(
     ("disabled", "level"),
     [("avx512vl", "x86-64-v3"), ("avx512f,bmi2", "x86-64-v2"), ("avx,sse3", ""), ("avx512", None)],
