@@ -65,7 +65,7 @@ def microseconds(seconds: float) -> str:
     value = seconds * 1e6
     if math.isnan(value):
         return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def ratio(value: float) -> str:
