@@ -1,8 +1,10 @@
-"""Arrays of JAX and CuPy, passed by DLPack as they are: results, and what is refused."""
+"""Arrays of JAX, passed by DLPack as they are: results, and what is refused.
+
+Those of CuPy, which are on a GPU, are in ``gpu/test_cuda_cupy.py``.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,6 @@ def _apply(case: Case, **more: Any) -> tuple[Any, Any]:
     return qknorm_tvm.apply_qk_rms_norm(
         case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k, case.epsilon, **more
     )
-
-
-# ---- JAX ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -155,67 +154,3 @@ def test_jax_inside_jit(jax: Any) -> None:
 
     with pytest.raises((TypeError, ValueError), match=r"^q (must be|cannot be passed)"):
         jax.jit(traced)(case.q)
-
-
-# ---- CuPy ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cupy() -> Any:
-    if importlib.util.find_spec("cupy") is None:
-        pytest.skip("passes arrays of CuPy, and CuPy is not installed")
-    import cupy
-
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"passes arrays of CuPy, which finds no GPU: {error}")
-    if count == 0:
-        pytest.skip("passes arrays of CuPy, which finds no GPU")
-    return cupy
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("given", [True, False], ids=["outputs given", "new outputs"])
-def test_cupy(cupy: Any, dtype: str, given: bool) -> None:
-    """The unfused graph in CuPy, on the GPU; its rsqrt is compiled as the module's is."""
-    case = make_case(300, Q_COLS, K_COLS, dtype)
-    for name in (*INPUTS, "q_out", "k_out"):
-        setattr(case, name, cupy.asarray(getattr(case, name)))
-    rs = cupy.ElementwiseKernel("float32 x", "float32 y", "y = rsqrtf(x)")(
-        case.qk_var + np.float32(case.epsilon)
-    )
-    wanted = [
-        ((x.astype("f4") * rs[:, i : i + 1]) * gamma).astype(dtype)
-        for i, (x, gamma) in enumerate(((case.q, case.gamma_q), (case.k, case.gamma_k)))
-    ]
-    outputs = {"q_out": case.q_out, "k_out": case.k_out} if given else {}
-    got = _apply(case, **outputs)
-    cupy.cuda.Device().synchronize()
-    for a, b in zip(got, wanted, strict=True):
-        assert isinstance(a, cupy.ndarray)
-        assert reference.differing(cupy.asnumpy(a), cupy.asnumpy(b)) == 0
-
-
-@pytest.mark.gpu
-def test_cupy_stream(cupy: Any) -> None:
-    """A launch on another stream than the one asked for reads q before it is there."""
-    case = make_case(300, Q_COLS, K_COLS, "float32")
-    for name in (*INPUTS, "q_out", "k_out"):
-        setattr(case, name, cupy.asarray(getattr(case, name)))
-    stream = cupy.cuda.Stream(non_blocking=True)
-    wanted = [cupy.asnumpy(one) for one in _apply(case)]
-    cupy.cuda.Device().synchronize()
-    q = case.q.copy()
-    case.q[...] = 0
-    cupy.cuda.Device().synchronize()
-    busy = cupy.ones((4096, 4096), "f4")
-    with stream:
-        for _ in range(10):
-            busy = busy @ busy * np.float32(1e-4)
-        case.q[...] = q
-    got = _apply(case, q_out=case.q_out, k_out=case.k_out, stream=stream)
-    stream.synchronize()
-    for a, b in zip(got, wanted, strict=True):
-        assert reference.differing(cupy.asnumpy(a), b) == 0
