@@ -24,9 +24,13 @@ def canonical_dtype(name: str, dtype: Any) -> str:
 
 
 def _array_namespace(array: Any) -> Any:
-    """Return the array API's module of an array's framework, or None where it has none."""
+    """Return the module of an array's framework that makes arrays, or None where it has none."""
     namespace = getattr(array, "__array_namespace__", None)
-    return namespace() if namespace else None
+    if namespace:
+        return namespace()
+    # CuPy 14 does not follow the array API.
+    module = sys.modules.get(type(array).__module__.partition(".")[0])
+    return module if hasattr(module, "empty") else None
 
 
 def _is_jax(array: Any) -> bool:

@@ -13,7 +13,10 @@ from .spec import DTYPE_BYTES
 
 #: "fused": slices of a QKV projection; "strided": of one with rows at every alignment.
 LAYOUTS = ("packed", "fused", "strided", "misaligned", "in place", "in place, strided")
+#: Rows of any number of columns that start at whole vectors: for GPUs, whose code asks for that.
+PADDED = "padded"
 _CANARY = 0xA5
+_LINE = 64
 
 
 def layouts_for(in_dtype: str, out_dtype: str) -> tuple[str, ...]:
@@ -36,7 +39,7 @@ class Placed:
     original : Activations
     out_dtype : str
     layout : str
-        One of `LAYOUTS`.
+        One of `LAYOUTS`, or `PADDED`.
     by_element : bool
         Misaligned means off by one element, which is what GPUs can address, not by one byte.
     """
@@ -44,8 +47,9 @@ class Placed:
     def __init__(
         self, original: Activations, out_dtype: str, layout: str, *, by_element: bool = False
     ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        known = (*LAYOUTS, PADDED)
+        if layout not in known:
+            raise ValueError(f"layout must be one of {', '.join(known)}, got {layout!r}")
         self._original = original
         self._in_place = layout.startswith("in place")
         misaligned, strided = layout == "misaligned", layout.endswith("strided")
@@ -55,13 +59,18 @@ class Placed:
             return (DTYPE_BYTES[dtype] if by_element else 1) if misaligned else 0
 
         dtype = original.dtype
-        self._inputs, q, k = _projections(original, dtype, fused, strided, offset(dtype))
+
+        def memory(dtype: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+            if layout == PADDED:
+                return _padded(original, dtype)
+            return _projections(original, dtype, fused, strided, offset(dtype))
+
+        self._inputs, q, k = memory(dtype)
         q[...], k[...] = original.q, original.k
         if self._in_place:
             self._outputs, self.q_out, self.k_out = self._inputs, q, k
         else:
-            found = _projections(original, out_dtype, fused, strided, offset(out_dtype))
-            self._outputs, self.q_out, self.k_out = found
+            self._outputs, self.q_out, self.k_out = memory(out_dtype)
         self.activations = dataclasses.replace(
             original,
             q=q,
@@ -109,6 +118,19 @@ def _projections(
         )
     after_q = start + a.rows * a.q_cols * item + guard
     return memory, array(start, a.q_cols, a.q_cols), array(after_q, a.k_cols, a.k_cols)
+
+
+def _padded(a: Activations, dtype: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+    """Return memory and, in it, arrays like q and k whose rows start at cache lines."""
+    item = DTYPE_BYTES[dtype]
+    strides = [-(-cols * item // _LINE) * _LINE for cols in (a.q_cols, a.k_cols)]
+    memory = np.full(a.rows * sum(strides) + 3 * _LINE, _CANARY, np.uint8)
+    starts = (_LINE, 2 * _LINE + a.rows * strides[0])
+    q, k = (
+        np.ndarray((a.rows, cols), NUMPY_DTYPES[dtype], memory, start, (stride, item))
+        for cols, start, stride in zip((a.q_cols, a.k_cols), starts, strides, strict=True)
+    )
+    return memory, q, k
 
 
 def _moved(array: npt.NDArray, offset: int, pad: int = 0) -> npt.NDArray:

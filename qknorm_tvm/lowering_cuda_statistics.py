@@ -41,7 +41,7 @@ from .substitution import substitute
 
 #: Most warps of a block, and most vectors of a row that a thread holds.
 _MAX_WARPS, _MAX_PARTS = 32, 4
-#: Warps of each operand that go through a row of any length in rounds.
+#: Warps that go through a row of any length in rounds.
 _ROUND_WARPS = 8
 
 # In CUDA, as TVM would put barriers of the block around shared memory that it knows of.
@@ -65,11 +65,22 @@ _WARP_SUM = """(float value) {
   return value;
 }
 """
-_SLOT_SUM = """(const float* sums) {
+# At least one, and not all: K's share of a row's chunks, rounded. Without a division, which would
+# take longer than a short row.
+_WARPS_OF_K = """(int64_t q_chunks, int64_t k_chunks) {
+  int64_t warps = 1;
+#pragma unroll
+  for (int more = 1; more < WARPS - 1; ++more) {
+    warps += 2 * WARPS * k_chunks >= (2 * more + 1) * (q_chunks + k_chunks);
+  }
+  return warps;
+}
+"""
+_SLOT_SUM = """(const float* sums, int count) {
   int slot = threadIdx.x % WIDTH;
   float value = 0.0f;
 #pragma unroll
-  for (int chunk = slot; chunk < COUNT; chunk += SLOTS) value += sums[chunk];
+  for (int chunk = slot; chunk < count; chunk += SLOTS) value += sums[chunk];
 #pragma unroll
   for (int half = WIDTH / 2; half > 0; half /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, half);
@@ -84,12 +95,15 @@ def _float_call(name: str, *args: tirx.Expr, code: str) -> tirx.Expr:
     return cuda_func_call(name, *args, source_code=source, return_type="float32")
 
 
-def _slot_sum(sums: tirx.Buffer, first: int, count: int) -> tirx.Expr:
-    """Return the sum of a row's `count` chunks, whose sums start at `first`."""
-    width = min(SLOTS, 1 << (count - 1).bit_length())
-    code = _SLOT_SUM.replace("WIDTH", str(width)).replace("COUNT", str(count))
+def _slot_sum(sums: tirx.Buffer, first: int, one: _Operand) -> tirx.Expr:
+    """Return the sum of what an operand's warps have left for a row, from `first` on."""
+    width, count = SLOTS, tirx.min(int64(SLOTS), one.chunks)
+    if not one.in_rounds:
+        chunks = -(-int(one.cols) // CHUNK)
+        width, count = min(SLOTS, 1 << (chunks - 1).bit_length()), int64(chunks)
+    code = _SLOT_SUM.replace("WIDTH", str(width)).replace("SLOTS", str(SLOTS))
     place = tirx.address_of(tirx.BufferLoad(sums, [int64(first)]))
-    return _float_call(f"qknorm_slot_sum_{count}", place, code=code.replace("SLOTS", str(SLOTS)))
+    return _float_call(f"qknorm_slot_sum_{width}", place, tirx.Cast("int32", count), code=code)
 
 
 # ---- the declaration's statements --------------------------------------------------------------
@@ -150,14 +164,17 @@ def _statement(block: SBlock, values: Sequence[Any], uses: Sequence[_Use]) -> ti
 
 @dataclasses.dataclass
 class _Operand:
-    """Q or K, and the warps that go through its rows."""
+    """Q or K, and the warps that go through its rows.
+
+    In rounds it is known when the kernel runs how many warps that is.
+    """
 
     tag: str
     x: tirx.Buffer
-    warps: int
+    warps: Any
     parts: int
     in_rounds: bool
-    first_thread: int = 0
+    first_thread: Any = 0
     first_sum: int = 0
 
     @property
@@ -165,14 +182,19 @@ class _Operand:
         return self.x.shape[1]
 
     @property
-    def sums(self) -> int:
-        """How many sums its warps leave in shared memory for a row."""
-        return SLOTS if self.in_rounds else -(-int(self.cols) // CHUNK)
+    def chunks(self) -> tirx.Expr:
+        """Chunks of a row, the last of them perhaps not whole."""
+        return tirx.floordiv(self.cols + (CHUNK - 1), int64(CHUNK))
+
+    @property
+    def step(self) -> Any:
+        """How many chunks its warps hold at a time."""
+        return self.warps * self.parts
 
     @property
     def room(self) -> int:
         """How many sums of a row there is room for: no warp has to test whether it has a chunk."""
-        return SLOTS if self.in_rounds else self.warps * self.parts
+        return SLOTS if self.in_rounds else self.step
 
 
 def _operands(params: dict[str, Any], wanted: int) -> list[_Operand]:
@@ -189,10 +211,20 @@ def _operands(params: dict[str, Any], wanted: int) -> list[_Operand]:
             )
             break
     else:
-        q, k = (_Operand(tag, x, _ROUND_WARPS, 1, True) for tag, x in zip("qk", xs, strict=True))
+        parts = min(wanted, _MAX_PARTS)
+        # A variable, or every index would have all that it is computed from in it.
+        k_warps = tirx.Var("k_warps", "int64")
+        q = _Operand("q", xs[0], _ROUND_WARPS - k_warps, parts, True)
+        k = _Operand("k", xs[1], k_warps, parts, True)
     k.first_thread = q.warps * WARP
     k.first_sum = q.room
     return [q, k]
+
+
+def _rounds(count: tirx.Expr, step: Any) -> tirx.Expr:
+    """Return how many steps make a count of chunks, or of slots, which 32 bits hold."""
+    short = [tirx.Cast("int32", one) for one in (count + (step - 1), step)]
+    return tirx.Cast("int64", tirx.truncdiv(*short))
 
 
 def _unrolled(extents: Sequence[int], body: Callable[..., tirx.Stmt]) -> tirx.Stmt:
@@ -234,7 +266,10 @@ class _Thread:
         self.streaming = bool(config["streaming_stores"])
         self.operands = _operands(self.params, int(config["columns"]))
         self.parts = self.operands[0].parts
-        self.threads = WARP * sum(one.warps for one in self.operands)
+        in_rounds = self.operands[0].in_rounds
+        self.threads = WARP * (
+            _ROUND_WARPS if in_rounds else sum(one.warps for one in self.operands)
+        )
         self.thread, self.tile = tirx.Var("thread", "int64"), tirx.Var("tile", "int64")
         self.total_rows = self.params["q"].shape[0]
         self._check()
@@ -312,10 +347,8 @@ class _Thread:
         return [] if self.rows == 1 else [self._row(row) < self.total_rows]
 
     def _column_is_there(self, one: _Operand, column: tirx.Expr) -> list[tirx.Expr]:
-        whole = isinstance(one.cols, tirx.IntImm) and int(one.cols) == (
-            one.warps * one.parts * CHUNK
-        )
-        return [] if whole and not one.in_rounds else [column < one.cols]
+        whole = not one.in_rounds and int(one.cols) == one.step * CHUNK
+        return [] if whole else [column < one.cols]
 
     def _held(self, body: Callable[..., tirx.Stmt]) -> tirx.Stmt:
         """Do something with each vector that the thread holds."""
@@ -330,11 +363,8 @@ class _Thread:
         `source` is in global memory with `leading` indices; it is written where `to` is an output's
         registers.
         """
-        # Without a promise on addresses there is none on columns either: one by one.
-        lanes = min(VECTOR, aligned_elements(source)) if self._aligned(one) else 1
+        aligned, step = self._aligned(one), self._step(one)
         writes = self.normalises and to.same_as(self.out)
-
-        step = self._step(one)
 
         def copy(offset: tirx.Expr) -> tirx.Stmt:
             inner, outer = [*place, offset], [*leading, column + offset * step]
@@ -342,14 +372,20 @@ class _Thread:
                 return tirx.BufferStore(source, tirx.BufferLoad(to, inner), outer)
             return tirx.BufferStore(to, tirx.BufferLoad(source, outer), inner)
 
-        if lanes == 1:
-            return _unrolled(
-                [VECTOR],
-                lambda e: _if(
-                    [*conditions, *self._column_is_there(one, column + e * step)], copy(e)
-                ),
-            )
-        lane = tirx.Var("lane", "int64")
+        def element(e: tirx.Expr) -> tirx.Stmt:
+            there = self._column_is_there(one, column + e * step)
+            if not aligned:
+                return _if([*conditions, *there], copy(e))
+            if not to.same_as(self.x):
+                return _if(there, copy(e))
+            # Part of a vector, all of which is added.
+            zero = tirx.Cast(str(to.dtype), tirx.FloatImm("float32", 0.0))
+            none = tirx.BufferStore(to, zero, [*place, e])
+            return tirx.IfThenElse(tirx.all(*there), copy(e), none)
+
+        if not aligned:
+            return _unrolled([VECTOR], element)
+        lane, lanes = tirx.Var("lane", "int64"), min(VECTOR, aligned_elements(source))
 
         def access(first: tirx.Expr) -> tirx.Stmt:
             return tirx.For(
@@ -359,16 +395,24 @@ class _Thread:
         stmt = _unrolled([VECTOR // lanes], access) if lanes < VECTOR else access(int64(0))
         if writes:
             stmt = lowering_cuda.vector_stores(stmt, self.streaming)
+        if not isinstance(one.cols, tirx.IntImm):
+            rest = _unrolled([VECTOR], element)
+            stmt = tirx.IfThenElse(column + VECTOR <= one.cols, stmt, rest)
         return _if([*conditions, *self._column_is_there(one, column)], stmt)
 
     def _aligned(self, one: _Operand) -> bool:
-        return aligned_elements(one.x) > 1 and int(one.cols) % VECTOR == 0
+        """Whether vectors are accessed as such: all of them, or all but the last of a row."""
+        whole = not isinstance(one.cols, tirx.IntImm) or int(one.cols) % VECTOR == 0
+        return aligned_elements(one.x) > 1 and whole
 
     # What is done.
 
-    def _load_x(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+    def _load_x(self, one: _Operand, first: tirx.Expr, slot: tirx.Expr | None = None) -> tirx.Stmt:
         def load(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
-            column, there = self._column(one, j, first), self._row_is_there(i)
+            there = self._row_is_there(i)
+            if slot is not None:
+                there = [*there, self._chunk(one, j, slot) < SLOTS]
+            column = self._column(one, j, first)
             return self._copy(one, one.x, [self._row(i)], self.x, [i, j], column, there)
 
         return self._held(load)
@@ -383,15 +427,18 @@ class _Thread:
         )  # fmt: skip
 
     def load(self, one: _Operand) -> tirx.Stmt:
-        """Read what the thread holds; nothing where it goes through its chunks one by one."""
-        if one.in_rounds:
-            return tirx.Evaluate(0)
-        loads = [self._load_x(one, int64(0))]
+        """Read what the thread holds; in rounds, gamma alone, where it holds a row's."""
+        stmts = [] if one.in_rounds else [self._load_x(one, int64(0))]
         if self.normalises:
-            loads.append(self._load_gamma(one, int64(0)))
-        return tirx.SeqStmt(loads) if len(loads) > 1 else loads[0]
+            gamma = self._load_gamma(one, int64(0))
+            stmts.append(_if([one.chunks <= one.step] if one.in_rounds else [], gamma))
+        if not stmts:
+            return tirx.Evaluate(0)
+        return tirx.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
 
-    def _add_squares(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+    def _add_squares(
+        self, one: _Operand, first: tirx.Expr, slot: tirx.Expr | None = None
+    ) -> tirx.Stmt:
         block = self.blocks[f"vector_{one.tag}"]
         partial = block.writes[0].source
         aligned = self._aligned(one)
@@ -408,6 +455,8 @@ class _Thread:
 
             zero = tirx.BufferStore(self.sums, tirx.FloatImm("float32", 0.0), [i, j])
             there = self._column_is_there(one, column) if aligned else []
+            if slot is not None:
+                there = [*there, chunk - first + slot < SLOTS]
             add = _if([*there, *self._row_is_there(i)], _unrolled([VECTOR], square))
             return tirx.SeqStmt([zero, *([] if aligned else [self._hand_on(i, j)]), add])
 
@@ -443,8 +492,10 @@ class _Thread:
         """Leave a warp's sums in shared memory."""
 
         def share(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
-            place = i * self.room + one.first_sum + self._chunk(one, j, first)
-            return tirx.BufferStore(self.shared, tirx.BufferLoad(self.slots, [i, j]), [place])
+            chunk = self._chunk(one, j, first)
+            place = i * self.room + one.first_sum + chunk
+            store = tirx.BufferStore(self.shared, tirx.BufferLoad(self.slots, [i, j]), [place])
+            return _if([chunk < SLOTS] if one.in_rounds else [], store)
 
         return tirx.IfThenElse(tirx.EQ(self._lane(), int64(0)), self._held(share), None)
 
@@ -454,26 +505,26 @@ class _Thread:
             sums = [self._add_squares(one, int64(0)), self._add_warps(to_slots=False)]
             return tirx.SeqStmt([*sums, self._share(one, int64(0))])
         group, turn = tirx.Var("group", "int64"), tirx.Var("turn", "int64")
-        slot, none = group * one.warps, int64(0)
+        slot, none = group * one.step, int64(0)
         first = turn * SLOTS + slot
-        steps = [self._load_x(one, first), self._add_squares(one, first)]
-        chunk = tirx.SeqStmt([*steps, self._add_warps(to_slots=True)])
+        steps = [self._load_x(one, first, slot), self._add_squares(one, first, slot)]
+        chunks = tirx.SeqStmt([*steps, self._add_warps(to_slots=True)])
         # All threads of a warp, or none: its sums are shuffles.
-        chunk = tirx.IfThenElse(self._chunk(one, none, first) * CHUNK < one.cols, chunk, None)
+        chunks = tirx.IfThenElse(self._chunk(one, none, first) * CHUNK < one.cols, chunks, None)
         turns = tirx.floordiv(one.cols + (CHUNK * SLOTS - 1), int64(CHUNK * SLOTS))
         zero = tirx.FloatImm("float32", 0.0)
         body = tirx.SeqStmt(
             [
                 self._held(lambda i, j: tirx.BufferStore(self.slots, zero, [i, j])),
-                _serial(turn, turns, chunk),
+                _serial(turn, turns, chunks),
                 self._share(one, slot),
             ]
         )
-        return _serial(group, int64(SLOTS // one.warps), body)
+        return _serial(group, _rounds(tirx.min(int64(SLOTS), one.chunks), one.step), body)
 
     def _total(self, one: _Operand, row: int) -> tirx.Stmt:
         first = row * self.room + one.first_sum
-        value = _slot_sum(self.shared, first, one.sums)
+        value = _slot_sum(self.shared, first, one)
         return tirx.BufferStore(self.row_sums, value, [int64(row)])
 
     def _mean(self, one: _Operand, row: int) -> tirx.Stmt:
@@ -498,7 +549,8 @@ class _Thread:
             there = self._row_is_there(int64(row))
             write = _if([tirx.EQ(self._lane(), int64(0)), *there], self._mean(one, row))
             both = tirx.SeqStmt([self._total(one, row), write])
-            stmts.append(_if([tirx.EQ(self._warp(one), int64(row % one.warps))], both))
+            warp = 0 if one.in_rounds else row % one.warps
+            stmts.append(_if([tirx.EQ(self._warp(one), int64(warp))], both))
         return tirx.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
 
     def normalise(self, one: _Operand) -> tirx.Stmt:
@@ -533,11 +585,24 @@ class _Thread:
         if not one.in_rounds:
             return tirx.SeqStmt([*stmts, *write(int64(0))])
         turn = tirx.Var("turn", "int64")
-        first = turn * one.warps
-        again = [self._load_x(one, first), self._load_gamma(one, first), *write(first)]
-        columns = one.warps * CHUNK
-        turns = tirx.floordiv(one.cols + (columns - 1), int64(columns))
-        return tirx.SeqStmt([*stmts, _serial(turn, turns, tirx.SeqStmt(again))])
+        first = turn * one.step
+        again = tirx.SeqStmt([self._load_x(one, first), self._load_gamma(one, first)])
+        # A row that the warps hold at once is still there.
+        again = tirx.IfThenElse(one.chunks > one.step, again, None)
+        body = tirx.SeqStmt([again, *write(first)])
+        return tirx.SeqStmt([*stmts, _serial(turn, _rounds(one.chunks, one.step), body)])
+
+    def deal_out_warps(self) -> list[tirx.Stmt]:
+        """Say how many warps each operand has, where that depends on the columns of a call."""
+        q, k = self.operands
+        if not q.in_rounds:
+            return []
+        code = _WARPS_OF_K.replace("WARPS", str(_ROUND_WARPS))
+        source = f"__device__ __forceinline__ int64_t qknorm_warps_of_k{code}"
+        warps = cuda_func_call(
+            "qknorm_warps_of_k", q.chunks, k.chunks, source_code=source, return_type="int64"
+        )
+        return [tirx.Bind(k.warps, warps)]
 
     def for_both(self, what: Callable[[_Operand], tirx.Stmt]) -> tirx.Stmt:
         """Do something in the threads of Q and in those of K."""
@@ -573,6 +638,7 @@ def join_rows(func: tirx.PrimFunc) -> tirx.PrimFunc:
     dependency = lowering_cuda.grid_dependency
     barrier = tirx.Evaluate(tirx.call_intrin("", "tirx.tvm_storage_sync", "shared"))
     body: list[tirx.Stmt] = [tirx.AllocBuffer(buffer) for buffer in it.buffers]
+    body += it.deal_out_warps()
     if launch == "first":
         body.append(dependency("launch_dependents"))
     if launch != "off":

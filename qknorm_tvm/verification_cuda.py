@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from . import reference
 from .inputs import Activations
-from .layouts import Placed
+from .layouts import PADDED, Placed
 from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch
 from .runtime import Module
@@ -90,7 +90,15 @@ def torch_outputs(
 
 
 def cuda_cases(module: Module, spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
-    """Generate the CPU's cases for a spec, and the rows at which the module changes kernels."""
+    """Generate the CPU's cases for a spec, and the rows at which the module changes kernels.
+
+    Each in rows that start at whole vectors too, whatever their columns.
+    """
+    for case in _cases(module, spec, thorough):
+        yield dataclasses.replace(case, layouts=(*case.layouts, PADDED))
+
+
+def _cases(module: Module, spec: KernelSpec, thorough: bool) -> Iterator[Case]:
     for case in cases_for(spec, thorough=thorough):
         yield of_operation(spec, case)
     q_cols, k_cols = spec.q_cols or 1537, spec.k_cols or 257

@@ -19,7 +19,7 @@ from qknorm_tvm import KernelSpec, build_cuda, reference
 from qknorm_tvm import declaration_statistics as declared
 from qknorm_tvm.declaration import declare
 from qknorm_tvm.inputs import Activations, generate
-from qknorm_tvm.layouts import Placed, layouts_for
+from qknorm_tvm.layouts import PADDED, Placed, layouts_for
 from qknorm_tvm.reference import NUMPY_DTYPES
 from qknorm_tvm.schedules.cuda_config import CudaConfig, CudaVariant, default_variants
 from qknorm_tvm.verification import shape_case
@@ -103,7 +103,7 @@ def _check(spec: KernelSpec, variant: CudaVariant, cases: list[Activations]) -> 
             a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, spec.out_dtype,
             cast_before_gamma=spec.cast_before_gamma,
         )  # fmt: skip
-        for layout in layouts_for(spec.in_dtype, spec.out_dtype):
+        for layout in (*layouts_for(spec.in_dtype, spec.out_dtype), PADDED):
             placed = Placed(a, spec.out_dtype, layout, by_element=True)
             b = placed.activations
             if spec.op == STATISTICS:

@@ -8,8 +8,12 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
 #include <vector>
+
+using std::max;
+using std::min;
 
 #define __global__
 #define __device__
@@ -52,6 +56,8 @@ struct nv_bfloat16 {
   }
 };
 
+static inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
+static inline half __float2half_rn(float x) { return (half)x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 /* For the stores that the kernels spell in PTX. */
