@@ -2,98 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import cuda_code
 import pytest
+from cuda_code import MODULES, SM_90, Built, disassembled, kernels_of, needs_nvcc, used
 
 from qknorm_tvm import BuildError, KernelSpec, build_cuda, compile
 from qknorm_tvm.module_file import read_metadata
 from qknorm_tvm.schedules.cuda_config import CudaConfig, default_variants
 
-SM_90 = "cuda:sm_90"
-SPECS = tuple(
-    KernelSpec(in_dtype=a, out_dtype=b, q_cols=q, k_cols=k, target=SM_90)
-    for a, b, q, k in (
-        ("bfloat16", "bfloat16", 1536, 256),
-        ("bfloat16", "bfloat16", 6144, 1024),
-        ("float16", "float16", 256, 64),
-        ("float32", "float32", 1536, 256),
-        ("bfloat16", "float32", 1536, 256),
-        ("bfloat16", "bfloat16", 1537, 257),
-    )
-)
-
-
-def _needs_nvcc() -> None:
-    try:
-        build_cuda.find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@dataclasses.dataclass
-class Built:
-    """A module, the source it was made of, and nvcc's command line for that."""
-
-    path: Path
-    source: Path
-    command: list[str]
-
-    def device_code(self, kind: str, arch: str) -> tuple[str, str]:
-        """Compile the source once more as the product does, to ``ptx`` or ``cubin``."""
-        dropped = ("-c", "-gencode", "-Xfatbin", "--compress", "-o", "-L")
-        words = [word for word in self.command if not word.startswith(dropped)]
-        words = [word for word in words if not word.endswith(".o")]
-        out = self.source.with_suffix(f".{arch}.{kind}")
-        words += [f"-{kind}", f"-arch={arch}", "-o", str(out)]
-        words += ["-Xptxas=-v"] if kind == "cubin" else []
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        return (out.read_text() if kind == "ptx" else str(out)), done.stderr
+SPECS = MODULES["apply"]
 
 
 @pytest.fixture(scope="module")
 def built() -> Built:
-    _needs_nvcc()
-    commands: list[list[str]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        run = build_cuda.run_compiler
-
-        def record(command: list[str], doing: str) -> None:
-            commands.append(command)
-            run(command, doing)
-
-        patch.setattr(build_cuda, "run_compiler", record)
-        compiled = compile(list(SPECS))
-    command = next(one for one in commands if "-c" in one)
-    found = Built(compiled.path, compiled.path.parent / "module.cu", command)
-    found.keep = compiled  # type: ignore[attr-defined]  # its folder goes with it
-    return found
+    return cuda_code.built("apply")
 
 
 @pytest.fixture(scope="module")
 def kernels(built: Built) -> dict[str, str]:
-    """PTX for sm_90, by kernel."""
-    text, _ = built.device_code("ptx", "sm_90")
-    parts = re.split(r"^\.visible \.entry (\w+)\(", text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    return built.ptx()
 
 
 def _kernel_names() -> dict[str, bool]:
     """Return the kernels that there must be, and whether each may rely on alignment."""
-    found = {}
-    for index, spec in enumerate(SPECS):
-        seen = set()
-        for variant in default_variants(spec, None):
-            key = (variant.config, variant.stride_unit, variant.alignment)
-            if key not in seen:
-                found[f"qkn_cuda_{index}_{variant.name}_kernel"] = variant.alignment is not None
-            seen.add(key)
-    return found
+    found = kernels_of("apply")
+    return {name: variant.alignment is not None for name, (_, variant) in found.items()}
 
 
 def test_one_kernel_a_variant(kernels: dict[str, str]) -> None:
@@ -118,7 +56,7 @@ def test_no_flush_to_zero_and_no_fast_math(built: Built, kernels: dict[str, str]
 
 
 def test_reproducible_code_divides_and_takes_roots_correctly_rounded() -> None:
-    _needs_nvcc()
+    needs_nvcc()
     compiled = compile(SPECS[0].replace(reproducible=True))
     with pytest.MonkeyPatch.context():
         source = compiled.path.parent / "module.cu"
@@ -169,7 +107,7 @@ def test_inputs_are_read_coherently(kernels: dict[str, str]) -> None:
 
 def test_older_gpus_get_no_dependent_launch(built: Built) -> None:
     """Instructions that ptxas refuses below sm_90."""
-    text, _ = built.device_code("ptx", "sm_80")
+    text = built.device_code("ptx", "sm_80")[0].read_text()
     assert "griddepcontrol" not in text
     assert text.count(".visible .entry") == len(_kernel_names())
 
@@ -177,33 +115,17 @@ def test_older_gpus_get_no_dependent_launch(built: Built) -> None:
 def test_no_local_memory_and_few_registers(built: Built) -> None:
     """Arrays that went to memory; so many registers that few blocks fit a multiprocessor."""
     _, log = built.device_code("cubin", "sm_90")
-    functions = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        log,
-        re.DOTALL,
-    )
-    assert {name for name, *_ in functions} == set(_kernel_names())
-    for name, stack, stores, loads, registers in functions:
-        assert (stack, stores, loads) == ("0", "0", "0"), name
-        assert int(registers) <= 64, (name, registers)
+    found = used(log)
+    assert set(found) == set(_kernel_names())
+    for name, kernel in found.items():
+        assert kernel.local_memory == 0, name
+        assert kernel.registers <= 64, (name, kernel.registers)
         assert "barriers" not in log or "used 0 barriers" in log
-
-
-def _disassembler() -> str:
-    given = shutil.which("nvdisasm") or os.environ.get("NVDISASM")
-    if not given:
-        pytest.skip("reads machine code with nvdisasm, which is not installed")
-    return given
 
 
 def test_machine_code(built: Built) -> None:
     """What ptxas may undo: wide accesses, the place of the wait, registers instead of memory."""
-    tool = _disassembler()
-    path, _ = built.device_code("cubin", "sm_90")
-    text = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^\.text\.(\w+):", text, flags=re.MULTILINE)
-    found = dict(zip(parts[1::2], parts[2::2], strict=True))
+    found = disassembled(built.device_code("cubin", "sm_90")[0])
     assert set(found) == set(_kernel_names())
     for name, aligned in _kernel_names().items():
         code = found[name]
@@ -218,7 +140,7 @@ def test_machine_code(built: Built) -> None:
 
 def test_a_compile_error_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that holds source instead of machine code, and fails where it is used."""
-    _needs_nvcc()
+    needs_nvcc()
     source = build_cuda.cuda_source
     monkeypatch.setattr(
         build_cuda, "cuda_source", lambda functions: source(functions) + "\nint broken = ;\n"
@@ -264,7 +186,7 @@ def test_file_needs_tvm_ffi_and_the_system_only(built: Built) -> None:
 
     # tvm-ffi's headers name themselves in the messages of their checks.
     include = Path(ffi.find_include_path())
-    for path in (Path(__file__).parent.parent, Path.home(), built.path.parent, include):
+    for path in (Path(__file__).parent.parent, Path.home(), built.built_in, include):
         assert str(path).encode() + b"/" not in data
 
 
@@ -274,7 +196,7 @@ def test_size(built: Built) -> None:
 
 
 def test_metadata_and_architectures() -> None:
-    _needs_nvcc()
+    needs_nvcc()
     spec = KernelSpec(q_cols=64, k_cols=32, target="cuda:sm_90,sm_80")
     assert spec.target == "cuda:sm_80,sm_90"
     metadata = read_metadata(compile(spec).path)
@@ -288,7 +210,7 @@ def test_metadata_and_architectures() -> None:
 
 
 def test_export_takes_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _needs_nvcc()
+    needs_nvcc()
     from qknorm_tvm.cli import main
 
     out = tmp_path / "qk.so"
