@@ -14,17 +14,27 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import faulthandler
+import functools
 import math
 import mmap
 import os
 import secrets
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_mistakes
 import numpy as np
 import pytest
+from fuzz_cases import (
+    EPSILONS,
+    REFUSED,
+    SPECIAL,
+    SPECIAL_INPUTS,
+    Elsewhere,
+    Kind,
+    draw_case,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
@@ -34,8 +44,6 @@ from support import (
     LEVELS,
     NAMES,
     PAIRINGS,
-    SPECIAL_GAMMAS,
-    SPECIAL_VARIANCES,
     RawTensor,
     compiled,
     from_torch,
@@ -63,236 +71,48 @@ KINDS = (
     ("float16", "float32", 7, 16),
     ("float32", "bfloat16", 16, 33),
 )
-_BYTES = 1 << 14
 #: Of `KINDS`, the input that is rounded before gamma in half of the calls.
 _CASTS = "bfloat16"
 
-_SPECIAL = {"gamma_q": SPECIAL_GAMMAS, "gamma_k": SPECIAL_GAMMAS, "qk_var": SPECIAL_VARIANCES}
-_SPECIAL_INPUTS = np.array(
-    [0, -0.0, 1e-45, 6e-8, 1e-20, 65504, 1.8e19, 2e19, -3.3e38, np.inf, -np.inf, np.nan], np.float32
-)
-_EPSILONS = [1e-6] * 8 + [0.0, -0.0, 1, -1e-6, 1e-45, 1e300, math.inf, -math.inf, math.nan]
 _API_ORDER = ("q", "k", "qk_var", "gamma_q", "gamma_k")
 #: Whether squares are added by a fused multiply-add in what the API compiles here.
 _HOST_FUSES = "fma" in host_features()
-_REFUSED = r"^(q|k|gamma_|qk_var|epsilon)\w* must "
 
 
-class _Elsewhere(RawTensor):
-    """A tensor that says it is on another device, for whoever asks by DLPack."""
+class _FromHypothesis:
+    """Choices that hypothesis makes, and makes simpler where a test fails."""
 
-    def __init__(self, array: np.ndarray, **given: Any):
-        super().__init__(array, **given)
-        self.dtype, self.shape = array.dtype, array.shape
+    def __init__(self, data: st.DataObject):
+        self._data = data
 
+    def one_of(self, options: Any, what: str) -> Any:
+        return self._data.draw(st.sampled_from(options), what)
 
-@dataclasses.dataclass
-class Region:
-    """Where one argument lies in the buffer, in bytes."""
-
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    item: int
-
-    def bytes(self) -> np.ndarray:
-        """Return every byte that it covers; the oracle of overlap."""
-        places = np.array([self.start])
-        for extent, stride in zip(self.shape, self.strides, strict=True):
-            places = (places[:, None] + stride * np.arange(extent)).ravel()
-        return (places[:, None] + np.arange(self.item)).ravel()
-
-    def fits(self) -> bool:
-        covered = self.bytes()
-        return not covered.size or (covered.min() >= 0 and covered.max() < _BYTES)
-
-
-@st.composite
-def regions(draw: st.DrawFn, shape: tuple[int, ...], item: int) -> Region:
-    """Draw a layout, legal more often than not."""
-    cols = shape[-1]
-    step = draw(st.sampled_from([1] * 12 + [2, -1, 0]))
-    strides: tuple[int, ...] = (step * item,)
-    if len(shape) == 2:
-        row = draw(st.sampled_from([cols] * 3 + [64, 64, 64, 40, 0, -cols, cols - 1, cols + 3]))
-        strides = (row * item, step * item)
-    block = draw(st.integers(0, 9)) * 1536
-    start = block + draw(st.sampled_from([0, 0, 0, 1, 2, 4, 32, 66, 128, 1000]))
-    region = Region(start, shape, strides, item)
-    low = min(0, *(s * (n - 1) for s, n in zip(strides, shape, strict=True)), 0) if shape[0] else 0
-    region.start -= min(low, 0)
-    return region
-
-
-def _wanted_shapes(rows: int, q_cols: int, k_cols: int) -> dict[str, tuple[int, ...]]:
-    return {
-        "q_out": (rows, q_cols),
-        "k_out": (rows, k_cols),
-        "gamma_q": (q_cols,),
-        "gamma_k": (k_cols,),
-        "qk_var": (rows, 2),
-        "q": (rows, q_cols),
-        "k": (rows, k_cols),
-    }
-
-
-def _expected(
-    op: Operation,
-    tensors: dict[str, np.ndarray],
-    epsilon: float,
-    *,
-    cast_before_gamma: bool = False,
-    fused: bool = True,
-) -> dict[str, np.ndarray]:
-    """Compute what the outputs must be; before the call, which may be in place."""
-    q, k = (tensors[name].copy() for name in ("q", "k"))
-    if "qk_var" in op.tensors and op.normalises:
-        qk_var = tensors["qk_var"].copy()
-    else:
-        qk_var = reference.row_mean_of_squares_qk(q, k, fused=fused)
-    if not op.normalises:
-        return {"qk_var": qk_var}
-    gamma_q, gamma_k = (tensors[name].copy() for name in ("gamma_q", "gamma_k"))
-    out_dtype = tensors["q_out"].dtype.name
-    outputs = reference.apply_qk_rms_norm(
-        q, k, qk_var, gamma_q, gamma_k, epsilon, out_dtype, cast_before_gamma=cast_before_gamma
-    )
-    return dict(zip(op.outputs, outputs, strict=True))
-
-
-def _legal(
-    op: Operation, found: dict[str, Region], dtypes: dict[str, str], wanted: dict[str, Any]
-) -> bool:
-    """Say what the documentation says, byte by byte."""
-    rows = found["q"].shape[0]
-    for name, region in found.items():
-        kind = "float32" if name in ("gamma_q", "gamma_k", "qk_var") else None
-        same = {"k": "q", "k_out": "q_out"}.get(name)
-        if (kind and dtypes[name] != kind) or (same and dtypes[name] != dtypes[same]):
-            return False
-        if region.shape != wanted[name]:
-            return False
-        if rows == 0 and len(region.shape) == 2:
-            continue
-        if region.shape[-1] > 1 and region.strides[-1] != region.item:
-            return False
-        if len(region.shape) == 2 and rows > 1:
-            if region.strides[0] < 0:
-                return False
-            if name in op.outputs and region.strides[0] < region.shape[1] * region.item:
-                return False
-    if rows == 0:
-        return True
-    covered = {name: set(region.bytes().tolist()) for name, region in found.items()}
-    if op.normalises and covered["q_out"] & covered["k_out"]:
-        return False
-    for out in op.outputs:
-        for name in op.tensors:
-            if name in op.outputs:
-                continue
-            own = name == out.removesuffix("_out")
-            a, b = found[out], found[name]
-            in_place = (
-                a.start == b.start
-                and a.item == b.item
-                and (rows == 1 or a.strides[0] == b.strides[0])
-            )
-            if covered[out] & covered[name] and not (own and in_place):
-                return False
-    return True
+    def integer(self, low: int, high: int, what: str) -> int:
+        return self._data.draw(st.integers(low, high), what)
 
 
 @settings(max_examples=_CASES, derandomize=_GIVEN is None)
 @given(data=st.data())
 def test_exact_or_refused(data: st.DataObject) -> None:
     """Any layout in one buffer: a wrong bit, a byte written beside an output, or by a refusal."""
-    op = data.draw(st.sampled_from(list(OPERATIONS.values())), "operation")
-    in_dtype, out_dtype, q_cols, k_cols = data.draw(st.sampled_from(KINDS), "kind")
-    casts = op.normalises and in_dtype == _CASTS
-    cast_before_gamma = casts and data.draw(st.booleans(), "cast_before_gamma")
-    rows = data.draw(st.sampled_from([0, 1, 2, 3, 4, 5, 9]), "rows")
-    every = _wanted_shapes(rows, q_cols, k_cols)
-    wanted = {name: every[name] for name in op.tensors}
-    dtypes = dict.fromkeys(NAMES, "float32")
-    dtypes |= dict.fromkeys(("q", "k"), in_dtype) | dict.fromkeys(("q_out", "k_out"), out_dtype)
-    shapes = dict(wanted)
-    mistake = data.draw(
-        st.sampled_from([None] * 12 + ["dtype", "shape", "rank", "device"]), "mistake"
-    )
-    # Not q or q_out alone: that would only ask for another module.
-    victims = [name for name in op.tensors if name not in ("q", "q_out")]
-    victim = data.draw(st.sampled_from(victims), "victim")
-    if mistake == "dtype":
-        dtypes[victim] = data.draw(st.sampled_from(DTYPES), "dtype")
-    elif mistake == "shape":
-        shape = list(shapes[victim])
-        axis = data.draw(st.integers(0, len(shape) - 1), "axis")
-        if not (victim == "k" and axis == 1):
-            shape[axis] = max(0, shape[axis] + data.draw(st.sampled_from([-1, 1]), "by"))
-        shapes[victim] = tuple(shape)
-    elif mistake == "rank":
-        shapes[victim] = (1, *shapes[victim])[:2] if victim.startswith("gamma") else (1,)
-    place = data.draw(st.sampled_from(["apart", "apart", "anywhere", "fused"]), "places")
-    found: dict[str, Region] = {}
-    fused = 0
-    for index, name in enumerate(op.tensors):
-        item = reference.NUMPY_DTYPES[dtypes[name]].itemsize
-        region = data.draw(regions(shapes[name], item), name)
-        if place == "apart":  # no chance of overlap, so that many calls are legal
-            region.start = region.start % 1536 + index * 2200
-        elif place == "fused" and len(shapes[name]) == 2:
-            region.start, region.strides = fused, (700, item)
-            fused += shapes[name][1] * item + data.draw(st.sampled_from([0, 0, 0, 2, -2]), "gap")
-        if f"{name}_out" in found and data.draw(st.integers(0, 5), "in place") == 0:
-            out = found[f"{name}_out"]
-            if out.shape == shapes[name] and out.item == item:
-                region = dataclasses.replace(out)
-        if not region.fits():
-            region = Region(index * 2200, shapes[name], (0,) * len(shapes[name]), item)
-            if len(shapes[name]) == 2:
-                region.strides = (shapes[name][1] * item, item)
-            else:
-                region.strides = (item,)
-        found[name] = region
-    seed = data.draw(st.integers(0, 1 << 16), "seed")
-    rng = np.random.default_rng(seed)
-    memory = rng.integers(0, 256, _BYTES, dtype=np.uint8)
-    arrays: dict[str, np.ndarray] = {}
-    for name, region in found.items():
-        view = np.ndarray(
-            region.shape,
-            reference.NUMPY_DTYPES[dtypes[name]],
-            memory,
-            region.start,
-            region.strides,
-        )
-        if name not in op.outputs:
-            view[...] = random_values(rng, region.shape, dtypes[name])
-        if name in _SPECIAL and name not in op.outputs and dtypes[name] == "float32":
-            special = rng.random(region.shape) < 0.2
-            view[special] = rng.choice(_SPECIAL[name], int(special.sum()))
-        arrays[name] = view
-    epsilon = data.draw(st.sampled_from(_EPSILONS), "epsilon")
-    use_torch = data.draw(st.booleans(), "torch") and all(
-        stride >= 0 and stride % region.item == 0 and region.start % region.item == 0
-        for region in found.values()
-        for stride in region.strides
-    )
-    legal = _legal(op, found, dtypes, wanted) and mistake != "device"
-    legal = legal and not (op.has_epsilon and math.isnan(epsilon))
-    expected = None
-    if legal:
-        expected = _expected(
-            op, arrays, epsilon, cast_before_gamma=cast_before_gamma, fused=_HOST_FUSES
-        )
+    choices = _FromHypothesis(data)
+    op = choices.one_of(list(OPERATIONS.values()), "operation")
+    in_dtype, out_dtype, q_cols, k_cols = choices.one_of(KINDS, "kind")
+    cast = op.normalises and in_dtype == _CASTS and choices.one_of([False, True], "cast")
+    kind = Kind(op, in_dtype, out_dtype, q_cols, k_cols, cast)
+    case = draw_case(choices, kind, choices.one_of([0, 1, 2, 3, 4, 5, 9], "rows"))
+    memory, arrays = case.fill()
     before = memory.copy()
     arguments: dict[str, Any] = dict(arrays)
+    plain = all(one.is_plain() for one in case.regions.values())
+    use_torch = plain and choices.one_of([False, True], "torch")
     if use_torch:
         pytest.importorskip("torch", reason="half of the calls pass torch tensors")
         arguments = {name: to_torch(array) for name, array in arrays.items()}
-    if mistake == "device":
-        device = data.draw(st.sampled_from([(2, 0), (10, 1), (8, 0), (13, 0)]), "device")
-        arguments[victim] = _Elsewhere(arrays[victim], device=device)
+    if case.mistake == "device":
+        device = choices.one_of([(2, 0), (10, 1), (8, 0), (13, 0)], "device")
+        arguments[case.victim] = Elsewhere(arrays[case.victim], device=device)
 
     def call() -> tuple[Any, ...]:
         inputs = [arguments[name] for name in _API_ORDER if name in op.tensors[len(op.outputs) :]]
@@ -300,24 +120,23 @@ def test_exact_or_refused(data: st.DataObject) -> None:
             return (qknorm_tvm.row_mean_of_squares_qk(*inputs, qk_var_out=arguments["qk_var"]),)
         return getattr(qknorm_tvm, op.name)(
             *inputs,
-            epsilon,
+            case.epsilon,
             q_out=arguments["q_out"],
             k_out=arguments["k_out"],
-            cast_before_gamma=cast_before_gamma,
+            cast_before_gamma=cast,
         )
 
-    if expected is None:
-        with pytest.raises((TypeError, ValueError), match=_REFUSED):
+    if not case.is_legal():
+        with pytest.raises((TypeError, ValueError), match=REFUSED):
             call()
         assert (memory == before).all(), "a refused call wrote"
         return
+    statistics = functools.partial(reference.row_mean_of_squares_qk, fused=_HOST_FUSES)
+    expected = kind.expected(arrays, case.epsilon, statistics=statistics)
     outputs = [one if not use_torch else from_torch(one) for one in call()]
     for got, want in zip(outputs, expected.values(), strict=True):
         assert reference.differing(got, want) == 0
-    written = np.zeros(_BYTES, bool)
-    for name in op.outputs:
-        written[found[name].bytes()] = True
-    assert (memory[~written] == before[~written]).all(), "a byte beside the outputs was written"
+    case.check_written(before, memory, expected)
 
 
 # ---- the entry point, between pages that nobody may touch --------------------------------------
@@ -362,26 +181,6 @@ class Placed:
     def window(self) -> slice:
         """Return the bytes around it that are painted before a call and looked at after it."""
         return slice(max(0, self.start - 4096), self.start + self.extent + 4096)
-
-
-@dataclasses.dataclass
-class Kind:
-    """What one case calls."""
-
-    op: Operation
-    module: Module
-    in_dtype: str
-    out_dtype: str
-    q_cols: int
-    k_cols: int
-    cast_before_gamma: bool = False
-
-    def __str__(self) -> str:
-        flag = ", cast_before_gamma" if self.cast_before_gamma else ""
-        return (
-            f"{self.op.name} of {self.in_dtype} to {self.out_dtype}, {self.q_cols} and "
-            f"{self.k_cols} columns{flag}"
-        )
 
 
 class Guarded:
@@ -439,29 +238,30 @@ class Guarded:
             return unit * int(rng.integers(1, 2200 // unit + 1)) + int(rng.integers(-1, 2))
         return int(rng.integers(1, int(rng.choice([9, 40, 40, 140, 140, 600, 2201]))))
 
-    def _kind(self, rng: np.random.Generator) -> Kind:
+    def _kind(self, rng: np.random.Generator) -> tuple[Kind, str]:
+        """Draw what is called, and the module that holds it."""
         ops = list(OPERATIONS.values())
         op = ops[int(rng.integers(len(ops)))]
         which = rng.random()
         columns = self._columns(rng), self._columns(rng)
         if op.name == "apply_qk_rms_norm":
             if which < 0.15:
-                return Kind(op, self.modules["smallest"], "float32", "float32", 33, 7)
+                return Kind(op, "float32", "float32", 33, 7), "smallest"
             if which < 0.25:
-                return Kind(op, self.modules["large"], "bfloat16", "bfloat16", 1536, 256)
+                return Kind(op, "bfloat16", "bfloat16", 1536, 256), "large"
             if which < 0.4:
                 columns = (33, 7) if which < 0.3 else columns
-                return Kind(op, self.modules["mixed"], "bfloat16", "bfloat16", *columns, True)
+                return Kind(op, "bfloat16", "bfloat16", *columns, True), "mixed"
             in_dtype, out_dtype = PAIRINGS[int(rng.integers(len(PAIRINGS)))]
-            return Kind(op, self.modules["open"], in_dtype, out_dtype, *columns)
+            return Kind(op, in_dtype, out_dtype, *columns), "open"
         if which < 0.2:
             columns = FIXED_COLUMNS[int(rng.integers(len(FIXED_COLUMNS)))]
         elif which > 0.7 and op.normalises:
             cast = rng.random() < 0.5
             out_dtype = "bfloat16" if cast else "float32"
-            return Kind(op, self.modules["mixed"], "bfloat16", out_dtype, *columns, cast)
+            return Kind(op, "bfloat16", out_dtype, *columns, cast), "mixed"
         dtype = DTYPES[int(rng.integers(len(DTYPES)))]
-        return Kind(op, self.modules[dtype], dtype, dtype, *columns)
+        return Kind(op, dtype, dtype if op.normalises else "float32", *columns), dtype
 
     def _fill(
         self,
@@ -479,12 +279,12 @@ class Guarded:
             array[...] = self._values(
                 rng, array.shape, (self._plain if plain else self._pool)[kind]
             )
-            if name in _SPECIAL:
+            if name in SPECIAL:
                 wild = rng.random(array.shape) < 0.1
-                array[wild] = rng.choice(_SPECIAL[name], int(wild.sum()))
+                array[wild] = rng.choice(SPECIAL[name], int(wild.sum()))
             elif specials and array.size:
                 for row in rng.integers(0, len(array), 3):
-                    value = rng.choice(_SPECIAL_INPUTS)
+                    value = rng.choice(SPECIAL_INPUTS)
                     with np.errstate(over="ignore"):
                         array[row, rng.integers(array.shape[1])] = value.astype(array.dtype)
                 if rng.random() < 0.3:
@@ -493,13 +293,12 @@ class Guarded:
     def run(self, number: int) -> None:
         """Make one case and check it."""
         rng = np.random.default_rng(number)
-        kind = self._kind(rng)
+        kind, name = self._kind(rng)
+        module = self.modules[name]
         op, q_cols, k_cols = kind.op, kind.q_cols, kind.k_cols
         refused = rng.random() < 0.35
         rows = int(rng.choice([1, 2, 3, 4, 7, 8, 9, 16, 17, 30]))
-        kinds = dict.fromkeys(NAMES, "float32")
-        kinds |= dict.fromkeys(("q", "k"), kind.in_dtype)
-        kinds |= dict.fromkeys(("q_out", "k_out"), kind.out_dtype)
+        kinds = kind.dtypes()
         arenas = self.small
         if not refused:
             special = rng.random()
@@ -515,7 +314,7 @@ class Guarded:
                     arenas = self.large = self.large or {name: Arena(_LARGE) for name in NAMES}
                     self.done["streamed"] += 1
         rows = max(rows, 2) if refused else rows
-        shapes = _wanted_shapes(rows, q_cols, k_cols)
+        shapes = kind.shapes(rows)
         gap_kinds = [0, 0, 1, int(rng.integers(1, 70))] if arenas is self.small else [0]
         placed: dict[str, Placed] = {}
         for name in op.tensors:
@@ -528,9 +327,9 @@ class Guarded:
             if op.normalises and kind.in_dtype == kind.out_dtype and rng.random() < 0.12:
                 placed[own] = placed[f"{own}_out"]
         self._fill(rng, op, placed, kinds)
-        epsilon = _EPSILONS[int(rng.integers(len(_EPSILONS) - 1))]
+        epsilon = EPSILONS[int(rng.integers(len(EPSILONS) - 1))]
         if rng.random() < 0.05:
-            kind.module.library.get_function("qknorm_set_num_threads")(int(rng.integers(0, 5)))
+            module.library.get_function("qknorm_set_num_threads")(int(rng.integers(0, 5)))
         arguments: dict[str, Any] = {}
         for name, one in placed.items():
             extra: dict[str, Any] = {}
@@ -541,27 +340,31 @@ class Guarded:
             arguments[name] = RawTensor(one.array, **extra)
         scalars = [epsilon] if op.has_epsilon else []
         if refused:
-            self._check_refused(rng, kind, placed, [*arguments.values(), *scalars])
+            self._check_refused(rng, kind, module, placed, [*arguments.values(), *scalars])
         else:
-            self._check_exact(kind, placed, [*arguments.values(), *scalars], epsilon)
+            self._check_exact(kind, module, placed, [*arguments.values(), *scalars], epsilon)
         for name in NAMES:
             arenas[name].allow(_WRITE)
 
     def _check_exact(
-        self, kind: Kind, placed: dict[str, Placed], arguments: list[Any], epsilon: float
+        self,
+        kind: Kind,
+        module: Module,
+        placed: dict[str, Placed],
+        arguments: list[Any],
+        epsilon: float,
     ) -> None:
         op = kind.op
-        expected = _expected(
-            op,
+        fused = module.active_level != "x86-64-v2"
+        expected = kind.expected(
             {name: one.array for name, one in placed.items()},
             epsilon,
-            cast_before_gamma=kind.cast_before_gamma,
-            fused=kind.module.active_level != "x86-64-v2",
+            statistics=functools.partial(reference.row_mean_of_squares_qk, fused=fused),
         )
         for name in op.tensors:
             if name not in op.outputs and placed[name] is not placed.get(f"{name}_out"):
                 placed[name].arena.allow(_READ)
-        raw_call(kind.module, *arguments, op=op.name)
+        raw_call(module, *arguments, op=op.name)
         for name, wanted in expected.items():
             one = placed[name]
             wrong = reference.differing(one.array, wanted)
@@ -577,139 +380,25 @@ class Guarded:
         self,
         rng: np.random.Generator,
         kind: Kind,
+        module: Module,
         placed: dict[str, Placed],
         arguments: list[Any],
     ) -> None:
-        op = kind.op
-        victim = op.tensors[int(rng.integers(len(op.tensors)))]
-        mistakes = [*_MISTAKES, "count", *(["epsilon"] if op.has_epsilon else [])]
-        what = mistakes[int(rng.integers(len(mistakes)))]
-        if what == "epsilon":
-            arguments[-1] = [math.nan, None, "1", True][int(rng.integers(4))]
-        elif what == "count":
-            arguments = [*arguments, 1, 1]
-            count = int(rng.integers(len(arguments) - 2))
-            arguments = arguments[: count or len(arguments)]
-        else:
-            changed = _MISTAKES[what](rng, op, victim, placed)
-            if changed is None:
-                what, changed = "device", _other_device(rng, op, victim, placed)
-            arguments[op.tensors.index(victim)] = changed
+        given = {
+            name: fuzz_mistakes.Given(one.array, one.array.ctypes.data, one.extent)
+            for name, one in placed.items()
+        }
+        what, victim, arguments = fuzz_mistakes.spoil(rng, kind.op, given, arguments)
         for one in placed.values():
             one.arena.allow(_NONE)
         try:
-            with pytest.raises((TypeError, ValueError), match=r" must |^[a-z_]+ takes "):
-                raw_call(kind.module, *arguments, op=op.name)
+            with pytest.raises((TypeError, ValueError), match=fuzz_mistakes.REFUSED):
+                raw_call(module, *arguments, op=kind.op.name)
         except BaseException as error:
             raise AssertionError(
-                f"{kind}: {what} of {victim} is not refused as it should be"
+                f"{kind}: wrong {what} of {victim or 'the call'} is not refused"
             ) from error
         self.done["refused"] += 1
-
-
-def _other_device(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor:
-    kind = int(rng.choice([2, 4, 7, 8, 9, 10, 12, 13, 14, 15, 16]))
-    return RawTensor(placed[name].array, device=(kind, int(rng.integers(0, 3))))
-
-
-def _other_shape(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor:
-    array = placed[name].array
-    shape = list(array.shape)
-    axis = int(rng.integers(0, len(shape)))
-    change = int(rng.choice([-1, 1, 1 << 20]))
-    if name in ("q", "k") and axis == 1 and not op.normalises:
-        change = -shape[axis]  # any others would be legal
-    shape[axis] = max(0, shape[axis] + change)
-    return RawTensor(
-        np.lib.stride_tricks.as_strided(array, shape, array.strides), address=array.ctypes.data
-    )
-
-
-def _other_rank(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor:
-    array = placed[name].array
-    rank = int(rng.choice([n for n in (0, 1, 2, 3, 5) if n != array.ndim]))
-    shape = ((1,) * 5 + array.shape)[len(array.shape) + 5 - rank :]
-    return RawTensor(np.empty(shape, array.dtype), address=array.ctypes.data)
-
-
-def _other_dtype(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor:
-    array = placed[name].array
-    kinds = [np.dtype(k) for k in ("f2", "f4", "f8", "i1", "u2", "i4", "c8", "?")]
-    kinds.append(reference.NUMPY_DTYPES["bfloat16"])
-    kinds = [kind for kind in kinds if kind != array.dtype]
-    other = kinds[int(rng.integers(len(kinds)))]
-    strides = tuple(s // array.itemsize for s in array.strides)
-    return RawTensor(np.empty(array.shape, other), address=array.ctypes.data, strides=strides)
-
-
-def _more_lanes(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor:
-    return RawTensor(placed[name].array, lanes=int(rng.choice([0, 2, 4, 65535])))
-
-
-def _bad_strides(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor | None:
-    array = placed[name].array
-    strides = [s // array.itemsize for s in array.strides]
-    if array.ndim == 2 and rng.random() < 0.5:
-        strides[0] = -int(rng.integers(1, 1 << 30))
-        if name in op.outputs:
-            strides[0] = int(rng.integers(-array.shape[1], array.shape[1]))
-    elif array.shape[-1] > 1:
-        strides[-1] = int(rng.choice([-1, 0, 2, 1 << 40]))
-    else:
-        return None
-    return RawTensor(array, strides=strides)
-
-
-def _no_data(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor:
-    return RawTensor(placed[name].array, address=0)
-
-
-def _overlap(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> RawTensor | None:
-    """Return an output whose first or last byte is another argument's."""
-    if name not in op.outputs:
-        return None
-    others = [n for n in op.tensors if n not in (name, name.removesuffix("_out"))]
-    other = placed[others[int(rng.integers(len(others)))]]
-    mine = placed[name]
-    first = other.array.ctypes.data
-    begins_in = first + int(rng.integers(0, other.array.shape[-1] * other.array.itemsize))
-    ends_in = first + int(rng.integers(1, 5)) - mine.extent
-    return RawTensor(mine.array, address=begins_in if rng.random() < 0.5 else ends_in)
-
-
-def _no_tensor(
-    rng: np.random.Generator, op: Operation, name: str, placed: dict[str, Placed]
-) -> Any:
-    return [3, "x", 1.5, b"x", [1.0], (), {}][int(rng.integers(7))]
-
-
-_MISTAKES: dict[str, Callable[..., Any]] = {
-    "device": _other_device,
-    "shape": _other_shape,
-    "rank": _other_rank,
-    "dtype": _other_dtype,
-    "lanes": _more_lanes,
-    "strides": _bad_strides,
-    "data": _no_data,
-    "overlap": _overlap,
-    "type": _no_tensor,
-}
 
 
 #: What `_paths` returns, and a dtype's are those of its statistics and fused operation.
