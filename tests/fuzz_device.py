@@ -1,0 +1,330 @@
+"""Random calls on a device's memory, each drawn from its number: exact, or refused with no effect.
+
+All tensors of a case lie in one buffer on the device, full of other bytes, all of which are looked
+at afterwards. In a process of its own, since what reads or writes elsewhere may end the device's
+context; a case is made again by its number::
+
+    python tests/fuzz_device.py DEVICE FIRST COUNT MODULE.so...
+
+The device is torch's; with modules for CPUs it may be ``cpu``, which tests this file.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import faulthandler
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fuzz_mistakes
+import numpy as np
+import pytest
+from fuzz_cases import (
+    REFUSED,
+    Choices,
+    Elsewhere,
+    FromNumber,
+    FuzzCase,
+    Kind,
+    Region,
+    draw_case,
+)
+from fuzz_mistakes import Given, spoil
+from support import from_torch, raw_call, to_torch
+
+import qknorm_tvm
+from qknorm_tvm import KernelSpec, Module, load, reference
+from qknorm_tvm.inputs import Activations
+from qknorm_tvm.operations import OPERATIONS
+from qknorm_tvm.verification_cuda import torch_outputs
+
+_ROWS = (0, 1, 2, 3, 4, 5, 9, 17)
+#: Elements of Q and K in the larger calls, which go to the kernels for many rows.
+_MOST_ELEMENTS = 1_500_000
+#: Columns of those where they are open, at most.
+_FEW_COLUMNS = 130
+#: Where columns are not fixed: whole chunks and vectors of them, and one beside.
+_UNITS = (8, 64, 256, 1024)
+#: What is counted.
+DONE = ("exact", "refused", "many rows")
+_REFUSED_BY_API = f"{REFUSED}|^q_out and k_out must be given for Elsewhere"
+_API_INPUTS = ("q", "k", "qk_var", "gamma_q", "gamma_k")
+
+
+@dataclasses.dataclass
+class Held:
+    """A spec of a module, and the numbers of rows at which its kernels change."""
+
+    module: Module
+    spec: KernelSpec
+    starts: tuple[int, ...]
+
+
+def _held(module: Module) -> Iterator[Held]:
+    code = [one for level in module.metadata["levels"] for one in level["code"]]
+    for spec in module.specs:
+        starts = {one.get("min_rows", 1) for one in code if one["spec"] == spec.text}
+        if not spec.reproducible:  # on a GPU that is not torch's rsqrt
+            yield Held(module, spec, tuple(sorted(starts - {1})))
+
+
+@dataclasses.dataclass
+class Placed:
+    """A case's memory: the host's, and what was copied from it to the device."""
+
+    memory: np.ndarray
+    arrays: dict[str, np.ndarray]
+    buffer: Any
+    given: dict[str, Given]
+
+
+@dataclasses.dataclass
+class Call:
+    """What a case comes to: a call, whether it is right, and what its refusal says."""
+
+    function: Callable[[], Any]
+    legal: bool
+    refusal: str
+
+
+class Fuzz:
+    """Cases from numbers, and their calls, on one device.
+
+    Parameters
+    ----------
+    modules : sequence of Module
+        What cases call. The Python API is served from them too.
+    device : str
+        ``"cuda"``, or ``"cpu"``.
+    """
+
+    def __init__(self, modules: Sequence[Module], device: str):
+        self.device, self.cuda = device, device != "cpu"
+        self.where = (2, 0) if self.cuda else (1, 0)
+        self.done = dict.fromkeys(DONE, 0)
+        self._held: dict[str, list[Held]] = collections.defaultdict(list)
+        for module in modules:
+            qknorm_tvm.use(module)
+            for held in _held(module):
+                self._held[held.spec.op].append(held)
+        self._statistics = functools.partial(
+            reference.row_mean_of_squares_qk,
+            order="cuda" if self.cuda else "cpu",
+            fused=modules[0].active_level != "x86-64-v2",
+        )
+
+    def _graph(
+        self, q: Any, k: Any, qk_var: Any, gamma_q: Any, gamma_k: Any, epsilon: float,
+        out_dtype: str, *, cast_before_gamma: bool,
+    ) -> tuple[np.ndarray, ...]:  # fmt: skip
+        """Return what unfused torch makes of it on the device."""
+        with np.errstate(over="ignore"):
+            epsilon = float(np.float32(epsilon))  # beyond float32 torch takes none
+        inputs = Activations(q, k, qk_var, gamma_q, gamma_k, epsilon)
+        return torch_outputs(inputs, out_dtype, self.device, cast_before_gamma=cast_before_gamma)
+
+    # ---- what is called
+
+    def _columns(self, choices: Choices) -> int:
+        if choices.one_of([True, False], "whole units"):
+            unit = choices.one_of(_UNITS, "unit")
+            columns = unit * choices.integer(1, 2200 // unit, "units")
+            return max(1, columns + choices.one_of([-1, 0, 0, 1], "beside"))
+        return choices.integer(1, choices.one_of([9, 40, 140, 600, 2200, 9000], "most"), "columns")
+
+    def _kind(self, choices: Choices) -> tuple[Module, Kind, int, bool]:
+        """Draw what is called, the module that holds it, how many rows, and whether for those."""
+        op = choices.one_of(list(OPERATIONS.values()), "operation")
+        held = choices.one_of(self._held[op.name], "spec")
+        spec, rows = held.spec, choices.one_of(_ROWS, "rows")
+        cols = sum(one or _FEW_COLUMNS for one in (spec.q_cols, spec.k_cols))
+        starts = [start for start in held.starts if start * cols <= _MOST_ELEMENTS]
+        many = bool(starts) and choices.integer(0, 9, "many rows") == 0
+        if many:
+            rows = choices.one_of(starts, "kernel") + choices.one_of([-1, 0, 1, 7], "beside")
+            self.done["many rows"] += 1
+        q_cols, k_cols = (
+            one or (choices.integer(1, _FEW_COLUMNS, "few") if many else self._columns(choices))
+            for one in (spec.q_cols, spec.k_cols)
+        )
+        cast = spec.cast_before_gamma
+        kind = Kind(op, spec.in_dtype, spec.out_dtype, q_cols, k_cols, cast)
+        return held.module, kind, rows, many
+
+    # ---- tensors
+
+    def _place(self, case: FuzzCase) -> Placed:
+        memory, arrays = case.fill()
+        buffer = to_torch(memory.copy()).to(self.device)
+        given = {}
+        for name, array in arrays.items():
+            low, high = case.regions[name].span()
+            address = buffer.data_ptr() + case.regions[name].start
+            given[name] = Given(array, address, high - low, self.where)
+        return Placed(memory, arrays, buffer, given)
+
+    def _tensor(self, placed: Placed, name: str, region: Region) -> Any:
+        """Return torch's tensor of a region."""
+        import torch
+
+        whole = placed.buffer.view(getattr(torch, placed.arrays[name].dtype.name))
+        strides = [stride // region.item for stride in region.strides]
+        return whole.as_strided(region.shape, strides, region.start // region.item)
+
+    def _elsewhere(self, choices: Choices, given: Given) -> Any:
+        """Return a tensor on a device that is not the call's."""
+        kinds = [(2, 0), (10, 1)]
+        if self.cuda:
+            kinds = [(1, 0), (3, 0), (2, self.where[1] + 1), (10, 0), (13, 0), "numpy", "torch"]
+        device = choices.one_of(kinds, "device")
+        if isinstance(device, tuple):
+            return Elsewhere(given.array, address=given.address, device=device)
+        array = np.ascontiguousarray(given.array)
+        return to_torch(array) if device == "torch" else array
+
+    # ---- one case
+
+    def run(self, number: int) -> None:
+        """Make one case and check it."""
+        choices = FromNumber(number)
+        module, kind, rows, many = self._kind(choices)
+        # Of many rows it is the kernels that matter.
+        orderly = many and choices.integer(0, 3, "orderly") > 0
+        by_api = choices.one_of([True, False], "by the API")
+        missing: tuple[str, ...] = ()
+        if by_api and choices.integer(0, 2, "missing") == 0:
+            missing = choices.one_of([kind.op.outputs, kind.op.outputs[:1]], "which")
+        case = draw_case(
+            choices, kind, rows, by_element=self.cuda, orderly=orderly, missing=missing
+        )
+        try:
+            placed = self._place(case)
+            if by_api:
+                call = self._api_call(choices, case, placed)
+            else:
+                call = self._raw_call(choices, case, placed, module)
+            self.check(case, placed, call)
+        except BaseException as error:
+            how = "the API" if by_api else module.path.name
+            raise AssertionError(f"case {number} of {how}: {case}") from error
+
+    def _api_call(self, choices: Choices, case: FuzzCase, placed: Placed) -> Call:
+        op, legal, given = case.kind.op, case.is_legal(by_element=self.cuda), {}
+        for name, one in placed.given.items():
+            region = case.regions[name]
+            if case.mistake == "device" and name == case.victim:
+                given[name] = self._elsewhere(choices, one)
+            elif region.is_plain() and choices.integer(0, 7, "torch's"):
+                given[name] = self._tensor(placed, name, region)
+            else:
+                given[name] = Elsewhere(one.array, address=one.address, device=one.device)
+        outputs = {name: given.get(name) for name in op.outputs}
+        options: dict[str, Any] = {"qk_var_out": outputs.get("qk_var")}
+        if op.normalises:
+            options = {**outputs, "cast_before_gamma": case.kind.cast_before_gamma}
+        missing = [name for name in outputs if name not in given]
+        if missing and op.normalises:
+            options["out_dtype"] = case.kind.out_dtype
+        if missing and isinstance(given["q"], Elsewhere):
+            legal = False  # no framework that could allocate them
+        inputs = [given[name] for name in _API_INPUTS if name in op.tensors[len(op.outputs) :]]
+        inputs += [case.epsilon] if op.has_epsilon else []
+
+        def function() -> dict[str, Any]:
+            found = getattr(qknorm_tvm, op.name)(*inputs, **options)
+            by_name = dict(zip(op.outputs, found if op.normalises else (found,), strict=True))
+            return {name: by_name[name] for name in missing}
+
+        return Call(function, legal, _REFUSED_BY_API)
+
+    def _raw_call(self, choices: Choices, case: FuzzCase, placed: Placed, module: Module) -> Call:
+        op, legal, arguments = case.kind.op, case.is_legal(by_element=self.cuda), []
+        for name in op.tensors:
+            region, one = case.regions[name], placed.given[name]
+            if case.mistake == "device" and name == case.victim:
+                arguments.append(self._elsewhere(choices, one))
+            elif region.is_plain() and choices.one_of([True, False], "torch's"):
+                arguments.append(self._tensor(placed, name, region))
+            elif not one.array.size:  # nothing to read
+                arguments.append(one.raw(address=choices.one_of([0, 64], "address")))
+            else:
+                ahead = choices.one_of([0, 0, 8, 1 << 39], "byte offset")
+                arguments.append(one.raw(address=one.address - ahead, byte_offset=ahead))
+        arguments += [case.epsilon] if op.has_epsilon else []
+        if legal and case.rows > 1 and choices.integer(0, 2, "spoil") == 0:
+            rng, legal = np.random.default_rng(case.seed), False
+            case.mistake, case.victim, arguments = spoil(rng, op, placed.given, arguments)
+
+        def function() -> dict[str, Any]:
+            raw_call(module, *arguments, op=op.name)
+            return {}
+
+        return Call(function, legal, fuzz_mistakes.REFUSED)
+
+    def check(self, case: FuzzCase, placed: Placed, call: Call) -> None:
+        """Make the call; look at what came of it, and at every byte of the buffer."""
+        if not call.legal:
+            with pytest.raises((TypeError, ValueError), match=call.refusal):
+                call.function()
+            assert (self.fetch(placed.buffer) == placed.memory).all(), "a refused call wrote"
+            self.done["refused"] += 1
+            return
+        allocated = call.function()
+        expected = case.kind.expected(
+            placed.arrays, case.epsilon, statistics=self._statistics, graph=self._graph
+        )
+        case.check_written(placed.memory, self.fetch(placed.buffer), expected)
+        for name, out in allocated.items():
+            wrong = reference.differing(self.fetch(out), expected[name])
+            assert wrong == 0, f"{name}, which was allocated, differs in {wrong} elements"
+        self.done["exact"] += 1
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        """Return a tensor in the host's memory, once all work on the device is done."""
+        return from_torch(tensor.cpu())
+
+
+# ---- in a process of its own -------------------------------------------------------------------
+
+
+def main(device: str, first: str, count: str, *paths: str) -> None:
+    """Run cases in this process; the number of each is printed before it begins."""
+    faulthandler.enable()
+    fuzz = Fuzz([load(path) for path in paths], device)
+    for number in range(int(first), int(first) + int(count)):
+        os.write(2, b"case %d\n" % number)
+        fuzz.run(number)
+    print(*fuzz.done.values())
+
+
+def run_cases(device: str, first: int, count: int, paths: Sequence[Path]) -> dict[str, int]:
+    """Run cases in a process of their own; return how many there were of each of `DONE`.
+
+    Raises
+    ------
+    AssertionError
+        One failed; the message says its number, and how to make it again.
+    """
+    files = [str(path) for path in paths]
+    command = [sys.executable, __file__, device, str(first), str(count), *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 + count, check=False)
+    if done.returncode:
+        begun = re.compile(r"^case (\d+)\n", re.MULTILINE)
+        number = begun.findall(done.stderr)[-1:]
+        again = " ".join(["python tests/fuzz_device.py", device, *number, "1", *files])
+        raise AssertionError(
+            f"status {done.returncode} at case {', '.join(number)}; to make it again: {again}\n"
+            f"{begun.sub('', done.stderr)[-6000:]}"
+        )
+    return dict(zip(DONE, map(int, done.stdout.split()), strict=True))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
