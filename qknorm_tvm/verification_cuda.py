@@ -136,7 +136,7 @@ def run_case(
     operation = spec.operation
     # Torch has no part in a sum of another order.
     from_numpy = spec.reproducible or not operation.normalises
-    expected = _expected(spec, inputs, case, device)
+    expected = expected_outputs(spec, inputs, device)
     tally = report.groups.setdefault(case.group, Tally())
     for layout in case.layouts:
         placed = Placed(inputs, case.out_dtype, layout, by_element=True)
@@ -167,21 +167,34 @@ def run_case(
             report.note(f"{where}: memory that is no output was written to")
 
 
-def _expected(
-    spec: KernelSpec, inputs: Activations, case: Case, device: str
+def expected_outputs(
+    spec: KernelSpec, inputs: Activations, device: str = "cuda"
 ) -> tuple[npt.NDArray, ...]:
-    """Return what the outputs must be: statistics in CUDA's order, and the graph with them."""
+    """Return what a spec's outputs must be: statistics in CUDA's order, and the graph with them.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+        What is not reproducible is computed by the unfused torch graph on the device.
+    inputs : Activations
+    device : str
+
+    Returns
+    -------
+    tuple of ndarray
+        In the order of the operation's outputs.
+    """
     if spec.op != "apply_qk_rms_norm":
         qk_var = reference.row_mean_of_squares_qk(inputs.q, inputs.k, order="cuda")
         if not spec.operation.normalises:
             return (qk_var,)
         inputs = dataclasses.replace(inputs, qk_var=qk_var)
-    cast = spec.cast_before_gamma
+    out_dtype, cast = str(spec.out_dtype), spec.cast_before_gamma
     if not spec.reproducible:
-        return torch_outputs(inputs, case.out_dtype, device, cast_before_gamma=cast)
+        return torch_outputs(inputs, out_dtype, device, cast_before_gamma=cast)
     return reference.apply_qk_rms_norm(
         inputs.q, inputs.k, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, inputs.epsilon,
-        case.out_dtype, cast_before_gamma=cast,
+        out_dtype, cast_before_gamma=cast,
     )  # fmt: skip
 
 

@@ -6,8 +6,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ..inputs import Activations
+from ..reference_torch import to_numpy, to_torch
 from ..spec import KernelSpec
-from .measure import Bench, InexactError, Plan, exactness_case
+from .measure import Bench, Plan
 
 #: Launches in a graph.
 _LAUNCHES = 40
@@ -48,38 +53,22 @@ class CudaBench(Bench):
         """Return a module's entry point."""
         return module.get_function(self.spec.op)
 
-    def _dtype(self, name: str) -> Any:
-        import torch
+    def _storage(self, array: npt.NDArray) -> npt.NDArray:
+        return array
 
-        return getattr(torch, name)
+    def _tensor(self, array: npt.NDArray) -> Any:
+        return to_torch(np.ascontiguousarray(array)).to(self.device, copy=True)
 
-    def check(self, module: Any, rows: int) -> None:
-        """Compare with the unfused graph on the same device, bit by bit but for NaN payloads."""
-        import torch
+    def _array(self, tensor: Any) -> npt.NDArray:
+        return to_numpy(tensor.cpu())
 
-        from ..reference_torch import apply_qk_rms_norm, to_torch
+    def _scalars(self) -> list[Any]:
+        return [1e-6] if self.spec.operation.has_epsilon else []
 
-        case = exactness_case(self.spec, rows)
-        q, k, qk_var, gamma_q, gamma_k = (
-            to_torch(one).to(self.device)
-            for one in (case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
-        )
-        out_dtype = self._dtype(str(self.spec.out_dtype))
-        wanted = apply_qk_rms_norm(q, k, qk_var, gamma_q, gamma_k, case.epsilon, out_dtype)
-        outs = [torch.zeros_like(one) for one in wanted]
-        self.call(module)(*outs, gamma_q, gamma_k, qk_var, q, k, case.epsilon)
-        torch.cuda.synchronize()
-        bits = torch.int32 if out_dtype == torch.float32 else torch.int16
-        for name, actual, expected in zip(("q_out", "k_out"), outs, wanted, strict=True):
-            unequal = (actual.view(bits) != expected.view(bits)) & ~(
-                actual.isnan() & expected.isnan()
-            )
-            wrong = int(unequal.sum())
-            if wrong:
-                raise InexactError(
-                    f"not exact: {name} differs in {wrong} of {expected.numel()} elements at "
-                    f"{rows} rows"
-                )
+    def _expected(self, case: Activations) -> tuple[npt.NDArray, ...]:
+        from ..verification_cuda import expected_outputs
+
+        return expected_outputs(self.spec, case, str(self.device))
 
     def arguments(self) -> list[Any]:
         """Return sets of arguments for the timed calls."""
@@ -89,25 +78,31 @@ class CudaBench(Bench):
             spec = self.spec
             assert spec.q_cols is not None
             assert spec.k_cols is not None
-            size = self.rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + spec.out_bytes)
+            out_bytes = spec.out_bytes if spec.operation.normalises else 0
+            size = self.rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + out_bytes)
             properties = torch.cuda.get_device_properties(0)
             cache = getattr(properties, "L2_cache_size", 0) or 40_000_000
-            in_dtype = self._dtype(spec.in_dtype)
-            out_dtype = self._dtype(str(spec.out_dtype))
-
-            def normal(cols: int) -> Any:
-                made = torch.empty(self.rows, cols, dtype=in_dtype, device=self.device)
-                return made.normal_()
-
-            def one_set() -> list[Any]:
-                q, k = normal(spec.q_cols or 0), normal(spec.k_cols or 0)
-                empty = [torch.empty_like(one, dtype=out_dtype) for one in (q, k)]
-                gammas = [torch.ones(one.shape[1], device=self.device) for one in (q, k)]
-                qk_var = torch.ones(self.rows, 2, device=self.device)
-                return [*empty, *gammas, qk_var, q, k, 1e-6]
-
-            self._timed = [one_set() for _ in range(1 if 2 * size <= cache else _SETS)]
+            count = 1 if 2 * size <= cache else _SETS
+            self._timed = [
+                [*map(self._made, spec.operation.tensors), *self._scalars()] for _ in range(count)
+            ]
         return self._timed
+
+    def _made(self, name: str) -> Any:
+        """Return a tensor for the timed calls."""
+        import torch
+
+        spec = self.spec
+        if name == "qk_var":
+            return torch.ones(self.rows, 2, device=self.device)
+        operand = name.removeprefix("gamma_").removesuffix("_out")
+        cols = {"q": spec.q_cols, "k": spec.k_cols}[operand]
+        assert cols is not None
+        if name.startswith("gamma_"):
+            return torch.ones(cols, device=self.device)
+        dtype = getattr(torch, spec.in_dtype if name == operand else str(spec.out_dtype))
+        made = torch.empty(self.rows, cols, dtype=dtype, device=self.device)
+        return made.normal_() if name == operand else made
 
     def _graph(self, module: Any) -> Any:
         import torch

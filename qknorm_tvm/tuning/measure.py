@@ -98,6 +98,10 @@ class Bench:
         made.copyfrom(np.ascontiguousarray(array))
         return made
 
+    def _array(self, tensor: Any) -> npt.NDArray:
+        found: npt.NDArray = tensor.numpy()
+        return found
+
     def check(self, module: Any, rows: int) -> None:
         """Compare a candidate's outputs with the reference, bit by bit.
 
@@ -119,7 +123,7 @@ class Bench:
         outs = [self._tensor(self._storage(np.zeros_like(one))) for one in wanted]
         self.call(module)(*outs, *tensors, *self._scalars())
         for name, tensor, expected in zip(operation.outputs, outs, wanted, strict=True):
-            actual = tensor.numpy().view(expected.dtype)
+            actual = self._array(tensor).view(expected.dtype)
             wrong = reference.differing(actual, expected)
             if wrong:
                 raise InexactError(
