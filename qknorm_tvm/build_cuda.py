@@ -357,8 +357,7 @@ def scheduled_variant(spec: KernelSpec, variant: CudaVariant) -> tirx.PrimFunc:
     func = declare(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
     if spec.op == "apply_qk_rms_norm":
         return schedule(func, variant.config)
-    normalises = spec.operation.normalises
-    return cuda_statistics.schedule(func, variant.config, normalises=normalises)
+    return cuda_statistics.schedule(func, variant.config)
 
 
 def build(

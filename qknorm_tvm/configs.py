@@ -100,10 +100,9 @@ def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bu
         from .tuning.selection import cpu_device, tuned
 
         def workload(rows: int) -> str:
-            from .declaration import declare
-            from .tuning.space import specialise, workload_hash
+            from .tuning.space import declared, specialise, workload_hash
 
-            return workload_hash(specialise(declare(spec), rows))
+            return workload_hash(specialise(declared(spec), rows))
 
         found = tuned(
             spec,
@@ -167,14 +166,12 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     list of (CudaVariant, source, record)
         The last takes any number of rows and any layout.
     """
-    from .schedules.cuda_config import CudaConfig, default_variants, vector_width
+    from .schedules.cuda_config import CudaConfig, default_variants
 
     variants = default_variants(spec, given)
     if given is not None:
         return [(v, "user" if v.config == given else "heuristic", None) for v in variants]
     plain = [(variant, "heuristic", None) for variant in variants]
-    if spec.op != "apply_qk_rms_norm":  # the only one that is tuned
-        return list(plain)
     if spec.q_cols is None or spec.k_cols is None or len(spec.parsed_target.variants) > 1:
         return list(plain)
     from .tuning.selection import cuda_device, tuned
@@ -196,8 +193,8 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     )
     if not any(outcome.source == "record" for outcome, _ in found.values()):
         return list(plain)
-    width = vector_width(spec)
-    aligned = [v for v in variants if v.alignment is not None or width is None]
+    # Columns that allow no aligned kernels are tuned with the others.
+    aligned = [v for v in variants if v.alignment is not None] or variants
     unaligned = [(v, "heuristic", None) for v in variants if v not in aligned]
     # Borders are the records' and the heuristic's own: between records that keeps its choices.
     starts = bucket_starts(list(found))

@@ -197,19 +197,39 @@ class _Operand:
         return SLOTS if self.in_rounds else self.step
 
 
+def deal_chunks(chunks: Sequence[int], wanted: int) -> tuple[int, tuple[int, ...]] | None:
+    """Deal out the chunks of Q and of K to the warps of a block.
+
+    Parameters
+    ----------
+    chunks : sequence of int
+        How many a row of each has.
+    wanted : int
+        Vectors of a row that a thread is to hold; it holds more where warps do not suffice.
+
+    Returns
+    -------
+    (int, tuple of int) or None
+        Vectors that a thread holds, and warps of each; None where a block cannot hold a row.
+    """
+    for parts in range(min(wanted, _MAX_PARTS), _MAX_PARTS + 1):
+        warps = tuple(-(-count // parts) for count in chunks)
+        if sum(warps) <= _MAX_WARPS:
+            return parts, warps
+    return None
+
+
 def _operands(params: dict[str, Any], wanted: int) -> list[_Operand]:
     """Deal out warps: as many as chunks, or as many as a block may have."""
     xs = [params[tag] for tag in ("q", "k")]
     fixed = all(isinstance(x.shape[1], tirx.IntImm) for x in xs)
-    chunks = [-(-int(x.shape[1]) // CHUNK) for x in xs] if fixed else []
-    for parts in range(min(wanted, _MAX_PARTS), _MAX_PARTS + 1) if fixed else ():
-        warps = [-(-count // parts) for count in chunks]
-        if sum(warps) <= _MAX_WARPS:
-            q, k = (
-                _Operand(tag, x, count, parts, False)
-                for tag, x, count in zip("qk", xs, warps, strict=True)
-            )
-            break
+    dealt = deal_chunks([-(-int(x.shape[1]) // CHUNK) for x in xs], wanted) if fixed else None
+    if dealt:
+        parts, warps = dealt
+        q, k = (
+            _Operand(tag, x, count, parts, False)
+            for tag, x, count in zip("qk", xs, warps, strict=True)
+        )
     else:
         parts = min(wanted, _MAX_PARTS)
         # A variable, or every index would have all that it is computed from in it.

@@ -1,4 +1,4 @@
-"""The CUDA schedule with fields that MetaSchedule samples. Imports no TVM until it is used."""
+"""The CUDA schedules with fields that MetaSchedule samples. Imports no TVM until it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .cuda_config import DEPENDENT_LAUNCHES, GRID_ORDERS
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
 
-#: Raised when the schedule, its lowering or the declaration changes so much that times measured
+#: Raised when a schedule, its lowering or the declaration changes so much that times measured
 #: before say nothing: tuned records of another version are not used.
 SCHEDULE_VERSION = 1
 
@@ -22,8 +22,9 @@ WORDS: dict[str, Sequence[Any]] = {
     "streaming_stores": (False, True),
 }
 #: Fields on which the shape of the loops depends. A trace would freeze what Python decides from
-#: them, so each of their combinations is a design space of its own.
-STRUCTURAL = ("vector", "columns", "rows")
+#: them, so each of their combinations is a design space of its own. Where rows are added up there
+#: are none: the lowering alone makes the threads.
+STRUCTURAL: tuple[str, ...] = ("vector", "columns", "rows")
 
 
 class _Fields:
@@ -44,7 +45,7 @@ def sample(
     choices: Mapping[str, Sequence[int]],
     decisions: Mapping[str, int] | None = None,
 ) -> list[Schedule]:
-    """Schedule with sampled fields; `lowering_cuda.join_operands` is left to the build.
+    """Schedule with sampled fields; what follows the primitives is left to the build.
 
     Parameters
     ----------
@@ -58,20 +59,23 @@ def sample(
     Returns
     -------
     list of Schedule
-        One for each combination of the `STRUCTURAL` fields. Every field is annotated as
+        One for each combination of the structural fields. Every field is annotated as
         ``qknorm.<field>``, so that a record's trace says the whole config.
     """
-    from .cuda import schedule_body
+    from . import cuda, cuda_statistics
 
+    schedule_body, structural = cuda.schedule_body, STRUCTURAL
+    if cuda_statistics.adds_rows(sch):
+        schedule_body, structural = cuda_statistics.schedule_body, ()
     fixed = [
-        choices[name] if decisions is None else [decisions[name]] for name in STRUCTURAL
+        choices[name] if decisions is None else [decisions[name]] for name in structural
     ]  # fmt: skip
     spaces = []
     for values in itertools.product(*fixed):
         one = sch.copy()
-        fields: dict[str, Any] = dict(zip(STRUCTURAL, values, strict=True))
+        fields: dict[str, Any] = dict(zip(structural, values, strict=True))
         for name, options in choices.items():
-            if name not in STRUCTURAL:
+            if name not in structural:
                 fields[name] = one.sample_categorical(
                     list(options),
                     [1 / len(options)] * len(options),

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import tvm_ffi
 from tvm import IRModule
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, Schedule
 
 from qknorm_tvm import lowering_cuda, lowering_cuda_statistics
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .cuda_config import CudaConfig
 
 
-def schedule(func: tirx.PrimFunc, config: CudaConfig, *, normalises: bool) -> tirx.PrimFunc:
+def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
     """Schedule ``row_mean_of_squares_qk`` or ``qk_rms_norm`` for CUDA.
 
     Parameters
@@ -45,8 +46,6 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig, *, normalises: bool) -> ti
         ``rows``, ``columns`` (vectors of a thread in a row; more where a block would have more than
         1024 threads), ``dependent_launch`` and ``streaming_stores``. The order of summation fixes
         the rest: vectors of 8 columns, and as many threads as that makes.
-    normalises : bool
-        Whether the function is ``qk_rms_norm``.
 
     Returns
     -------
@@ -60,6 +59,22 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig, *, normalises: bool) -> ti
     """
     sch = Schedule(IRModule({"main": func}))
     sch.work_on("main")
+    schedule_body(sch, config)
+    return lowering_cuda_statistics.join_rows(sch.mod["main"])
+
+
+def adds_rows(sch: Schedule) -> bool:
+    """Whether a schedule is of a function that adds up rows."""
+    return "square_x32_q" in _blocks(sch)
+
+
+def schedule_body(sch: Schedule, config: CudaConfig) -> None:
+    """Apply the schedule's primitives, all of which a trace records.
+
+    No field changes them, so that a trace holds for every config; `lowering_cuda_statistics`
+    completes the result.
+    """
+    normalises = "q_out" in _blocks(sch)
     for tag in ("q", "k"):
         sch.compute_inline(sch.get_sblock(f"square_x32_{tag}"))
         for name in ("x32", "scaled", "weighted") if normalises else ():
@@ -67,4 +82,9 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig, *, normalises: bool) -> ti
     row = sch.get_loops(sch.get_sblock("q_out" if normalises else "mean"))[0]
     for field, value in config.to_dict().items():
         sch.annotate(row, lowering_cuda.NOTE + field, value)
-    return lowering_cuda_statistics.join_rows(sch.mod["main"])
+
+
+def _blocks(sch: Schedule) -> set[str]:
+    found: list[SBlock] = []
+    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, found.append))
+    return {str(block.name_hint) for block in found}

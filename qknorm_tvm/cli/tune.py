@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..operations import OPERATIONS
 from ..spec import OPS
 from ..tuning.shapes import ROWS
 from .options import Numbers, Shapes, debug_option, dtype_choice
@@ -22,14 +21,14 @@ if TYPE_CHECKING:
               "LLVM name, cuda (this machine's GPU) or one architecture such as "
               "cuda:sm_90.")  # fmt: skip
 @click.option("--op", type=click.Choice(OPS), default=OPS[0], show_default=True,
-              help="Operation.")  # fmt: skip
+              help="Operation to tune, on CPUs and on CUDA.")  # fmt: skip
 @click.option("--shapes", type=Shapes(), metavar="Nq/Nk,...",
               help="Columns to tune.  [default: one rank of MiniMax-M2, OLMo-2 7B and 32B on 1, 2, "
               "4 and 8 ranks]")  # fmt: skip
 @click.option("--dtype", type=dtype_choice, default="bfloat16", show_default=True,
               help="Element type of q and k.")  # fmt: skip
 @click.option("--out-dtype", type=dtype_choice,
-              help="Element type of the outputs.  [default: dtype]")  # fmt: skip
+              help="Element type of q_out and k_out.  [default: dtype]")  # fmt: skip
 @click.option("--rows", type=Numbers(least=1), default=",".join(map(str, ROWS)), show_default=True,
               help="Row counts to tune for; each speaks for those around it.")  # fmt: skip
 @click.option("--trials", type=int, default=64, show_default=True,
@@ -73,6 +72,7 @@ def tune(
     Examples:
       qknorm-tvm tune                                  this CPU, all default shapes
       qknorm-tvm tune --shapes 1536/256 --rows 1,64    one shape, a minute
+      qknorm-tvm tune --target cuda --op qk_rms_norm   another operation, this machine's GPU
       qknorm-tvm tune --tracker 127.0.0.1:9190 --key epyc --workers 4
     """
     from ..machine import load_warning
@@ -88,12 +88,12 @@ def tune(
         from ..tuning.shapes import default_shapes
 
         kind = "cuda" if parse_target(target).kind == "cuda" else "cpu"
-        normalises = OPERATIONS[op].normalises
         specs = [
             KernelSpec(
                 op=op,
                 in_dtype=dtype,
-                out_dtype=(out_dtype or dtype) if normalises else None,  # type: ignore[arg-type]
+                # Statistics are float32; another type is refused.
+                out_dtype=out_dtype,  # type: ignore[arg-type]
                 q_cols=q,
                 k_cols=k,
                 target=kind,

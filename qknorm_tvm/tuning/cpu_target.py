@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import tvm
 
 from ..build_cpu import cpu_features, generate, variants_of
-from ..declaration import declare
 from ..native_build import Level, Variant, compile_entry, link, tables
 from ..schedules import llvm
 from ..schedules.llvm_config import ROUNDINGS, SCHEDULE_VERSION, LLVMConfig, default_config
 from ..spec import KernelSpec
-from .space import specialise
+from .space import declared, specialise
 from .target import Built, encode
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class CpuTarget:
 
     def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
         """Return the declared function, specialised to a row count."""
-        return specialise(declare(spec), rows)
+        return specialise(declared(spec), rows)
 
     def default(self, spec: KernelSpec, rows: int) -> LLVMConfig:
         """Return the heuristic's config, which is one for all row counts."""

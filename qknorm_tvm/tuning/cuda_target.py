@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 
-from ..declaration import declare
 from ..errors import TuningError
+from ..lowering_cuda_statistics import deal_chunks
 from ..schedules import cuda_sampling
 from ..schedules.cuda_config import (
-    ACCESS_BYTES,
+    DEPENDENT_LAUNCHES,
     GRID_ORDERS,
     CudaConfig,
-    CudaVariant,
     default_variants,
     vector_width,
 )
+from ..schedules.cuda_statistics_config import CHUNK
 from ..spec import KernelSpec
 from ..targets import parse_target
-from .space import specialise
+from .space import declared, specialise
 from .target import Built, Device, encode
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ class CudaTarget:
 
     def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
         """Return the declared function, specialised to a row count, with the widest alignment."""
-        unit = vector_width(spec) or 1
-        func = declare(spec, stride_unit=unit, alignment=ACCESS_BYTES if unit > 1 else None)
-        return specialise(func, rows, stride_unit=unit)
+        first = default_variants(spec)[0]
+        func = declared(spec, stride_unit=first.stride_unit, alignment=first.alignment)
+        return specialise(func, rows, stride_unit=first.stride_unit)
 
     def default(self, spec: KernelSpec, rows: int) -> CudaConfig:
         """Return the heuristic's config for a row count."""
@@ -136,22 +136,58 @@ class CudaTarget:
         return CudaConfig.from_dict(dict(fields))
 
     def choices(self, spec: KernelSpec, rows: int) -> dict[str, list[int]]:
-        """Return the values of each field worth trying, the default's among them."""
+        """Return the values of each field worth trying, the default's among them.
+
+        A field that changes nothing keeps the default's value alone.
+        """
         base = encode(self, self.default(spec, rows))
-        width = vector_width(spec)
+        tiles = [tile for tile in (1, 2, 4, 8) if tile <= rows]
+        if spec.op == "apply_qk_rms_norm":
+            options = self._apply_options(spec)
+        else:
+            options = self._statistics_options(spec, base)
+        options["rows"] = tiles
+        return {name: sorted({value, *options.get(name, ())}) for name, value in base.items()}
+
+    @property
+    def _launches(self) -> list[int]:
+        """What to try for when the next kernel may start; before sm_90 nothing waits."""
         waits = int(re.sub(r"\D", "", self.archs[0])) >= 90
-        launches = range(len(self.words["dependent_launch"]))
-        options = {
+        return list(range(len(DEPENDENT_LAUNCHES))) if waits else []
+
+    def _apply_options(self, spec: KernelSpec) -> dict[str, Sequence[int]]:
+        width = vector_width(spec)
+        return {
             "threads": [64, 96, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024],
             "vector": [1] if width is None else [width // 2, width] if width > 1 else [width],
             "columns": [1, 2, 4] if width is None else [1, 2],
-            "rows": [tile for tile in (1, 2, 4, 8) if tile <= rows],
-            # Before sm_90 nothing waits, and all of them are one.
-            "dependent_launch": list(launches) if waits else [],
-            "grid_order": list(range(len(GRID_ORDERS))),
+            "dependent_launch": self._launches,
+            "grid_order": range(len(GRID_ORDERS)),
             "streaming_stores": [0, 1],
         }
-        return {name: sorted({*values, base[name]}) for name, values in options.items()}
+
+    def _statistics_options(
+        self, spec: KernelSpec, base: Mapping[str, int]
+    ) -> dict[str, Sequence[int]]:
+        """Return what the order of summation leaves to be chosen."""
+        assert spec.q_cols is not None
+        assert spec.k_cols is not None
+        chunks = [-(-cols // CHUNK) for cols in (spec.q_cols, spec.k_cols)]
+        # Vectors that do not make for fewer warps hold nothing, and fewer than a thread gets anyway
+        # are the same kernel.
+        by_warps: dict[Any, int] = {}
+        for columns in (1, 2, 4):
+            dealt = deal_chunks(chunks, columns)
+            by_warps.setdefault(dealt and dealt[1], columns)
+        default = deal_chunks(chunks, base["columns"])
+        aligned = default_variants(spec)[0].alignment is not None
+        return {
+            "columns": [one for one in by_warps.values() if deal_chunks(chunks, one) != default],
+            # "off" has nothing that "exit" lacks.
+            "dependent_launch": [one for one in self._launches if DEPENDENT_LAUNCHES[one] != "off"],
+            # Stores of single elements are never marked.
+            "streaming_stores": [0, 1] if spec.operation.normalises and aligned else [],
+        }
 
     def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> Any:
         """Return a schedule for each structure, with fields that MetaSchedule samples."""
@@ -169,10 +205,7 @@ class CudaTarget:
         from ..native_build import Level, Variant, compile_entry, tables
 
         spec = spec.replace(target=self.text)
-        aligned = {"stride_unit": config.vector, "alignment": ACCESS_BYTES}
-        variant = CudaVariant(
-            name="candidate", config=config, **(aligned if config.vector > 1 else {})
-        )
+        variant = default_variants(spec, config)[0]
         symbol = "qkn_cuda_candidate"
         source = directory / "candidate.cu"
         func = scheduled_variant(spec, variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,8 +15,18 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
+from ..declaration import declare
+from ..spec import KernelSpec
 from .target import TunableTarget
 from .trace import plain, sampled_fields
+
+
+@functools.lru_cache(maxsize=8)
+def declared(
+    spec: KernelSpec, *, stride_unit: int = 1, alignment: int | None = None
+) -> tirx.PrimFunc:
+    """Return a declaration; kept, as it takes a second, and each row count asks for it."""
+    return declare(spec, stride_unit=stride_unit, alignment=alignment)
 
 
 def specialise(func: tirx.PrimFunc, rows: int, *, row_tile: int = 1, stride_unit: int = 1) -> Any:
