@@ -75,9 +75,10 @@ def _aligned(spec: KernelSpec, name: str, config: CudaConfig, min_rows: int = 1)
 def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
     after = "after_loads"
     if spec.q_cols is None or spec.k_cols is None:
-        pairs = CudaConfig(rows=2, dependent_launch=after)
         return [
-            _aligned(spec, "batch", pairs, _MANY_BLOCKS),
+            _aligned(
+                spec, "batch", CudaConfig(rows=2, dependent_launch=after), min_rows=_MANY_BLOCKS
+            ),
             _aligned(spec, "decode", CudaConfig(dependent_launch=after)),
         ]
     cols = (spec.q_cols, spec.k_cols)

@@ -175,14 +175,17 @@ class CudaTarget:
         chunks = [-(-cols // CHUNK) for cols in (spec.q_cols, spec.k_cols)]
         # Vectors that do not make for fewer warps hold nothing, and fewer than a thread gets anyway
         # are the same kernel.
+
+        def dealt(columns: int) -> Any:
+            return deal_chunks(chunks, columns) or (columns, None)  # none: a row in rounds
+
         by_warps: dict[Any, int] = {}
         for columns in (1, 2, 4):
-            dealt = deal_chunks(chunks, columns)
-            by_warps.setdefault(dealt and dealt[1], columns)
-        default = deal_chunks(chunks, base["columns"])
+            parts, warps = dealt(columns)
+            by_warps.setdefault(warps or parts, columns)
         aligned = default_variants(spec)[0].alignment is not None
         return {
-            "columns": [one for one in by_warps.values() if deal_chunks(chunks, one) != default],
+            "columns": [one for one in by_warps.values() if dealt(one) != dealt(base["columns"])],
             # "off" has nothing that "exit" lacks.
             "dependent_launch": [one for one in self._launches if DEPENDENT_LAUNCHES[one] != "off"],
             # Stores of single elements are never marked.
