@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,9 +101,16 @@ def _over_m(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.3)
 
 
+#: Of an inch, in the footer's size.
+_FOOTER_CHARACTERS = 13
+
+
 def _footer(figure: Figure, row: Row) -> None:
-    parts = [row.device, row.versions, row.date.partition("T")[0]]
-    figure.supxlabel("  |  ".join(filter(None, parts)), fontsize=7, color="#555555")
+    parts = [row.device, row.date.partition("T")[0], row.versions]
+    text = "  |  ".join(filter(None, parts))
+    # A picture shows so many characters a line.
+    lines = textwrap.wrap(text, width=int(figure.get_figwidth() * _FOOTER_CHARACTERS))
+    figure.supxlabel("\n".join(lines), fontsize=7, color="#555555")
 
 
 def _of_copy(row: Row, copy_us: float) -> tuple[float, float, float]:
