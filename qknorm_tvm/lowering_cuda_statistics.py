@@ -30,81 +30,15 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import tirx
-from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize
 
 from . import lowering_cuda
 from .declaration_statistics import CHUNK, SLOTS, VECTOR, WARP, cuda_blocks
 from .lowering_cuda import aligned_elements, bind_axis, config_of, int64
+from .lowering_cuda_operands import ROUND_WARPS, Operand, deal_out, rounds, warps_of_k
+from .lowering_cuda_sums import hand_on, slot_sum, warp_sum
 from .substitution import substitute
-
-#: Most warps of a block, and most vectors of a row that a thread holds.
-_MAX_WARPS, _MAX_PARTS = 32, 4
-#: Warps that go through a row of any length in rounds.
-_ROUND_WARPS = 8
-
-# In CUDA, as TVM would put barriers of the block around shared memory that it knows of.
-_HAND_ON = """(const TYPE* held, TYPE* vector) {
-  __shared__ alignas(16) TYPE chunks[ROOM];
-  TYPE* chunk = chunks + threadIdx.x / 32 * 256;
-  int lane = threadIdx.x % 32;
-  /* What was handed on before has been taken. */
-  __syncwarp();
-#pragma unroll
-  for (int e = 0; e < 8; ++e) chunk[e * 32 + lane] = held[e];
-  __syncwarp();
-#pragma unroll
-  for (int e = 0; e < 8; ++e) vector[e] = chunk[lane * 8 + e];
-}
-"""
-_CUDA_TYPES = {"bfloat16": "nv_bfloat16", "float16": "half", "float32": "float"}
-_WARP_SUM = """(float value) {
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) value += __shfl_xor_sync(0xffffffffu, value, half);
-  return value;
-}
-"""
-# At least one, and not all: K's share of a row's chunks, rounded. Without a division, which would
-# take longer than a short row.
-_WARPS_OF_K = """(int64_t q_chunks, int64_t k_chunks) {
-  int64_t warps = 1;
-#pragma unroll
-  for (int more = 1; more < WARPS - 1; ++more) {
-    warps += 2 * WARPS * k_chunks >= (2 * more + 1) * (q_chunks + k_chunks);
-  }
-  return warps;
-}
-"""
-_SLOT_SUM = """(const float* sums, int count) {
-  int slot = threadIdx.x % WIDTH;
-  float value = 0.0f;
-#pragma unroll
-  for (int chunk = slot; chunk < count; chunk += SLOTS) value += sums[chunk];
-#pragma unroll
-  for (int half = WIDTH / 2; half > 0; half /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, half);
-  }
-  return value;
-}
-"""
-
-
-def _float_call(name: str, *args: tirx.Expr, code: str) -> tirx.Expr:
-    source = f"__device__ __forceinline__ float {name}{code}"
-    return cuda_func_call(name, *args, source_code=source, return_type="float32")
-
-
-def _slot_sum(sums: tirx.Buffer, first: int, one: _Operand) -> tirx.Expr:
-    """Return the sum of what an operand's warps have left for a row, from `first` on."""
-    width, count = SLOTS, tirx.min(int64(SLOTS), one.chunks)
-    if not one.in_rounds:
-        chunks = -(-int(one.cols) // CHUNK)
-        width, count = min(SLOTS, 1 << (chunks - 1).bit_length()), int64(chunks)
-    code = _SLOT_SUM.replace("WIDTH", str(width)).replace("SLOTS", str(SLOTS))
-    place = tirx.address_of(tirx.BufferLoad(sums, [int64(first)]))
-    return _float_call(f"qknorm_slot_sum_{width}", place, tirx.Cast("int32", count), code=code)
-
 
 # ---- the declaration's statements --------------------------------------------------------------
 
@@ -162,91 +96,6 @@ def _statement(block: SBlock, values: Sequence[Any], uses: Sequence[_Use]) -> ti
 # ---- what a thread has -------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Operand:
-    """Q or K, and the warps that go through its rows.
-
-    In rounds it is known when the kernel runs how many warps that is.
-    """
-
-    tag: str
-    x: tirx.Buffer
-    warps: Any
-    parts: int
-    in_rounds: bool
-    first_thread: Any = 0
-    first_sum: int = 0
-
-    @property
-    def cols(self) -> tirx.Expr:
-        return self.x.shape[1]
-
-    @property
-    def chunks(self) -> tirx.Expr:
-        """Chunks of a row, the last of them perhaps not whole."""
-        return tirx.floordiv(self.cols + (CHUNK - 1), int64(CHUNK))
-
-    @property
-    def step(self) -> Any:
-        """How many chunks its warps hold at a time."""
-        return self.warps * self.parts
-
-    @property
-    def room(self) -> int:
-        """How many sums of a row there is room for: no warp has to test whether it has a chunk."""
-        return SLOTS if self.in_rounds else self.step
-
-
-def deal_chunks(chunks: Sequence[int], wanted: int) -> tuple[int, tuple[int, ...]] | None:
-    """Deal out the chunks of Q and of K to the warps of a block.
-
-    Parameters
-    ----------
-    chunks : sequence of int
-        How many a row of each has.
-    wanted : int
-        Vectors of a row that a thread is to hold; it holds more where warps do not suffice.
-
-    Returns
-    -------
-    (int, tuple of int) or None
-        Vectors that a thread holds, and warps of each; None where a block cannot hold a row.
-    """
-    for parts in range(min(wanted, _MAX_PARTS), _MAX_PARTS + 1):
-        warps = tuple(-(-count // parts) for count in chunks)
-        if sum(warps) <= _MAX_WARPS:
-            return parts, warps
-    return None
-
-
-def _operands(params: dict[str, Any], wanted: int) -> list[_Operand]:
-    """Deal out warps: as many as chunks, or as many as a block may have."""
-    xs = [params[tag] for tag in ("q", "k")]
-    fixed = all(isinstance(x.shape[1], tirx.IntImm) for x in xs)
-    dealt = deal_chunks([-(-int(x.shape[1]) // CHUNK) for x in xs], wanted) if fixed else None
-    if dealt:
-        parts, warps = dealt
-        q, k = (
-            _Operand(tag, x, count, parts, False)
-            for tag, x, count in zip("qk", xs, warps, strict=True)
-        )
-    else:
-        parts = min(wanted, _MAX_PARTS)
-        # A variable, or every index would have all that it is computed from in it.
-        k_warps = tirx.Var("k_warps", "int64")
-        q = _Operand("q", xs[0], _ROUND_WARPS - k_warps, parts, True)
-        k = _Operand("k", xs[1], k_warps, parts, True)
-    k.first_thread = q.warps * WARP
-    k.first_sum = q.room
-    return [q, k]
-
-
-def _rounds(count: tirx.Expr, step: Any) -> tirx.Expr:
-    """Return how many steps make a count of chunks, or of slots, which 32 bits hold."""
-    short = [tirx.Cast("int32", one) for one in (count + (step - 1), step)]
-    return tirx.Cast("int64", tirx.truncdiv(*short))
-
-
 def _unrolled(extents: Sequence[int], body: Callable[..., tirx.Stmt]) -> tirx.Stmt:
     """Return unrolled loops around what `body` makes of their variables."""
     names = [tirx.Var(name, "int64") for name in ("i", "j", "e")[: len(extents)]]
@@ -284,11 +133,11 @@ class _Thread:
         self.normalises = "q_out" in self.blocks
         self.rows = int(config["rows"])
         self.streaming = bool(config["streaming_stores"])
-        self.operands = _operands(self.params, int(config["columns"]))
+        self.operands = deal_out(self.params, int(config["columns"]))
         self.parts = self.operands[0].parts
         in_rounds = self.operands[0].in_rounds
         self.threads = WARP * (
-            _ROUND_WARPS if in_rounds else sum(one.warps for one in self.operands)
+            ROUND_WARPS if in_rounds else sum(one.warps for one in self.operands)
         )
         self.thread, self.tile = tirx.Var("thread", "int64"), tirx.Var("tile", "int64")
         self.total_rows = self.params["q"].shape[0]
@@ -335,26 +184,26 @@ class _Thread:
     # Where things are. `part` is which of its vectors a thread handles, `first` the chunk of the
     # operand's first warp.
 
-    def _place(self, one: _Operand) -> tirx.Expr:
+    def _place(self, one: Operand) -> tirx.Expr:
         return self.thread - one.first_thread
 
-    def _warp(self, one: _Operand) -> tirx.Expr:
+    def _warp(self, one: Operand) -> tirx.Expr:
         return tirx.floordiv(self._place(one), int64(WARP))
 
-    def _chunk(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+    def _chunk(self, one: Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
         return first + part * one.warps + self._warp(one)
 
-    def _vector_column(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+    def _vector_column(self, one: Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
         """Return the first of the columns whose squares a thread adds."""
         return ((first + part * one.warps) * WARP + self._place(one)) * VECTOR
 
-    def _column(self, one: _Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
+    def _column(self, one: Operand, part: tirx.Expr, first: tirx.Expr) -> tirx.Expr:
         """Return the first of the columns that a thread holds, `_step` apart."""
         if self._aligned(one):
             return self._vector_column(one, part, first)
         return self._chunk(one, part, first) * CHUNK + self._lane()
 
-    def _step(self, one: _Operand) -> int:
+    def _step(self, one: Operand) -> int:
         return 1 if self._aligned(one) else WARP
 
     def _lane(self) -> tirx.Expr:
@@ -366,7 +215,7 @@ class _Thread:
     def _row_is_there(self, row: tirx.Expr) -> list[tirx.Expr]:
         return [] if self.rows == 1 else [self._row(row) < self.total_rows]
 
-    def _column_is_there(self, one: _Operand, column: tirx.Expr) -> list[tirx.Expr]:
+    def _column_is_there(self, one: Operand, column: tirx.Expr) -> list[tirx.Expr]:
         whole = not one.in_rounds and int(one.cols) == one.step * CHUNK
         return [] if whole else [column < one.cols]
 
@@ -375,7 +224,7 @@ class _Thread:
         return _unrolled([self.rows, self.parts], body)
 
     def _copy(
-        self, one: _Operand, source: tirx.Buffer, leading: Sequence[Any], to: tirx.Buffer,
+        self, one: Operand, source: tirx.Buffer, leading: Sequence[Any], to: tirx.Buffer,
         place: Sequence[Any], column: tirx.Expr, conditions: Sequence[tirx.Expr],
     ) -> tirx.Stmt:  # fmt: skip
         """Copy a vector to or from registers, in accesses as wide as its alignment allows.
@@ -420,14 +269,14 @@ class _Thread:
             stmt = tirx.IfThenElse(column + VECTOR <= one.cols, stmt, rest)
         return _if([*conditions, *self._column_is_there(one, column)], stmt)
 
-    def _aligned(self, one: _Operand) -> bool:
+    def _aligned(self, one: Operand) -> bool:
         """Whether vectors are accessed as such: all of them, or all but the last of a row."""
         whole = not isinstance(one.cols, tirx.IntImm) or int(one.cols) % VECTOR == 0
         return aligned_elements(one.x) > 1 and whole
 
     # What is done.
 
-    def _load_x(self, one: _Operand, first: tirx.Expr, slot: tirx.Expr | None = None) -> tirx.Stmt:
+    def _load_x(self, one: Operand, first: tirx.Expr, slot: tirx.Expr | None = None) -> tirx.Stmt:
         def load(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
             there = self._row_is_there(i)
             if slot is not None:
@@ -437,7 +286,7 @@ class _Thread:
 
         return self._held(load)
 
-    def _load_gamma(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+    def _load_gamma(self, one: Operand, first: tirx.Expr) -> tirx.Stmt:
         gamma = self.params[f"gamma_{one.tag}"]
         return _unrolled(
             [self.parts],
@@ -446,7 +295,7 @@ class _Thread:
             ),
         )  # fmt: skip
 
-    def load(self, one: _Operand) -> tirx.Stmt:
+    def load(self, one: Operand) -> tirx.Stmt:
         """Read what the thread holds; in rounds, gamma alone, where it holds a row's."""
         stmts = [] if one.in_rounds else [self._load_x(one, int64(0))]
         if self.normalises:
@@ -457,7 +306,7 @@ class _Thread:
         return tirx.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
 
     def _add_squares(
-        self, one: _Operand, first: tirx.Expr, slot: tirx.Expr | None = None
+        self, one: Operand, first: tirx.Expr, slot: tirx.Expr | None = None
     ) -> tirx.Stmt:
         block = self.blocks[f"vector_{one.tag}"]
         partial = block.writes[0].source
@@ -484,12 +333,9 @@ class _Thread:
 
     def _hand_on(self, i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
         """Give each thread of a warp its neighbouring columns of the chunk that the warp holds."""
-        room, dtype = self.threads * VECTOR, str(self.x.dtype)
-        held = tirx.address_of(tirx.BufferLoad(self.x, [i, j, int64(0)]))
-        vector = tirx.address_of(tirx.BufferLoad(self.vector, [int64(0)]))
-        code = _HAND_ON.replace("TYPE", _CUDA_TYPES[dtype]).replace("ROOM", str(room))
-        name = f"qknorm_hand_on_{dtype}_{room}"
-        return lowering_cuda.device_call(name, held, vector, code=code)
+        held = tirx.BufferLoad(self.x, [i, j, int64(0)])
+        vector = tirx.BufferLoad(self.vector, [int64(0)])
+        return hand_on(held, vector, str(self.x.dtype), self.threads * VECTOR)
 
     @staticmethod
     def _updated(block: SBlock) -> SBlock:
@@ -498,17 +344,15 @@ class _Thread:
         return block
 
     def _add_warps(self, *, to_slots: bool) -> tirx.Stmt:
-        def warp_sum(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
-            value = _float_call(
-                "qknorm_warp_sum", tirx.BufferLoad(self.sums, [i, j]), code=_WARP_SUM
-            )
+        def add(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
+            value = warp_sum(tirx.BufferLoad(self.sums, [i, j]))
             if to_slots:
                 value = tirx.BufferLoad(self.slots, [i, j]) + value
             return tirx.BufferStore(self.slots, value, [i, j])
 
-        return self._held(warp_sum)
+        return self._held(add)
 
-    def _share(self, one: _Operand, first: tirx.Expr) -> tirx.Stmt:
+    def _share(self, one: Operand, first: tirx.Expr) -> tirx.Stmt:
         """Leave a warp's sums in shared memory."""
 
         def share(i: tirx.Expr, j: tirx.Expr) -> tirx.Stmt:
@@ -519,7 +363,7 @@ class _Thread:
 
         return tirx.IfThenElse(tirx.EQ(self._lane(), int64(0)), self._held(share), None)
 
-    def add(self, one: _Operand) -> tirx.Stmt:
+    def add(self, one: Operand) -> tirx.Stmt:
         """Add up the squares, and leave the sums of chunks, or of slots, in shared memory."""
         if not one.in_rounds:
             sums = [self._add_squares(one, int64(0)), self._add_warps(to_slots=False)]
@@ -540,14 +384,14 @@ class _Thread:
                 self._share(one, slot),
             ]
         )
-        return _serial(group, _rounds(tirx.min(int64(SLOTS), one.chunks), one.step), body)
+        return _serial(group, rounds(tirx.min(int64(SLOTS), one.chunks), one.step), body)
 
-    def _total(self, one: _Operand, row: int) -> tirx.Stmt:
+    def _total(self, one: Operand, row: int) -> tirx.Stmt:
         first = row * self.room + one.first_sum
-        value = _slot_sum(self.shared, first, one)
+        value = slot_sum(self.shared, first, one)
         return tirx.BufferStore(self.row_sums, value, [int64(row)])
 
-    def _mean(self, one: _Operand, row: int) -> tirx.Stmt:
+    def _mean(self, one: Operand, row: int) -> tirx.Stmt:
         """Return the statement that divides, of either operation."""
         at = int64(row)
         total_use = _Use(self._total_buffer(one), self.row_sums, [at])
@@ -559,10 +403,10 @@ class _Thread:
         values = [self._row(at), int64(0 if one.tag == "q" else 1)]
         return _statement(self._updated(block), values, [total_use])
 
-    def _total_buffer(self, one: _Operand) -> tirx.Var:
+    def _total_buffer(self, one: Operand) -> tirx.Var:
         return self.blocks[cuda_blocks(one.tag)[-1]].writes[0].source
 
-    def write_means(self, one: _Operand) -> tirx.Stmt:
+    def write_means(self, one: Operand) -> tirx.Stmt:
         """Write the statistics: row by row, each by another warp."""
         stmts = []
         for row in range(self.rows):
@@ -573,7 +417,7 @@ class _Thread:
             stmts.append(_if([tirx.EQ(self._warp(one), int64(warp))], both))
         return tirx.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
 
-    def normalise(self, one: _Operand) -> tirx.Stmt:
+    def normalise(self, one: Operand) -> tirx.Stmt:
         """Write the outputs."""
         stmts: list[tirx.Stmt] = []
         rs_block, out_block = self.blocks[f"rs_{one.tag}"], self.blocks[f"{one.tag}_out"]
@@ -610,21 +454,16 @@ class _Thread:
         # A row that the warps hold at once is still there.
         again = tirx.IfThenElse(one.chunks > one.step, again, None)
         body = tirx.SeqStmt([again, *write(first)])
-        return tirx.SeqStmt([*stmts, _serial(turn, _rounds(one.chunks, one.step), body)])
+        return tirx.SeqStmt([*stmts, _serial(turn, rounds(one.chunks, one.step), body)])
 
     def deal_out_warps(self) -> list[tirx.Stmt]:
         """Say how many warps each operand has, where that depends on the columns of a call."""
         q, k = self.operands
         if not q.in_rounds:
             return []
-        code = _WARPS_OF_K.replace("WARPS", str(_ROUND_WARPS))
-        source = f"__device__ __forceinline__ int64_t qknorm_warps_of_k{code}"
-        warps = cuda_func_call(
-            "qknorm_warps_of_k", q.chunks, k.chunks, source_code=source, return_type="int64"
-        )
-        return [tirx.Bind(k.warps, warps)]
+        return [tirx.Bind(k.warps, warps_of_k(q, k))]
 
-    def for_both(self, what: Callable[[_Operand], tirx.Stmt]) -> tirx.Stmt:
+    def for_both(self, what: Callable[[Operand], tirx.Stmt]) -> tirx.Stmt:
         """Do something in the threads of Q and in those of K."""
         q, k = self.operands
         return tirx.IfThenElse(self.thread < k.first_thread, what(q), what(k))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 
 from ..errors import TuningError
-from ..lowering_cuda_statistics import deal_chunks
+from ..lowering_cuda_operands import deal_chunks
 from ..schedules import cuda_sampling
 from ..schedules.cuda_config import (
     DEPENDENT_LAUNCHES,
