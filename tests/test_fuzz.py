@@ -63,7 +63,7 @@ from qknorm_tvm.operations import OPERATIONS, Operation
 from qknorm_tvm.targets import host_features
 
 _GIVEN = os.environ.get("QKNORM_TVM_FUZZ_CASES")
-_CASES = int(_GIVEN or 600)
+_CASES = int(_GIVEN or 400)
 
 #: Few pairs of columns and dtypes: each is a module to compile.
 KINDS = (
