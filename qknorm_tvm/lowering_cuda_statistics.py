@@ -10,8 +10,8 @@ to the threads of one kernel:
 4. *Finish*: the slots' sums, by shuffles again; the mean; and the outputs, of the vectors that a
    thread still holds.
 
-Where a row's columns are open, or more than registers hold, a warp goes through the chunks of its
-slots, one after the other, and reads them again for the outputs.
+Where a row's columns are open, or more than registers hold, the warps go through its chunks in
+rounds, slot by slot, and read them again for the outputs unless they hold all of them at once.
 
 Where nothing is known of alignment, elements are read and written one by one: by each thread every
 32nd of a chunk, so that a warp's accesses are to neighbours, and for the sum a warp hands on in

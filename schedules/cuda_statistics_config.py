@@ -19,7 +19,7 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
 * Open columns, in rounds of 8 warps: a chunk at a time is best where rows are short (1536/256, one
   row: 1.94 µs fused, against 2.77 with four and 1.06 with fixed columns), and two rows where there
   are many (16,384: 73.1, with fixed columns 40.7).
-* Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 10 %
+* Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 14 %
   slower at 6144/1024. Streaming stores made no difference.
 """
 
