@@ -52,7 +52,8 @@ class _Use:
     indices: Sequence[tirx.Expr]
 
 
-def _blocks(func: tirx.PrimFunc) -> dict[str, SBlock]:
+def blocks_of(func: tirx.PrimFunc) -> dict[str, SBlock]:
+    """Return a function's blocks by name."""
     found: list[SBlock] = []
     tvm_ffi.structural_walk(func.body, (SBlock, found.append))
     return {str(block.name_hint): block for block in found}
@@ -129,7 +130,7 @@ class _Thread:
 
     def __init__(self, func: tirx.PrimFunc, config: dict[str, Any]):
         self.params = {str(one.name): one for one in func.params}
-        self.blocks = _blocks(func)
+        self.blocks = blocks_of(func)
         self.normalises = "q_out" in self.blocks
         self.rows = int(config["rows"])
         self.streaming = bool(config["streaming_stores"])

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import tvm_ffi
 from tvm import IRModule
-from tvm.s_tir import SBlock, Schedule
+from tvm.s_tir import Schedule
 
 from qknorm_tvm import lowering_cuda, lowering_cuda_statistics
 
@@ -65,7 +64,7 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
 
 def adds_rows(sch: Schedule) -> bool:
     """Whether a schedule is of a function that adds up rows."""
-    return "square_x32_q" in _blocks(sch)
+    return "square_x32_q" in lowering_cuda_statistics.blocks_of(sch.mod["main"])
 
 
 def schedule_body(sch: Schedule, config: CudaConfig) -> None:
@@ -74,7 +73,7 @@ def schedule_body(sch: Schedule, config: CudaConfig) -> None:
     No field changes them, so that a trace holds for every config; `lowering_cuda_statistics`
     completes the result.
     """
-    normalises = "q_out" in _blocks(sch)
+    normalises = "q_out" in lowering_cuda_statistics.blocks_of(sch.mod["main"])
     for tag in ("q", "k"):
         sch.compute_inline(sch.get_sblock(f"square_x32_{tag}"))
         for name in ("x32", "scaled", "weighted") if normalises else ():
@@ -82,9 +81,3 @@ def schedule_body(sch: Schedule, config: CudaConfig) -> None:
     row = sch.get_loops(sch.get_sblock("q_out" if normalises else "mean"))[0]
     for field, value in config.to_dict().items():
         sch.annotate(row, lowering_cuda.NOTE + field, value)
-
-
-def _blocks(sch: Schedule) -> set[str]:
-    found: list[SBlock] = []
-    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, found.append))
-    return {str(block.name_hint) for block in found}
