@@ -13,11 +13,11 @@ if not _os.path.isdir(_os.path.join(__path__[0], "schedules")):
     __path__.append(_os.path.dirname(__path__[0]))
 
 from ._version import __version__
-from .api import apply_qk_rms_norm, qk_rms_norm, row_mean_of_squares_qk
-from .build import CompiledModule, compile
-from .cache import use
+from .call.api import apply_qk_rms_norm, qk_rms_norm, row_mean_of_squares_qk
+from .call.cache import use
+from .call.compiled import CompiledModule, compile
 from .errors import BuildError, ModuleFileError, QKNormError, TuningError
-from .runtime import Module, get_num_threads, load, set_num_threads
+from .load.module import Module, get_num_threads, load, set_num_threads
 from .spec import KernelSpec
 from .tuning import tune
 

@@ -28,7 +28,7 @@ import torch
 
 import qknorm_tvm
 
-from .arrays import canonical_dtype
+from .call.arrays import canonical_dtype
 from .spec import DTYPE_BYTES
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from qknorm_tvm import lowering_cuda
+from qknorm_tvm.lower import cuda as lowering_cuda
 
 from .cuda_config import WARP
 
@@ -21,7 +21,7 @@ _OPERANDS = ("q", "k")
 
 
 def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
-    """Schedule a function of `qknorm_tvm.declaration.declare` for CUDA.
+    """Schedule a function of `qknorm_tvm.declare.norm.declare` for CUDA.
 
     Strategy: a thread loads its vectors of x, its gamma and the variance of its rows, then
     computes, then stores; nothing is shared between threads, so there is no shared memory and no
@@ -36,7 +36,7 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
 
     The threads of Q and K form one range, Q's first, so that none idles within a row and there is
     one launch; blocks cut that range. A schedule primitive for that does not exist: loops over
-    threads are annotated with the config, and `qknorm_tvm.lowering_cuda` joins them.
+    threads are annotated with the config, and `qknorm_tvm.lower.cuda` joins them.
 
     Tried, and lost: microseconds a launch in a CUDA graph of 40 on H100 80GB HBM3 (torch 2.11, CUDA
     13.0, driver 580.159), bfloat16, columns 1536/256 unless said otherwise. The same buffers each
@@ -73,7 +73,7 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
     Returns
     -------
     tirx.PrimFunc
-        The function bound to one grid, ready for `qknorm_tvm.build_cuda.cuda_source`.
+        The function bound to one grid, ready for `qknorm_tvm.build.cuda.cuda_source`.
 
     Raises
     ------

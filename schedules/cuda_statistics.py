@@ -1,10 +1,10 @@
 """The CUDA schedule of a row's mean of squares, alone and before Q and K are normalised with it.
 
 Strategy. A block of threads holds whole rows of Q and of K, in registers: it reads them once, adds
-up the squares in the order of `qknorm_tvm.declaration_statistics`, whose vectors are what a thread
+up the squares in the order of `qknorm_tvm.declare.statistics`, whose vectors are what a thread
 reads in one access and whose chunks are what a warp has, and normalises what it still holds.
 
-Map from the declaration's loops (`qknorm_tvm.lowering_cuda_statistics` makes it)::
+Map from the declaration's loops (`qknorm_tvm.lower.cuda_statistics` makes it)::
 
     row    -> tile, row_in_tile           tile: blockIdx.x
     chunk  -> round, part, warp           warp: threadIdx.x // 32, Q's warps and then K's
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from qknorm_tvm import lowering_cuda, lowering_cuda_statistics
+from qknorm_tvm.lower import cuda as lowering_cuda
+from qknorm_tvm.lower import cuda_statistics as lowering_cuda_statistics
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -39,7 +40,7 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
     Parameters
     ----------
     func : tirx.PrimFunc
-        A function of `qknorm_tvm.declaration.declare` with ``row_tile=1``, in the order of CUDA.
+        A function of `qknorm_tvm.declare.norm.declare` with ``row_tile=1``, in the order of CUDA.
         Its alignment decides how wide accesses are.
     config : CudaConfig
         ``rows``, ``columns`` (vectors of a thread in a row; more where a block would have more than
@@ -49,7 +50,7 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
     Returns
     -------
     tirx.PrimFunc
-        The function bound to one grid, ready for `qknorm_tvm.build_cuda.cuda_source`.
+        The function bound to one grid, ready for `qknorm_tvm.build.cuda.cuda_source`.
 
     Raises
     ------

@@ -27,14 +27,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .cuda_config import (
-    _MANY_BLOCKS,
-    ACCESS_BYTES,
-    CudaConfig,
-    CudaVariant,
-    _ceil_div,
-    _reachable,
-)
+from .cuda_config import _MANY_BLOCKS, ACCESS_BYTES, CudaConfig, CudaVariant, _ceil_div, _reachable
 
 if TYPE_CHECKING:
     from qknorm_tvm.spec import KernelSpec

@@ -25,7 +25,7 @@ import pytest
 from support import base_of, session_folder
 
 from qknorm_tvm import BuildError
-from qknorm_tvm.native_build import c_compiler
+from qknorm_tvm.build.native import c_compiler
 from qknorm_tvm.targets import host_machine
 
 _SOURCE = Path(__file__).parent / "native" / "call_module.c"

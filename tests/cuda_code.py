@@ -20,7 +20,8 @@ import filelock
 import pytest
 from support import session_folder
 
-from qknorm_tvm import BuildError, KernelSpec, build_cuda, compile
+from qknorm_tvm import BuildError, KernelSpec, compile
+from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.schedules.cuda_config import CudaVariant, default_variants
 
 SM_90 = "cuda:sm_90"

@@ -21,7 +21,7 @@ from support import (
     random_values,
 )
 
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 from qknorm_tvm.operations import Operation
 
 SPECIAL = {"gamma_q": SPECIAL_GAMMAS, "gamma_k": SPECIAL_GAMMAS, "qk_var": SPECIAL_VARIANCES}

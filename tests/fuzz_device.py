@@ -40,10 +40,11 @@ from fuzz_mistakes import Given, spoil
 from support import from_torch, raw_call, to_torch
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, Module, load, reference
-from qknorm_tvm.inputs import Activations
+from qknorm_tvm import KernelSpec, Module, load
+from qknorm_tvm.check import reference
+from qknorm_tvm.check.inputs import Activations
+from qknorm_tvm.check.verification_cuda import torch_outputs
 from qknorm_tvm.operations import OPERATIONS
-from qknorm_tvm.verification_cuda import torch_outputs
 
 _ROWS = (0, 1, 2, 3, 4, 5, 9, 17)
 #: Elements of Q and K in the larger calls, which go to the kernels for many rows.

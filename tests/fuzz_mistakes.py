@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from support import RawTensor
 
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 from qknorm_tvm.operations import Operation
 
 #: What a refusal of an entry point says.

@@ -1,6 +1,6 @@
 """What several test files use: inputs, raw DLPack tensors, modules compiled once, child processes.
 
-No computation of the operation is here: `qknorm_tvm.reference` is the only one.
+No computation of the operation is here: `qknorm_tvm.check.reference` is the only one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import filelock
 import numpy as np
 import pytest
 
-from qknorm_tvm import BuildError, KernelSpec, Module, compile, load, reference
-from qknorm_tvm.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
-from qknorm_tvm.reference_torch import to_torch  # noqa: F401
+from qknorm_tvm import BuildError, KernelSpec, Module, compile, load
+from qknorm_tvm.check import reference
+from qknorm_tvm.check.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
+from qknorm_tvm.check.reference_torch import to_torch  # noqa: F401
 from qknorm_tvm.targets import X86_LEVELS, host_features
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -32,13 +32,14 @@ from support import (
     specs_of,
 )
 
-from qknorm_tvm import BuildError, KernelSpec, ModuleFileError, compile, load, reference, targets
+from qknorm_tvm import BuildError, KernelSpec, ModuleFileError, compile, load, targets
+from qknorm_tvm.check import reference
+from qknorm_tvm.check.layouts import Placed
+from qknorm_tvm.check.verification import GAMMAS, describe_difference, pattern_case, shape_case
+from qknorm_tvm.check.verification import Case as VerifyCase
 from qknorm_tvm.cli import main
-from qknorm_tvm.layouts import Placed
-from qknorm_tvm.module_file import machine_of, read_metadata
-from qknorm_tvm.schedules.llvm_config import LLVMConfig
-from qknorm_tvm.verification import GAMMAS, describe_difference, pattern_case, shape_case
-from qknorm_tvm.verification import Case as VerifyCase
+from qknorm_tvm.load.module_file import machine_of, read_metadata
+from qknorm_tvm.schedules.cpu_config import CpuConfig
 
 TARGET = "aarch64"
 SPEC = KernelSpec(q_cols=1536, k_cols=256, target=TARGET)
@@ -52,7 +53,7 @@ def machine() -> AArch64:
 
 
 @functools.cache
-def _module(name: str, *specs: KernelSpec, config: LLVMConfig | None = None) -> Path:
+def _module(name: str, *specs: KernelSpec, config: CpuConfig | None = None) -> Path:
     aarch64.cross_compiler()
     return compiled(f"aarch64-{name}", *specs, config=config)
 
@@ -152,7 +153,7 @@ def test_two_threads(machine: AArch64, layout: str) -> None:
 
 def test_stores_past_the_caches(machine: AArch64) -> None:
     """The one config that no default has: another way to store, on aligned rows alone."""
-    config = LLVMConfig(vector=8, row_tile=4, streaming_bytes=1, bytes_per_task=1)
+    config = CpuConfig(vector=8, row_tile=4, streaming_bytes=1, bytes_per_task=1)
     module = _module("stream", SPEC, config=config)
     (level,) = read_metadata(module)["levels"]
     assert level["code"][0]["variants"] == ["stream", "tile", "row"]

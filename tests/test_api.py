@@ -12,7 +12,7 @@ import pytest
 from support import DTYPES, PAIRINGS, Case, from_torch, make_case, misaligned, to_torch
 
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 
 ROWS, Q_COLS, K_COLS = 3, 32, 16
 
@@ -296,7 +296,7 @@ def test_loaded_modules_serve_the_api_without_tvm(tmp_path):
 import sys
 import numpy as np
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 
 qknorm_tvm.use(qknorm_tvm.load(sys.argv[1]))
 x = [np.full((3, 8), 2, "f4"), np.full((3, 4), 3, "f4"), np.ones((3, 2), "f4")]

@@ -12,7 +12,7 @@ import pytest
 from support import DTYPES, PAIRINGS, Case, bits_of, filled, make_case
 
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 
 Q_COLS, K_COLS = 32, 16
 INPUTS = ("q", "k", "qk_var", "gamma_q", "gamma_k")

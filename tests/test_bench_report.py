@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qknorm_tvm import QKNormError, alternatives, benchmark_plots, benchmark_report, reference
-from qknorm_tvm.benchmark import CaseResult, Timing, case_bytes
-from qknorm_tvm.benchmark_compare import LEAST_CHANGE, cases_of, compare
-from qknorm_tvm.benchmark_report import Row, read_csv, rows_of, write_csv
+from qknorm_tvm import QKNormError
+from qknorm_tvm.bench import alternatives
+from qknorm_tvm.bench import plots as benchmark_plots
+from qknorm_tvm.bench import report as benchmark_report
+from qknorm_tvm.bench.compare import LEAST_CHANGE, cases_of, compare
+from qknorm_tvm.bench.report import Row, read_csv, rows_of, write_csv
+from qknorm_tvm.bench.timing import CaseResult, Timing, case_bytes
+from qknorm_tvm.check import reference
+from qknorm_tvm.check.inputs import aligned_empty, generate
 from qknorm_tvm.cli import main
-from qknorm_tvm.inputs import aligned_empty, generate
 
 FACTS = {
     "target": "x86-64-v3",

@@ -14,7 +14,9 @@ import pytest
 from support import environment, make_case, run_python
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, ModuleFileError, cache, reference
+from qknorm_tvm import KernelSpec, ModuleFileError
+from qknorm_tvm.call import cache
+from qknorm_tvm.check import reference
 from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.targets import host_cpu_target
 
@@ -23,7 +25,7 @@ _USE = """
 import sys
 import numpy as np
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 q, k = np.ones((2, 5), np.float32) / 3, np.ones((2, 3), np.float32) / 7
 var, gamma = np.full((2, 2), 0.3, np.float32), np.full(5, 1.7, np.float32)
 arguments = q, k, var, gamma, gamma[:3]
@@ -250,7 +252,7 @@ def test_default_folder_is_the_users(tmp_path: Path) -> None:
 
 def _call_with_new_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
     monkeypatch.setattr(cache, "_loaded", {})
-    monkeypatch.setattr("qknorm_tvm.api._entries", {op: {} for op in OPERATIONS})
+    monkeypatch.setattr("qknorm_tvm.call.api._entries", {op: {} for op in OPERATIONS})
     case = make_case(2, 5, 3, "float32")
     outputs = qknorm_tvm.apply_qk_rms_norm(case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
     for got, want in zip(outputs, case.expected(), strict=True):
@@ -302,5 +304,5 @@ def test_key_changes_with_versions_and_sources(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cache, "_source_digest", lambda: "other")
     other = cache.cache_key(_spec())
     assert other != key
-    monkeypatch.setattr("qknorm_tvm.build.versions", lambda: {"apache-tvm": "9"})
+    monkeypatch.setattr("qknorm_tvm.call.compiled.versions", lambda: {"apache-tvm": "9"})
     assert cache.cache_key(_spec()) not in (key, other)

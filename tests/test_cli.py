@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qknorm_tvm import KernelSpec, alternatives, layouts, reference, sweep, verification
+from qknorm_tvm import KernelSpec
 from qknorm_tvm import compile as compile_specs
-from qknorm_tvm.benchmark import Candidate, measure
+from qknorm_tvm.bench import alternatives
+from qknorm_tvm.bench.timing import Candidate, measure
+from qknorm_tvm.check import layouts, reference, sweep, verification
+from qknorm_tvm.check.inputs import Activations, generate, read_activations
 from qknorm_tvm.cli import main
-from qknorm_tvm.inputs import Activations, generate, read_activations
-from qknorm_tvm.runtime import Module, load
+from qknorm_tvm.load.module import Module, load
 from qknorm_tvm.targets import host_cpu_target
 
 BFLOAT16 = ml_dtypes.bfloat16

@@ -21,7 +21,10 @@ import pytest
 from support import compiled, ffi_tensors, make_case, run_python, smallest
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, cache, load, module_file, reference
+from qknorm_tvm import KernelSpec, load
+from qknorm_tvm.call import cache
+from qknorm_tvm.check import reference
+from qknorm_tvm.load import module_file
 from qknorm_tvm.targets import host_cpu_target
 
 _SCALE = 10 if os.environ.get("QKNORM_TVM_CAMPAIGN") else 1
@@ -103,8 +106,8 @@ def test_threads_that_ask_for_new_specs_at_once(tmp_path: Path) -> None:
         import threading
         import numpy as np
         import qknorm_tvm
-        import qknorm_tvm.build as build
-        from qknorm_tvm import reference
+        import qknorm_tvm.call.compiled as build
+        from qknorm_tvm.check import reference
         from support import make_case
 
         compile, compilations = build.compile, []
@@ -149,7 +152,7 @@ import os, sys, time
 import numpy as np
 import tvm_ffi
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 q, k = np.ones((2, 5), np.float32) / 3, np.ones((2, 3), np.float32) / 7
 var, gamma = np.full((2, 2), 0.3, np.float32), np.full(5, 1.7, np.float32)
 arguments = q, k, var, gamma, gamma[:3]
@@ -235,7 +238,7 @@ def test_who_waits_for_a_killed_compilation_compiles(tmp_path: Path) -> None:
     env = {"QKNORM_TVM_CACHE_DIR": str(folder), "TMPDIR": str(tmp_path)}
     never_ends = """
         import time
-        import qknorm_tvm.build as build
+        import qknorm_tvm.call.compiled as build
         def compile(spec):
             print("compiling", flush=True)
             time.sleep(600)
@@ -258,8 +261,9 @@ _WRITING = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import qknorm_tvm.build as build
-from qknorm_tvm import KernelSpec, cache
+import qknorm_tvm.call.compiled as build
+from qknorm_tvm.call import cache
+from qknorm_tvm import KernelSpec
 spec = KernelSpec.from_text(sys.argv[2])
 build.compile = lambda spec: SimpleNamespace(path=Path(sys.argv[1]))
 key = cache.cache_directory() / cache.cache_key(spec)
@@ -273,7 +277,7 @@ while True:
 _EXPORTING = """
 import sys
 from pathlib import Path
-from qknorm_tvm.build import place
+from qknorm_tvm.call.compiled import place
 place(Path(sys.argv[1]), Path(sys.argv[2]))
 print("ready", flush=True)
 while True:
@@ -330,7 +334,8 @@ _FORKS = """
 import os, signal, sys, threading
 import numpy as np
 import qknorm_tvm
-from qknorm_tvm import load, reference
+from qknorm_tvm.check import reference
+from qknorm_tvm import load
 from support import ffi_tensors, make_case
 
 module = load(sys.argv[1])
@@ -449,10 +454,10 @@ def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:
         + _API_FORKS
         + """
 import time
-import qknorm_tvm.build as build
+import qknorm_tvm.call.compiled as build
 assert compute(5)
-qknorm_tvm.cache._loaded.clear()
-qknorm_tvm.api.forget_entries()
+qknorm_tvm.call.cache._loaded.clear()
+qknorm_tvm.call.api.forget_entries()
 compile, begun, go_on = build.compile, threading.Event(), threading.Event()
 
 def slow(spec):

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from support import RawTensor, compiled, environment, make_case, raw_call, run_python, smallest
 
-from qknorm_tvm import BuildError, KernelSpec, Module, ModuleFileError, load, module_file
+from qknorm_tvm import BuildError, KernelSpec, Module, ModuleFileError, load
 from qknorm_tvm.cli import main
+from qknorm_tvm.load import module_file
 
 _SAMPLES = 300 * (50 if os.environ.get("QKNORM_TVM_CAMPAIGN") else 1)
 _REFUSED = r"is (not a qknorm-tvm module: |damaged)"
@@ -341,7 +342,7 @@ def test_newer_format_is_refused_whatever_else_it_says(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def for_gpus() -> Path:
-    from qknorm_tvm.arrays import cuda_target
+    from qknorm_tvm.call.arrays import cuda_target
 
     try:
         found = cuda_target(0)
@@ -391,7 +392,7 @@ def test_cuda_module_does_not_serve_arrays_on_the_cpu(for_gpus: Path, tmp_path: 
             import sys
             import numpy as np
             import qknorm_tvm
-            from qknorm_tvm import cache
+            from qknorm_tvm.call import cache
             qknorm_tvm.use(qknorm_tvm.load(sys.argv[1]))
             asked = []
             cache._load_or_build = lambda spec: asked.append(spec) or sys.exit(7)

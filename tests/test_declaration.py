@@ -8,7 +8,7 @@ import pytest
 from support import PAIRINGS
 
 from qknorm_tvm import KernelSpec
-from qknorm_tvm.declaration import declare
+from qknorm_tvm.declare.norm import declare
 from qknorm_tvm.spec import OPS
 
 BLOCKS = ("rs", "x32", "scaled", "weighted")

@@ -15,14 +15,16 @@ import pytest
 from cuda_emulation import Kernel
 from support import DTYPES
 
-from qknorm_tvm import KernelSpec, build_cuda, reference
-from qknorm_tvm import declaration_statistics as declared
-from qknorm_tvm.declaration import declare
-from qknorm_tvm.inputs import Activations, generate
-from qknorm_tvm.layouts import PADDED, Placed, layouts_for
-from qknorm_tvm.reference import NUMPY_DTYPES
+from qknorm_tvm import KernelSpec
+from qknorm_tvm.build import cuda as build_cuda
+from qknorm_tvm.check import reference
+from qknorm_tvm.check.inputs import Activations, generate
+from qknorm_tvm.check.layouts import PADDED, Placed, layouts_for
+from qknorm_tvm.check.reference import NUMPY_DTYPES
+from qknorm_tvm.check.verification import shape_case
+from qknorm_tvm.declare import statistics as declared
+from qknorm_tvm.declare.norm import declare
 from qknorm_tvm.schedules.cuda_config import CudaConfig, CudaVariant, default_variants
-from qknorm_tvm.verification import shape_case
 
 SM_90 = "cuda:sm_90"
 STATISTICS, FUSED = "row_mean_of_squares_qk", "qk_rms_norm"
@@ -227,7 +229,7 @@ def test_error_is_at_most_that_of_torch(dtype: str) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     from support import to_torch
 
-    from qknorm_tvm.reference_torch import row_mean_of_squares_qk as by_torch
+    from qknorm_tvm.check.reference_torch import row_mean_of_squares_qk as by_torch
 
     for cols in ((1536, 256), (6144, 1024), (640, 128)):
         a = generate(1024, *cols, dtype, seed=1)

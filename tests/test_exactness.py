@@ -35,8 +35,9 @@ from support import (
 )
 
 import qknorm_tvm
-from qknorm_tvm import Module, reference
-from qknorm_tvm.schedules.llvm_config import LLVMConfig
+from qknorm_tvm import Module
+from qknorm_tvm.check import reference
+from qknorm_tvm.schedules.cpu_config import CpuConfig
 
 #: Q of whole vectors, K of a vector at most and a rest.
 MIXED = (1024, 31)
@@ -365,14 +366,14 @@ def test_outputs_between_inputs_of_one_buffer(pairing_module: Module) -> None:
 
 #: Everything that a config can ask for, each with a spec of its own (columns tell them apart).
 CONFIGS = (
-    LLVMConfig(vector=1, row_tile=1, rounding="shift", streaming_bytes=0),
-    LLVMConfig(vector=2, row_tile=3, rounding="mask", bytes_per_task=1),
-    LLVMConfig(vector=4, row_tile=2, rounding="mask", streaming_bytes=1),
-    LLVMConfig(vector=8, row_tile=16, rounding="shift", streaming_bytes=1),
-    LLVMConfig(vector=16, row_tile=4, rounding="mask", streaming_bytes=1),
-    LLVMConfig(vector=32, row_tile=1, rounding="shift", streaming_bytes=1),
-    LLVMConfig(vector=64, row_tile=2, rounding="mask", streaming_bytes=1, bytes_per_task=1),
-    LLVMConfig(vector=128, row_tile=1, rounding="shift", streaming_bytes=1),
+    CpuConfig(vector=1, row_tile=1, rounding="shift", streaming_bytes=0),
+    CpuConfig(vector=2, row_tile=3, rounding="mask", bytes_per_task=1),
+    CpuConfig(vector=4, row_tile=2, rounding="mask", streaming_bytes=1),
+    CpuConfig(vector=8, row_tile=16, rounding="shift", streaming_bytes=1),
+    CpuConfig(vector=16, row_tile=4, rounding="mask", streaming_bytes=1),
+    CpuConfig(vector=32, row_tile=1, rounding="shift", streaming_bytes=1),
+    CpuConfig(vector=64, row_tile=2, rounding="mask", streaming_bytes=1, bytes_per_task=1),
+    CpuConfig(vector=128, row_tile=1, rounding="shift", streaming_bytes=1),
 )
 CONFIG_PAIRINGS = (("bfloat16", "bfloat16"), ("float32", "bfloat16"))
 
@@ -413,7 +414,7 @@ def stream_module(level: str) -> Module:
     """Stores past the caches at every size; columns of whole cache lines, and not."""
     specs = list(specs_of(STREAM_PAIRINGS, [(256, 40)]))
     config = {
-        spec: LLVMConfig(vector=32 if spec.out_bytes == 2 else 16, row_tile=4, streaming_bytes=1)
+        spec: CpuConfig(vector=32 if spec.out_bytes == 2 else 16, row_tile=4, streaming_bytes=1)
         for spec in specs
     }
     return load_at_level(compiled("stream", *specs, config=config), level)

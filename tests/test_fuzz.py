@@ -58,7 +58,8 @@ from support import (
 )
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, Module, load, reference
+from qknorm_tvm import KernelSpec, Module, load
+from qknorm_tvm.check import reference
 from qknorm_tvm.operations import OPERATIONS, Operation
 from qknorm_tvm.targets import host_features
 

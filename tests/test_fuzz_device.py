@@ -13,7 +13,8 @@ from fuzz_cases import Elsewhere, FuzzCase, Region
 from fuzz_device import Call, Fuzz, Placed, run_cases
 from support import open_columns, statistics_and_fused
 
-from qknorm_tvm import api, arrays, cache, load
+from qknorm_tvm import load
+from qknorm_tvm.call import api, arrays, cache
 
 pytest.importorskip("torch", reason="calls with torch tensors, and torch is not installed")
 

@@ -25,8 +25,10 @@ from support import (
 )
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, ModuleFileError, load, module_file, reference
-from qknorm_tvm.build import place
+from qknorm_tvm import KernelSpec, ModuleFileError, load
+from qknorm_tvm.call.compiled import place
+from qknorm_tvm.check import reference
+from qknorm_tvm.load import module_file
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target
 
 LARGE = KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)

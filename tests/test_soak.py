@@ -20,7 +20,7 @@ _COMMON = """
 import os, sys
 import numpy as np
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 from support import RawTensor, ffi_tensors, make_case
 
 def used():

@@ -18,13 +18,15 @@ from support import (
 )
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, Module, arrays, compile, load, reference
-from qknorm_tvm.declaration_statistics import LANES, STEPS
-from qknorm_tvm.inputs import Activations, generate
-from qknorm_tvm.layouts import LAYOUTS, Placed
-from qknorm_tvm.reference import NUMPY_DTYPES
+from qknorm_tvm import KernelSpec, Module, compile, load
+from qknorm_tvm.call import arrays
+from qknorm_tvm.check import reference
+from qknorm_tvm.check.inputs import Activations, generate
+from qknorm_tvm.check.layouts import LAYOUTS, Placed
+from qknorm_tvm.check.reference import NUMPY_DTYPES
+from qknorm_tvm.check.verification import pattern_case, shape_case
+from qknorm_tvm.declare.statistics import LANES, STEPS
 from qknorm_tvm.targets import host_cpu_target
-from qknorm_tvm.verification import pattern_case, shape_case
 
 #: Beside `FIXED_COLUMNS`: through the module's open columns.
 OPEN = ((1, 63), (64, 1024), (127, 640), (2111, 7))
@@ -187,7 +189,7 @@ def test_error_is_at_most_that_of_torch(in_dtype: str) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from support import to_torch
 
-    from qknorm_tvm.reference_torch import row_mean_of_squares_qk as by_torch
+    from qknorm_tvm.check.reference_torch import row_mean_of_squares_qk as by_torch
 
     module = module_of(in_dtype)
     for cols in ((1536, 256), (6144, 1024), (4096, 4096), (640, 128)):
@@ -230,7 +232,7 @@ def test_api_takes_what_apply_takes() -> None:
 
 def test_api_on_torch_tensors() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from qknorm_tvm.reference_torch import row_mean_of_squares_qk as by_torch
+    from qknorm_tvm.check.reference_torch import row_mean_of_squares_qk as by_torch
 
     qkv = torch.randn(6, 192 + 64 + 64).bfloat16()
     q, k = qkv[:, :192], qkv[:, 192:256]

@@ -32,8 +32,8 @@ class Code:
 @functools.cache
 def code_of(spec: KernelSpec, level: str) -> Code:
     """Generate a spec's code for one level, as an exported module holds it."""
-    from qknorm_tvm import build_cpu
-    from qknorm_tvm.schedules.llvm_config import default_config
+    from qknorm_tvm.build import cpu as build_cpu
+    from qknorm_tvm.schedules.cpu_config import default_config
 
     config = default_config(spec, frozenset(build_cpu.cpu_features(level)))
     variants = build_cpu.variants_of(spec, config, "code")
@@ -246,7 +246,8 @@ def test_portable_file_shares_only_code_that_runs_everywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """float16 helpers of AVX-512 code that serve the levels below it: SIGILL on an older CPU."""
-    from qknorm_tvm import compile, native_build
+    from qknorm_tvm import compile
+    from qknorm_tvm.build import native as native_build
 
     run = native_build.run_compiler
 

@@ -11,8 +11,9 @@ import cuda_code
 import pytest
 from cuda_code import MODULES, SM_90, Built, disassembled, kernels_of, needs_nvcc, used
 
-from qknorm_tvm import BuildError, KernelSpec, build_cuda, compile
-from qknorm_tvm.module_file import read_metadata
+from qknorm_tvm import BuildError, KernelSpec, compile
+from qknorm_tvm.build import cuda as build_cuda
+from qknorm_tvm.load.module_file import read_metadata
 from qknorm_tvm.schedules.cuda_config import CudaConfig, default_variants
 
 SPECS = MODULES["apply"]

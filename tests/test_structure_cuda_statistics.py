@@ -9,7 +9,7 @@ import pytest
 from cuda_code import FUSED, OPERATIONS, Built, kernels_of, needs_nvcc, used
 
 from qknorm_tvm import KernelSpec, compile
-from qknorm_tvm.module_file import read_metadata
+from qknorm_tvm.load.module_file import read_metadata
 
 
 @pytest.fixture(scope="module")

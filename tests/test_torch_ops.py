@@ -12,13 +12,14 @@ import pytest
 from support import DTYPES, from_torch, make_case, to_torch
 
 import qknorm_tvm
-from qknorm_tvm import reference
+from qknorm_tvm.check import reference
 
 torch = pytest.importorskip("torch", reason="registers torch operators, and torch is not installed")
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from qknorm_tvm import reference_torch, torch_ops  # noqa: E402
+from qknorm_tvm import torch_ops  # noqa: E402
+from qknorm_tvm.check import reference_torch  # noqa: E402
 
 Q_COLS, K_COLS = 32, 16
 OPS = torch.ops.qknorm_tvm

@@ -16,8 +16,9 @@ import pytest
 from support import Case, check_exact, make_case
 
 from qknorm_tvm import KernelSpec, TuningError, compile, tune
+from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.targets import host_cpu_target
-from qknorm_tvm.tuning import maintenance, records, selection
+from qknorm_tvm.tuning import maintenance, records
 
 pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
 pytest.importorskip("psutil", reason="tuning needs the extra qknorm-tvm[tune]")
@@ -181,7 +182,7 @@ def _strided(rows: int) -> Case:
 def test_records_are_for_their_device_and_level_and_a_user_comes_first(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qknorm_tvm.schedules.llvm_config import LLVMConfig
+    from qknorm_tvm.schedules.cpu_config import CpuConfig
 
     configs = keep_records(copy)
     monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
@@ -189,7 +190,7 @@ def test_records_are_for_their_device_and_level_and_a_user_comes_first(
     for name, code in levels.items():
         expected = "record" if name == host_cpu_target() else "heuristic"
         assert {one["source"] for one in code} == {expected}, name
-    mine = LLVMConfig(vector=8)
+    mine = CpuConfig(vector=8)
     (code,) = compile(SPEC.replace(target=host_cpu_target()), config=mine).metadata["levels"][0][
         "code"
     ]
@@ -275,7 +276,7 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
 
 
 def _measure_wrongly(text: str, spec: str, rows: int, built: object, plan: object) -> list[float]:
-    from qknorm_tvm import reference
+    from qknorm_tvm.check import reference
     from qknorm_tvm.tuning import workers
 
     right = reference.apply_qk_rms_norm

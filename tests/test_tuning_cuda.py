@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from cuda_code import needs_nvcc
 
-from qknorm_tvm import KernelSpec, compile, reference
-from qknorm_tvm.configs import cuda_buckets
-from qknorm_tvm.module_file import read_metadata
+from qknorm_tvm import KernelSpec, compile
+from qknorm_tvm.build import tuned as selection
+from qknorm_tvm.build.configs import cuda_buckets
+from qknorm_tvm.check import reference
+from qknorm_tvm.load.module_file import read_metadata
 from qknorm_tvm.schedules.cuda_config import CudaConfig, default_variants
-from qknorm_tvm.tuning import maintenance, records, selection
+from qknorm_tvm.tuning import maintenance, records
 from qknorm_tvm.tuning.measure import InexactError, exactness_case
 from qknorm_tvm.tuning.report import Reporter
 from qknorm_tvm.tuning.target import Built, Device, decode, encode
@@ -83,7 +85,8 @@ def _lowered(func: Any, op: str) -> Any:
     import tvm_ffi
     from tvm import tirx
 
-    from qknorm_tvm import lowering_cuda, lowering_cuda_statistics
+    from qknorm_tvm.lower import cuda as lowering_cuda
+    from qknorm_tvm.lower import cuda_statistics as lowering_cuda_statistics
 
     words = {lowering_cuda.NOTE + name: values for name, values in _target().words.items()}
 
@@ -331,7 +334,7 @@ class _Module:
         return self._call
 
     def _call(self, *given: Any) -> None:
-        from qknorm_tvm.reference_torch import apply_qk_rms_norm, to_numpy, to_torch
+        from qknorm_tvm.check.reference_torch import apply_qk_rms_norm, to_numpy, to_torch
 
         operation, spec = self._spec.operation, self._spec
         arrays = dict(zip(operation.tensors, given, strict=False))

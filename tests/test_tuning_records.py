@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from qknorm_tvm import KernelSpec, TuningError
-from qknorm_tvm.configs import Bucket, bucket_starts, from_outcomes, merge
-from qknorm_tvm.schedules.llvm_config import LLVMConfig
-from qknorm_tvm.tuning import preflight, records, selection
+from qknorm_tvm.build import tuned as selection
+from qknorm_tvm.build.configs import Bucket, bucket_starts, from_outcomes, merge
+from qknorm_tvm.schedules.cpu_config import CpuConfig
+from qknorm_tvm.tuning import preflight, records
 from qknorm_tvm.tuning.lock import FolderLock
 from qknorm_tvm.tuning.shapes import default_shapes, default_specs
 from qknorm_tvm.tuning.stats import paired_ratio, spread
@@ -158,8 +159,8 @@ def outcome(rows: int, source: str = "record", **changes: object) -> selection.O
         "rows": rows,
         "workload": f"w{rows}",
         "source": source,
-        "config": LLVMConfig(vector=8).to_dict(),
-        "default": LLVMConfig().to_dict(),
+        "config": CpuConfig(vector=8).to_dict(),
+        "default": CpuConfig().to_dict(),
         "default_us": 2.0,
         "best_us": 1.0,
         "gain": {"low": 1.5, "median": 2.0, "high": 2.5},
@@ -180,7 +181,7 @@ def test_borders_lie_half_way_between_measured_row_counts() -> None:
 
 
 def test_neighbours_of_one_config_are_one_bucket() -> None:
-    a, b = LLVMConfig(vector=8), LLVMConfig(vector=16)
+    a, b = CpuConfig(vector=8), CpuConfig(vector=16)
     buckets = [Bucket(1, a, "record"), Bucket(4, a, "record"), Bucket(32, b, "heuristic")]
     assert [(one.min_rows, one.config) for one in merge(buckets)] == [(32, b), (1, a)]
 
@@ -188,7 +189,7 @@ def test_neighbours_of_one_config_are_one_bucket() -> None:
 def test_a_row_count_whose_default_was_kept_is_not_spoken_for_by_its_neighbour() -> None:
     found = {rows: (outcome(rows, source), "device") for rows, source in
              [(1, "heuristic"), (16, "record"), (64, "heuristic")]}  # fmt: skip
-    buckets = from_outcomes(found, LLVMConfig.from_dict, lambda rows: LLVMConfig())
+    buckets = from_outcomes(found, CpuConfig.from_dict, lambda rows: CpuConfig())
     assert [(one.min_rows, one.source) for one in buckets] == [
         (32, "heuristic"),
         (4, "record"),
@@ -204,11 +205,11 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def chosen(default: LLVMConfig | None = None, workload: str = "w1", version: int = 1) -> list[int]:
+def chosen(default: CpuConfig | None = None, workload: str = "w1", version: int = 1) -> list[int]:
     spec = KernelSpec(q_cols=96, k_cols=64, target="cpu")
     found = selection.tuned(
         spec, "x86-64-v3", "device", schedule_version=version,
-        default=lambda rows: default or LLVMConfig(), workload=lambda rows: workload,
+        default=lambda rows: default or CpuConfig(), workload=lambda rows: workload,
     )  # fmt: skip
     return sorted(found)
 
@@ -218,7 +219,7 @@ def test_a_record_is_used_only_if_workload_target_versions_and_default_fit(logs:
     assert chosen() == [1]
     assert chosen(workload="another") == []
     assert chosen(version=2) == []
-    assert chosen(default=LLVMConfig(vector=32)) == []
+    assert chosen(default=CpuConfig(vector=32)) == []
     selection.write_outcomes(
         logs / "device", [outcome(1, versions={"apache-tvm": "0.26.0", "schedule": 1})]
     )

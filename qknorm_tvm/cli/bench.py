@@ -14,11 +14,11 @@ import click
 from .options import Numbers, Shapes, check_device, debug_option, device_option, dtype_choice
 
 if TYPE_CHECKING:
-    from ..benchmark import CaseResult, Timing
-    from ..benchmark_compare import Comparison
-    from ..benchmark_report import Row
-    from ..host_costs import ColdCosts
-    from ..runtime import Module
+    from ..bench.compare import Comparison
+    from ..bench.host_costs import ColdCosts
+    from ..bench.report import Row
+    from ..bench.timing import CaseResult, Timing
+    from ..load.module import Module
     from ..spec import KernelSpec
 
 #: What --report measures where nothing else is asked for: minutes, not a quarter of an hour.
@@ -129,8 +129,8 @@ def bench(
     if against is not None:
         return _compare_files(compare, against, as_json)
     check_device(device)
-    from .. import alternatives
-    from ..benchmark_report import read_csv, rows_of, write_csv, write_report
+    from ..bench import alternatives
+    from ..bench.report import read_csv, rows_of, write_csv, write_report
     from ..machine import load_warning
     from ..spec import KernelSpec
     from ..targets import host_cpu_target
@@ -148,7 +148,7 @@ def bench(
     if csv_file is not None:
         check_folder(csv_file)
     if report is not None:
-        from ..benchmark_plots import need_matplotlib
+        from ..bench.plots import need_matplotlib
 
         need_matplotlib()
         if not report.parent.is_dir():
@@ -156,7 +156,7 @@ def bench(
     old = read_csv(compare) if compare is not None else []
     names = [*alternatives.ALL, *(alternatives.more_installed() if report else ())]
     if old:
-        from ..benchmark_compare import cases_of
+        from ..bench.compare import cases_of
 
         given = cases_of(old, on_gpu)
         shapes = shapes if _is_given(ctx, "shapes") else given["shapes"]
@@ -207,7 +207,7 @@ def bench(
         written += write_report(report, lines, host_timings=host_timings, warning=busy)
     comparison = None
     if old:
-        from ..benchmark_compare import compare as compare_runs
+        from ..bench.compare import compare as compare_runs
 
         comparison = compare_runs(old, lines)
     if as_json:
@@ -261,8 +261,8 @@ def _command(ctx: click.Context) -> str:
 
 
 def _compare_files(old: Path | None, new: Path, as_json: bool) -> int:
-    from ..benchmark_compare import compare
-    from ..benchmark_report import read_csv
+    from ..bench.compare import compare
+    from ..bench.report import read_csv
 
     assert old is not None
     comparison = compare(read_csv(old), read_csv(new))
@@ -274,7 +274,7 @@ def _compare_files(old: Path | None, new: Path, as_json: bool) -> int:
 
 
 def _print_comparison(comparison: Comparison, busy: str) -> None:
-    from ..benchmark_compare import METHOD
+    from ..bench.compare import METHOD
     from .output import console, plural, table
 
     printer = console()
@@ -317,8 +317,8 @@ def _measured(
     names: Sequence[str],
     host: bool,
 ) -> tuple[list[tuple[KernelSpec, CaseResult]], list[Timing], dict[str, str]]:
-    from .. import alternatives
-    from ..inputs import generate
+    from ..bench import alternatives
+    from ..check.inputs import generate
     from ..machine import usable_processors
     from .output import console, plural
 
@@ -326,20 +326,20 @@ def _measured(
     host_timings: list[Timing] = []
     facts: dict[str, str] = {}
     with console(stderr=True).status("compiling") as status:
-        from ..build import compile
-        from ..schedules.llvm_config import LLVMConfig
+        from ..call.compiled import compile
+        from ..schedules.cpu_config import CpuConfig
 
         for spec in specs:
             # Apart: what a module's search among several specs takes is not every module's.
             ours = compile(spec, config=config)
             scalar = (
-                compile(spec, config=LLVMConfig(vector=1, row_tile=1)).module
+                compile(spec, config=CpuConfig(vector=1, row_tile=1)).module
                 if alternatives.SCALAR in names
                 else None
             )
             facts = facts or _facts(ours.module)
             if host and spec is specs[0] and spec.in_dtype == spec.out_dtype:
-                from ..host_costs import host_costs
+                from ..bench.host_costs import host_costs
 
                 status.update("cost of a call")
                 host_timings = host_costs(ours.module, spec, min_time=min_time)
@@ -401,15 +401,7 @@ def _print(
     module_facts: dict[str, str],
     busy: str,
 ) -> None:
-    from .output import (
-        console,
-        facts,
-        microseconds,
-        plural,
-        table,
-        timing_notes,
-        timing_table,
-    )
+    from .output import console, facts, microseconds, plural, table, timing_notes, timing_table
 
     printer = console()
     printer.print(facts(module_facts.items()))
@@ -438,7 +430,7 @@ def _print(
 def _cold(spec: KernelSpec, as_json: bool, busy: str) -> int:
     import dataclasses
 
-    from ..host_costs import cold_costs
+    from ..bench.host_costs import cold_costs
     from ..machine import cpu_name
     from .output import console, facts, size
 

@@ -12,7 +12,7 @@ import click
 from .options import Numbers, Shapes, check_device, debug_option, device_option, dtype_choice
 
 if TYPE_CHECKING:
-    from ..benchmark import CaseResult, Timing
+    from ..bench.timing import CaseResult, Timing
 
 _OPS = ("row_mean_of_squares_qk", "qk_rms_norm")
 
@@ -76,8 +76,8 @@ def bench_layer(
         return 0 if all(one.exact for _, one in found) else 1
     if files:
         raise click.UsageError("--module is for --device cuda")
-    from ..benchmark_layer import compare_layer
-    from ..inputs import generate
+    from ..bench.layer import compare_layer
+    from ..check.inputs import generate
     from ..machine import load_warning, usable_processors
     from ..spec import KernelSpec
     from ..targets import host_cpu_target
@@ -86,7 +86,7 @@ def bench_layer(
     results: list[tuple[str, CaseResult]] = []
     counts = threads or sorted({1, usable_processors()})
     with console(stderr=True).status("compiling") as status:
-        from ..build import compile
+        from ..call.compiled import compile
 
         for op, (q_cols, k_cols) in itertools.product(dict.fromkeys(ops), shapes):
             spec = KernelSpec(
@@ -119,7 +119,7 @@ def _as_dicts(results: list[tuple[str, CaseResult]]) -> list[dict[str, Any]]:
 
 
 def _print_cuda(results: list[tuple[str, CaseResult]], about: dict[str, str]) -> None:
-    from ..benchmark_layer_cuda import METHOD
+    from ..bench.layer_cuda import METHOD
     from .output import console, facts, microseconds, ratio, table
 
     printer = console()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..benchmark import CaseResult, Timing
-    from ..inputs import Activations
-    from ..runtime import Module
+    from ..bench.timing import CaseResult, Timing
+    from ..check.inputs import Activations
+    from ..check.verification import Report
+    from ..load.module import Module
     from ..spec import KernelSpec
-    from ..verification import Report
 
 #: Rows that are generated; more are these again, since random numbers take their time.
 _GENERATED_ROWS = 1024
@@ -23,7 +23,7 @@ _GENERATED_ROWS = 1024
 
 def gpu_target(target: str | None) -> str:
     """Return the target to compile for: the one given, or this machine's GPU's."""
-    from ..arrays import cuda_target
+    from ..call.arrays import cuda_target
     from ..targets import parse_target
 
     if target is None:
@@ -35,7 +35,7 @@ def gpu_target(target: str | None) -> str:
 
 def load_modules(files: Sequence[Path]) -> list[Module]:
     """Load modules and refuse those that are not for CUDA."""
-    from ..runtime import load
+    from ..load.module import load
 
     modules = [load(file) for file in files]
     for module in modules:
@@ -79,8 +79,8 @@ def _open(held: tuple[int | None, int | None], wanted: tuple[int | None, int | N
 
 def verify_cuda(modules: Sequence[Module], thorough: bool) -> Report:
     """Check every case of every spec of some modules, with a progress bar."""
-    from .. import verification_cuda
-    from ..verification import Report
+    from ..check import verification_cuda
+    from ..check.verification import Report
     from .output import console
     from .verify import progress_bar
 
@@ -98,8 +98,8 @@ def verify_cuda(modules: Sequence[Module], thorough: bool) -> Report:
 def compile_for_verify(target: str | None) -> list[Module]:
     """Compile what ``verify`` checks where it is given no file."""
     need_compiler("export modules")
-    from ..build import compile
-    from ..verification import default_specs
+    from ..call.compiled import compile
+    from ..check.verification import default_specs
     from .output import console
 
     modules = []
@@ -117,7 +117,7 @@ def activations(rows: int, spec: KernelSpec) -> Activations:
     """Generate activations, the same rows again and again where there are many."""
     import numpy as np
 
-    from ..inputs import aligned_copy, generate
+    from ..check.inputs import aligned_copy, generate
 
     assert spec.q_cols is not None
     assert spec.k_cols is not None
@@ -141,7 +141,9 @@ def measure_cuda(
     misaligned: bool,
 ) -> tuple[list[tuple[KernelSpec, CaseResult]], list[Timing], dict[str, str]]:
     """Time every shape on the GPU; returns what ``bench`` prints."""
-    from .. import alternatives, benchmark_cuda, cache
+    from ..bench import alternatives
+    from ..bench import cuda as benchmark_cuda
+    from ..call import cache
     from .output import console
 
     names = [n for n in benchmark_cuda.ALL if torch_compile or n != alternatives.TORCH_COMPILE]
@@ -189,7 +191,8 @@ def measure_layer_cuda(
     torch_compile: bool,
 ) -> tuple[list[tuple[str, CaseResult]], dict[str, str]]:
     """Time the statistics and the layer on the GPU; returns what ``bench-layer`` prints."""
-    from .. import alternatives, benchmark_layer_cuda
+    from ..bench import alternatives
+    from ..bench import layer_cuda as benchmark_layer_cuda
     from ..operations import OPERATIONS
     from ..spec import KernelSpec
     from .output import console
@@ -234,14 +237,14 @@ def measure_layer_cuda(
 
 def _compile(spec: KernelSpec | Sequence[KernelSpec], config: Any) -> Module:
     need_compiler("give --module FILE.so, exported")
-    from ..build import compile
+    from ..call.compiled import compile
 
     return compile(spec, config=config).module
 
 
 def cuda_facts(module: Module) -> dict[str, str]:
     """Return what a measurement was taken on, for people and for the CSV file."""
-    from ..benchmark_cuda import device_facts
+    from ..bench.cuda import device_facts
     from ..machine import library_versions
 
     found = device_facts()
@@ -262,9 +265,10 @@ def prove(request: dict[str, Any], event: Any) -> dict[str, Any]:
     """Check and time a module on the GPU: the part of ``run`` that the fresh process does."""
     import sys
 
-    from .. import alternatives, benchmark_cuda
-    from ..inputs import generate, read_activations
-    from ..runtime import load
+    from ..bench import alternatives
+    from ..bench import cuda as benchmark_cuda
+    from ..check.inputs import generate, read_activations
+    from ..load.module import load
     from .options import check_device
 
     check_device("cuda")
@@ -302,7 +306,7 @@ def prove(request: dict[str, Any], event: Any) -> dict[str, Any]:
 
 def report_run(spec: KernelSpec, path: Path, seconds: float | None, found: dict[str, Any]) -> int:
     """Print what the fresh process found; returns the exit status."""
-    from ..benchmark import CaseResult
+    from ..bench.timing import CaseResult
     from .output import console, facts, size, table, timing_notes, timing_table
 
     printer = console()

@@ -81,7 +81,7 @@ def export(
           --spec 'apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu' \\
           --spec 'apply_qk_rms_norm[bfloat16->float32, q=any, k=any]@cpu'
     """
-    from ..build import compile
+    from ..call.compiled import compile
     from ..spec import KernelSpec
 
     if archs is not None:

@@ -30,7 +30,7 @@ def inspect_file(file: Path, as_json: bool) -> None:
       qknorm-tvm inspect qk.so
       qknorm-tvm inspect qk.so --json | jq .specs
     """
-    from ..module_file import read_metadata
+    from ..load.module_file import read_metadata
 
     metadata = read_metadata(file)
     runs, why = runs_here(file, metadata)
@@ -52,7 +52,7 @@ def inspect_file(file: Path, as_json: bool) -> None:
 
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     """Return whether this machine has what a module needs, and a sentence on it."""
-    from ..module_file import machine_of
+    from ..load.module_file import machine_of
     from ..targets import MACHINES, host_features, host_machine
 
     machine, here = machine_of(file), host_machine()
@@ -61,7 +61,7 @@ def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
         return False, f"no: it is for {names[0]} machines, and this one is {names[1]}"
     if metadata.get("kind") != "cpu":
         try:
-            from ..arrays import cuda_target
+            from ..call.arrays import cuda_target
 
             found = cuda_target(0).partition(":")[2]
         except (OSError, RuntimeError):

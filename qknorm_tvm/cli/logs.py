@@ -20,8 +20,8 @@ def _logs_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _folders(logs: Path | None) -> list[Path]:
+    from ..build.tuned import default_logs
     from ..tuning.maintenance import device_folders
-    from ..tuning.selection import default_logs
 
     return device_folders(logs or default_logs())
 

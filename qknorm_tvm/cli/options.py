@@ -50,7 +50,7 @@ def check_device(device: str) -> None:
     """Refuse a device that this machine does not have."""
     if device == "cpu":
         return
-    from ..reference_torch import torch_or_none
+    from ..check.reference_torch import torch_or_none
 
     torch = torch_or_none()
     if torch is None:
@@ -133,7 +133,7 @@ def parse_config(pairs: tuple[str, ...], kind: str) -> Any:
     if kind == "cuda":
         from ..schedules.cuda_config import CudaConfig as Config
     else:
-        from ..schedules.llvm_config import LLVMConfig as Config  # type: ignore[assignment]
+        from ..schedules.cpu_config import CpuConfig as Config  # type: ignore[assignment]
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     values: dict[str, Any] = {}
     for pair in pairs:

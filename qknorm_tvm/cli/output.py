@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..benchmark import BYTES_FORMULA, CaseResult, Timing
+from ..bench.timing import BYTES_FORMULA, CaseResult, Timing
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -123,7 +123,7 @@ def timing_notes(results: Sequence[CaseResult]) -> list[str]:
         "medians; exact: equal to the unfused NumPy graph bit for bit."
     )
     if on_gpu:
-        from ..benchmark_cuda import METHOD
+        from ..bench.cuda import METHOD
 
         method = METHOD
     notes = [

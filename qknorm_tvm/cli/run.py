@@ -137,7 +137,7 @@ def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         if given[name] is not None:
             option = "--" + name.replace("_", "-")
             raise click.UsageError(f"{option} and --input exclude each other: the file decides")
-    from ..inputs import read_activations
+    from ..check.inputs import read_activations
 
     a = read_activations(input_file)
     return {
@@ -153,7 +153,7 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     from .export import check_folder
 
     if output is None:
-        from ..cache import cache_directory
+        from ..call.cache import cache_directory
 
         folder = cache_directory() / "run"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -164,7 +164,7 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     # Imported apart: what the import of the compiler takes is not what compiling takes.
     import tvm  # noqa: F401
 
-    from ..build import compile
+    from ..call.compiled import compile
 
     status("compiling")
     start = time.perf_counter()
@@ -173,9 +173,9 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
 
 
 def _report(spec: KernelSpec, path: Path, seconds: float | None, found: dict[str, Any]) -> int:
-    from ..benchmark import CaseResult
+    from ..bench.timing import CaseResult
+    from ..load.module_file import read_metadata
     from ..machine import cpu_name, load_warning
-    from ..module_file import read_metadata
     from .inspect_file import config_text
     from .output import console, facts, plural, size, table, timing_notes, timing_table
 
@@ -228,10 +228,10 @@ def prove(request: dict[str, Any], event: Any) -> dict[str, Any]:
     """Check and time a module: the part of ``run`` that the fresh process does."""
     import sys
 
-    from .. import alternatives
-    from ..inputs import generate, read_activations
+    from ..bench import alternatives
+    from ..check.inputs import generate, read_activations
+    from ..load.module import load
     from ..machine import library_versions, usable_processors
-    from ..runtime import load
 
     module = load(request["module"])
     if request["threads"]:

@@ -11,8 +11,8 @@ import click
 from .options import check_device, debug_option, device_option
 
 if TYPE_CHECKING:
-    from ..runtime import Module
-    from ..verification import Report
+    from ..check.verification import Report
+    from ..load.module import Module
 
 
 @click.command(short_help="Compare with the unfused graph, bit for bit.")
@@ -82,7 +82,7 @@ def verify(
 
 
 def _loaded(file: Path) -> Module:
-    from ..runtime import load
+    from ..load.module import load
 
     module = load(file)
     if module.metadata.get("kind") != "cpu":
@@ -104,12 +104,12 @@ def _levels(targets: tuple[str, ...], thorough: bool) -> list[str]:
 
 
 def _compiled(targets: tuple[str, ...], thorough: bool) -> list[Module]:
-    from ..verification import default_specs
+    from ..check.verification import default_specs
     from .output import console
 
     modules = []
     with console(stderr=True).status("importing TVM") as status:
-        from ..build import compile
+        from ..call.compiled import compile
 
         for target in _levels(targets, thorough):
             for specs in default_specs(target):
@@ -119,7 +119,7 @@ def _compiled(targets: tuple[str, ...], thorough: bool) -> list[Module]:
 
 
 def _verified(modules: list[Module], thorough: bool) -> Report:
-    from .. import verification
+    from ..check import verification
     from ..machine import usable_processors
     from .output import console
 
@@ -145,8 +145,8 @@ def progress_bar(printer: Any) -> Any:
 
 
 def _print_report(report: Report, modules: list[Module], seconds: float, device: str) -> int:
+    from ..check.reference_torch import torch_or_none
     from ..machine import cpu_name
-    from ..reference_torch import torch_or_none
     from .output import console, facts, table
 
     printer = console()
@@ -185,21 +185,21 @@ def _print_report(report: Report, modules: list[Module], seconds: float, device:
 
 
 def _gpu_name() -> str:
-    from ..benchmark_cuda import device_facts
+    from ..bench.cuda import device_facts
 
     return ", ".join(device_facts().values())
 
 
 def _sweep(targets: tuple[str, ...]) -> int:
-    from .. import sweep
+    from ..check import sweep
+    from ..check.reference_torch import torch_or_none
     from ..machine import cpu_name, usable_processors
-    from ..reference_torch import torch_or_none
     from .output import console, facts
 
     printer, progress_printer = console(), console(stderr=True)
     (target,) = _levels(targets, False)[:1]
     with progress_printer.status("compiling"):
-        from ..build import compile
+        from ..call.compiled import compile
 
         compiled = compile(list(sweep.sweep_specs(target)))
         module = compiled.module

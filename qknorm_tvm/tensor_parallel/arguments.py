@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..arrays import canonical_dtype
+from ..call.arrays import canonical_dtype
 from ..spec import DTYPE_BYTES, MAX_COLS
 from .agreement import Facts
 from .layout import HeadLayout

@@ -119,7 +119,7 @@ def tune(
     text, found = resolve(target, fleet, device)
     preflight.check_compiler(text)
 
-    from .selection import default_logs
+    from ..build.tuned import default_logs
     from .shapes import default_specs
 
     chosen = preflight.check_specs(default_specs(text) if specs is None else specs, text)

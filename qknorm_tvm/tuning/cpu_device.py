@@ -33,9 +33,9 @@ def resolve_cpu(target: str, fleet: Fleet | None, device: str | None) -> tuple[s
         )
     if fleet is not None:
         return _remote(target, fleet, device)
-    from ..build_cpu import cpu_features
+    from ..build.cpu import cpu_features
+    from ..build.tuned import host_device
     from ..machine import cpu_name
-    from .selection import host_device
 
     try:
         text = host_cpu_target() if target == "cpu" else target
@@ -63,7 +63,7 @@ def call_threads() -> int:
 
 
 def _remote(target: str, fleet: Fleet, device: str | None) -> tuple[str, Device]:
-    from ..build_cpu import cpu_features
+    from ..build.cpu import cpu_features
     from .fleet import remote_cpu
 
     name = device.partition("-")[2] if device else remote_cpu(fleet)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 
-from ..build_cpu import cpu_features, generate, variants_of
-from ..native_build import Level, Variant, compile_entry, link, tables
-from ..schedules import llvm
-from ..schedules.llvm_config import ROUNDINGS, SCHEDULE_VERSION, LLVMConfig, default_config
+from ..build.cpu import cpu_features, generate, variants_of
+from ..build.native import Level, Variant, compile_entry, link, tables
+from ..schedules import cpu as llvm
+from ..schedules.cpu_config import ROUNDINGS, SCHEDULE_VERSION, CpuConfig, default_config
 from ..spec import KernelSpec
 from .space import declared, specialise
 from .target import Built, encode
@@ -54,13 +54,13 @@ class CpuTarget:
         """Return the declared function, specialised to a row count."""
         return specialise(declared(spec), rows)
 
-    def default(self, spec: KernelSpec, rows: int) -> LLVMConfig:
+    def default(self, spec: KernelSpec, rows: int) -> CpuConfig:
         """Return the heuristic's config, which is one for all row counts."""
         return default_config(spec, frozenset(self.features))
 
-    def config(self, fields: Mapping[str, Any]) -> LLVMConfig:
+    def config(self, fields: Mapping[str, Any]) -> CpuConfig:
         """Build a config from its fields."""
-        return LLVMConfig.from_dict(dict(fields))
+        return CpuConfig.from_dict(dict(fields))
 
     def choices(self, spec: KernelSpec, rows: int) -> dict[str, list[int]]:
         """Return the values of each field worth trying.
@@ -118,7 +118,7 @@ class CpuTarget:
         """Apply the product's schedule with fields that MetaSchedule samples."""
         llvm.sample(sch, choices, decisions)
 
-    def build(self, spec: KernelSpec, rows: int, config: LLVMConfig, directory: Path) -> Built:
+    def build(self, spec: KernelSpec, rows: int, config: CpuConfig, directory: Path) -> Built:
         """Build the product's entry point with the functions that `rows` packed rows need."""
         spec = spec.replace(target=self.text)
         variants = _needed(variants_of(spec, config, "candidate"), spec, rows)

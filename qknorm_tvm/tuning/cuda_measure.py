@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..inputs import Activations
-from ..reference_torch import to_numpy, to_torch
+from ..check.inputs import Activations
+from ..check.reference_torch import to_numpy, to_torch
 from ..spec import KernelSpec
 from .measure import Bench, Plan
 
@@ -66,7 +66,7 @@ class CudaBench(Bench):
         return [1e-6] if self.spec.operation.has_epsilon else []
 
     def _expected(self, case: Activations) -> tuple[npt.NDArray, ...]:
-        from ..verification_cuda import expected_outputs
+        from ..check.verification_cuda import expected_outputs
 
         return expected_outputs(self.spec, case, str(self.device))
 

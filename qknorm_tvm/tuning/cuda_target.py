@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tvm
 
 from ..errors import TuningError
-from ..lowering_cuda_operands import deal_chunks
+from ..lower.cuda_operands import deal_chunks
 from ..schedules import cuda_sampling
 from ..schedules.cuda_config import (
     DEPENDENT_LAUNCHES,
@@ -49,7 +49,7 @@ def resolve_cuda(target: str, fleet: Fleet | None, device: str | None) -> tuple[
             "a CUDA device is tuned on its own machine, without --tracker: launches are timed in "
             "CUDA graphs, which TVM's RPC does not offer"
         )
-    from ..reference_torch import torch_or_none
+    from ..check.reference_torch import torch_or_none
 
     torch = torch_or_none()
     if torch is None or not torch.cuda.is_available():
@@ -198,14 +198,14 @@ class CudaTarget:
 
     def build(self, spec: KernelSpec, rows: int, config: CudaConfig, directory: Path) -> Built:
         """Build the product's entry point with the one kernel, for this architecture alone."""
-        from ..build_cuda import (
+        from ..build.cuda import (
             cuda_source,
             device_check_source,
             link_cuda,
             nvcc_compile,
             scheduled_variant,
         )
-        from ..native_build import Level, Variant, compile_entry, tables
+        from ..build.native import Level, Variant, compile_entry, tables
 
         spec = spec.replace(target=self.text)
         variant = default_variants(spec, config)[0]

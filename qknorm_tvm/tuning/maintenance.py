@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..build import tuned as selection
 from ..errors import TuningError
 from ..spec import KernelSpec
-from . import records, selection
+from . import records
 from .lock import FolderLock
 from .provenance import Provenance
 
@@ -128,9 +129,9 @@ def _config_class(spec: KernelSpec) -> tuple[Any, Mapping[str, Any]]:
         from .cuda_space import WORDS, CudaConfig
 
         return CudaConfig, WORDS
-    from ..schedules.llvm_config import ROUNDINGS, LLVMConfig
+    from ..schedules.cpu_config import ROUNDINGS, CpuConfig
 
-    return LLVMConfig, {"rounding": ROUNDINGS}
+    return CpuConfig, {"rounding": ROUNDINGS}
 
 
 def _encoded(spec: KernelSpec, config: Mapping[str, Any]) -> dict[str, int] | None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import reference
-from ..inputs import Activations
+from ..check import reference
+from ..check.inputs import Activations
 from ..spec import KernelSpec
 from ..targets import adds_fused
 
@@ -38,7 +38,7 @@ class Plan:
 
 def exactness_case(spec: KernelSpec, rows: int) -> Activations:
     """Return inputs in which random bits, infinities, NaNs and denormals are strewn."""
-    from ..verification import shape_case, special_gamma
+    from ..check.verification import shape_case, special_gamma
 
     assert spec.q_cols is not None
     assert spec.k_cols is not None
@@ -145,7 +145,7 @@ class Bench:
     @property
     def _fused(self) -> bool:
         """Whether the target's code adds squares by a fused multiply-add."""
-        from ..build_cpu import cpu_features
+        from ..build.cpu import cpu_features
 
         (cpu,) = self.spec.parsed_target.variants
         return adds_fused(cpu, cpu_features(cpu))

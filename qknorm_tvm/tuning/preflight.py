@@ -49,11 +49,11 @@ def check_compiler(text: str) -> None:
     """
     try:
         if parse_target(text).kind == "cuda":
-            from ..build_cuda import find_nvcc
+            from ..build.cuda import find_nvcc
 
             find_nvcc()
         else:
-            from ..native_build import find_c_compiler
+            from ..build.native import find_c_compiler
 
             find_c_compiler(os.environ.get("CC"))
     except (BuildError, RuntimeError) as error:

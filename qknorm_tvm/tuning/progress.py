@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..build.tuned import Outcome
 from .records import Problem
 from .report import Progress, Reporter, Task
-from .selection import Outcome
 
 
 def short(spec: str, rows: int) -> str:

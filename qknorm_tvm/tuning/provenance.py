@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from .selection import write_json
+from ..build.tuned import write_json
 from .target import Device, TunableTarget
 
 FILE_NAME = "provenance.json"

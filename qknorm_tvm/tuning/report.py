@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ..build.tuned import Outcome
 from .records import Problem
-from .selection import Outcome
 
 
 @dataclasses.dataclass(frozen=True)

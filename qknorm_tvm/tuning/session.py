@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..build import tuned as selection
 from ..errors import TuningError
 from ..spec import KernelSpec
-from . import interrupts, provenance, records, selection
+from . import interrupts, provenance, records
 from .lock import FolderLock
 from .measure import Plan
 from .report import Progress, Reporter, Task

@@ -15,7 +15,7 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from ..declaration import declare
+from ..declare.norm import declare
 from ..spec import KernelSpec
 from .target import TunableTarget
 from .trace import plain, sampled_fields

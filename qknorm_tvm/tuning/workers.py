@@ -99,7 +99,12 @@ def cause(error: BaseException) -> str:
 
 
 def _warm_task() -> None:
-    from . import cpu_target, measure, space, trace  # noqa: F401
+    from . import (
+        cpu_target,  # noqa: F401
+        measure,  # noqa: F401
+        space,  # noqa: F401
+        trace,  # noqa: F401
+    )
 
 
 def build_task(text: str, threads: int | None, spec: str, rows: int, config: Any, folder: str) -> (

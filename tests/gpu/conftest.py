@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def module_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    from qknorm_tvm.arrays import cuda_target
+    from qknorm_tvm.call.arrays import cuda_target
 
     given = os.environ.get("QKNORM_TVM_TEST_MODULES")
     folder = Path(given) if given else tmp_path_factory.mktemp("modules")

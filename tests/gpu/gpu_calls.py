@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qknorm_tvm import Module
-from qknorm_tvm.benchmark_cuda import equal_bits
-from qknorm_tvm.reference_torch import apply_qk_rms_norm as torch_graph
+from qknorm_tvm.bench.cuda import equal_bits
+from qknorm_tvm.check.reference_torch import apply_qk_rms_norm as torch_graph
 
 torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
 

@@ -132,7 +132,7 @@ def file_name(name: str, specs: Sequence[KernelSpec]) -> str:
 def _no_wait() -> Iterator[None]:
     from tvm import tirx
 
-    from qknorm_tvm import lowering_cuda
+    from qknorm_tvm.lower import cuda as lowering_cuda
 
     original = lowering_cuda.grid_dependency
 

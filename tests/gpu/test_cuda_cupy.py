@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import qknorm_tvm
-from qknorm_tvm import Module, reference
+from qknorm_tvm import Module
+from qknorm_tvm.check import reference
 
 cupy = pytest.importorskip("cupy", reason="passes arrays of CuPy, and CuPy is not installed")
 

@@ -8,8 +8,9 @@ import pytest
 from gpu_calls import check, make_call, torch
 from module_list import DTYPES, FIXED, PAIRINGS
 
-from qknorm_tvm import Module, verification_cuda
-from qknorm_tvm.verification import Report
+from qknorm_tvm import Module
+from qknorm_tvm.check import verification_cuda
+from qknorm_tvm.check.verification import Report
 
 GetModule = Callable[[str], Module]
 

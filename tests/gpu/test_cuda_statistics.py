@@ -14,10 +14,11 @@ from test_cuda_calls import _launches
 from test_cuda_streams import _capture
 
 import qknorm_tvm
-from qknorm_tvm import Module, reference, verification_cuda
-from qknorm_tvm.reference_torch import row_mean_of_squares_qk as torch_mean
-from qknorm_tvm.reference_torch import to_numpy
-from qknorm_tvm.verification import Report
+from qknorm_tvm import Module
+from qknorm_tvm.check import reference, verification_cuda
+from qknorm_tvm.check.reference_torch import row_mean_of_squares_qk as torch_mean
+from qknorm_tvm.check.reference_torch import to_numpy
+from qknorm_tvm.check.verification import Report
 
 GetModule = Callable[[str], Module]
 OPS = ("row_mean_of_squares_qk", "qk_rms_norm")

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import qknorm_tvm
-from qknorm_tvm import reference_torch
 from qknorm_tvm import tensor_parallel as tp
+from qknorm_tvm.check import reference_torch
 
 EPSILON = 1e-6
 #: How far outputs may be from the unsharded layer's, whose mean squares are summed in float64. The

@@ -10,9 +10,9 @@ from rank_cases import EPSILON, Case, check_same
 from rank_place import Place
 
 import qknorm_tvm
-from qknorm_tvm import reference_torch
 from qknorm_tvm import tensor_parallel as tp
-from qknorm_tvm.benchmark_cuda import capture
+from qknorm_tvm.bench.cuda import capture
+from qknorm_tvm.check import reference_torch
 
 
 class RankLayer:

@@ -17,8 +17,8 @@ from rank_layer import RankLayer
 from rank_place import Place
 from rich.table import Table
 
-from qknorm_tvm.benchmark import Candidate, Timing
-from qknorm_tvm.benchmark_cuda import capture
+from qknorm_tvm.bench.cuda import capture
+from qknorm_tvm.bench.timing import Candidate, Timing
 from qknorm_tvm.cli import output
 
 OURS, LAYER, ALONE, WITHOUT = "ours", "layer of one rank", "all-reduce alone", "ours without it"

@@ -10,12 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-from qknorm_tvm.tensor_parallel.agreement import (
-    MESSAGE_BYTES,
-    Facts,
-    disagreement,
-    error_facts,
-)
+from qknorm_tvm.tensor_parallel.agreement import MESSAGE_BYTES, Facts, disagreement, error_facts
 
 GOOD = Facts(
     rows=4,

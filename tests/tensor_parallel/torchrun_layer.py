@@ -33,7 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import qknorm_tvm
 from qknorm_tvm import machine
 from qknorm_tvm import tensor_parallel as tp
-from qknorm_tvm.benchmark_cuda import device_facts
+from qknorm_tvm.bench.cuda import device_facts
 from qknorm_tvm.cli import output
 
 #: Query heads, KV heads and columns of a head.

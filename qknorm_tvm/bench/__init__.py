@@ -1,0 +1,1 @@
+"""Timing: candidates in turns, alternatives, reports."""

@@ -1,0 +1,1 @@
+"""Machine code from specs: which config a spec gets, LLVM, nvcc, the C entry point, linking."""

@@ -1,0 +1,230 @@
+"""Which config a spec's code gets, by number of rows: the one door for all three sources.
+
+A user's override holds for all rows. Otherwise tuned records hold from the row counts for which
+they were measured, and the heuristic's config everywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..spec import KernelSpec
+
+#: Makes a config of a record's fields.
+Decode = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A config, and from how many rows on it is used.
+
+    Parameters
+    ----------
+    min_rows : int
+        Rows from which it is used, up to the next bucket's.
+    config : CpuConfig or CudaConfig
+        Choices of the schedule.
+    source : str
+        ``"heuristic"``, ``"record"`` or ``"user"``.
+    record : mapping, optional
+        For a record, where it comes from: device, rows measured, date, gain.
+    """
+
+    min_rows: int
+    config: Any
+    source: str
+    record: Mapping[str, Any] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a module's metadata says about the bucket, JSON-ready."""
+        about: dict[str, Any] = {"min_rows": self.min_rows, "source": self.source}
+        if self.record is not None:
+            about["record"] = dict(self.record)
+        return {**about, "config": self.config.to_dict()}
+
+
+#: Most bytes of a task that a record may ask for.
+MOST_TASK_BYTES = 1 << 18
+
+
+def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
+    """Return from how many rows on each measured row count speaks.
+
+    The border between two measured counts lies half way between them on a logarithmic scale; the
+    smallest speaks for all below it too.
+    """
+    ordered = sorted(set(rows))
+    starts = {ordered[0]: 1} if ordered else {}
+    for low, high in itertools.pairwise(ordered):
+        starts[high] = max(low + 1, round((low * high) ** 0.5))
+    return starts
+
+
+def merge(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Return buckets from the largest `min_rows` on, neighbours of one config as one."""
+    merged: list[Bucket] = []
+    for bucket in sorted(buckets, key=lambda one: one.min_rows):
+        if merged and (merged[-1].config, merged[-1].source) == (bucket.config, bucket.source):
+            continue
+        merged.append(bucket)
+    return merged[::-1]
+
+
+def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bucket]:
+    """Choose the configs of a spec's code for one CPU level.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+    cpu : str
+        Level or CPU for which code is generated.
+    given : CpuConfig or None
+        The user's.
+    default : CpuConfig
+        The heuristic's.
+
+    Returns
+    -------
+    list of Bucket
+        The one for the most rows first; the last is for any number of rows.
+    """
+    if given is not None:
+        return [Bucket(1, given, "user")]
+    found = {}
+    if spec.q_cols is not None and spec.k_cols is not None:
+        from ..schedules.cpu_config import SCHEDULE_VERSION
+        from .tuned import cpu_device, tuned
+
+        def workload(rows: int) -> str:
+            from ..tuning.space import declared, specialise, workload_hash
+
+            return workload_hash(specialise(declared(spec), rows))
+
+        found = tuned(
+            spec,
+            cpu,
+            cpu_device(cpu),
+            schedule_version=SCHEDULE_VERSION,
+            default=lambda rows: default,
+            workload=workload,
+        )
+    return from_outcomes(found, lambda config: _capped(type(default), config), lambda rows: default)
+
+
+def _capped(config_type: Any, record: Mapping[str, Any]) -> Any:
+    """Return a record's config with a task size that also suits fewer rows than were measured.
+
+    A large task left calls at the lower end of a bucket to one thread that ran on two before:
+    1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.
+    """
+    config = config_type.from_dict(dict(record))
+    size = min(config.bytes_per_task, MOST_TASK_BYTES)
+    return dataclasses.replace(config, bytes_per_task=size)
+
+
+def _from_record(start: int, rows: int, outcome: Any, device: str, decode: Decode) -> Bucket:
+    """Return the bucket of a record that was measured at `rows` and is used from `start` on."""
+    about = {
+        "device": device,
+        "rows": rows,
+        "date": outcome.date,
+        "gain": round(outcome.gain["median"], 3),
+    }
+    return Bucket(start, decode(outcome.config), "record", about)
+
+
+def from_outcomes(found: Mapping[int, Any], decode: Decode, default: Any) -> list[Bucket]:
+    """Return the buckets of tuned outcomes, and of the heuristic where there are none."""
+    buckets = []
+    for rows, start in bucket_starts(list(found)).items():
+        outcome, device = found[rows]
+        if outcome.source != "record":
+            buckets.append(Bucket(start, default(rows), "heuristic"))
+            continue
+        buckets.append(_from_record(start, rows, outcome, device, decode))
+    return merge(buckets) or [Bucket(1, default(1), "heuristic")]
+
+
+def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[str, Any] | None]]:
+    """Choose the kernels of a spec for CUDA, in the order in which the entry point tries them.
+
+    Tuned records hold for the layouts that the heuristic's aligned kernels are for, and only where
+    the target is the one architecture that was tuned.
+
+    Parameters
+    ----------
+    spec : KernelSpec
+    given : CudaConfig or None
+        The user's.
+
+    Returns
+    -------
+    list of (CudaVariant, source, record)
+        The last takes any number of rows and any layout.
+    """
+    from ..schedules.cuda_config import CudaConfig, default_variants
+
+    variants = default_variants(spec, given)
+    if given is not None:
+        return [(v, "user" if v.config == given else "heuristic", None) for v in variants]
+    plain = [(variant, "heuristic", None) for variant in variants]
+    if spec.q_cols is None or spec.k_cols is None or len(spec.parsed_target.variants) > 1:
+        return list(plain)
+    from .tuned import cuda_device, tuned
+
+    device = cuda_device(spec)
+    if device is None:
+        return list(plain)
+    from ..tuning.cuda_target import CudaTarget
+    from ..tuning.space import workload_hash
+
+    target = CudaTarget(spec.target)
+    found = tuned(
+        spec,
+        spec.target,
+        device,
+        schedule_version=target.schedule_version,
+        default=lambda rows: target.default(spec, rows),
+        workload=lambda rows: workload_hash(target.workload(spec, rows)),
+    )
+    if not any(outcome.source == "record" for outcome, _ in found.values()):
+        return list(plain)
+    # Columns that allow no aligned kernels are tuned with the others.
+    aligned = [v for v in variants if v.alignment is not None] or variants
+    unaligned = [(v, "heuristic", None) for v in variants if v not in aligned]
+    # Borders are the records' and the heuristic's own: between records that keeps its choices.
+    starts = bucket_starts(list(found))
+
+    def decode(record: Mapping[str, Any]) -> CudaConfig:
+        return CudaConfig.from_dict(dict(record))
+
+    rows_at = {start: rows for rows, start in starts.items()}
+    borders = sorted({*rows_at, *(v.min_rows for v in aligned)})
+    buckets = []
+    for border in borders:
+        rows = rows_at[max(start for start in rows_at if start <= border)]
+        outcome, place = found[rows]
+        if outcome.source == "record":
+            buckets.append(_from_record(border, rows, outcome, place, decode))
+        else:
+            buckets.append(Bucket(border, target.default(spec, border), "heuristic"))
+    template = aligned[0]
+    chosen: list[tuple[Any, str, Mapping[str, Any] | None]] = [
+        (
+            dataclasses.replace(
+                template,
+                name=f"rows_{bucket.min_rows}",
+                config=bucket.config,
+                min_rows=bucket.min_rows,
+                stride_unit=template.stride_unit,
+            ),
+            bucket.source,
+            bucket.record,
+        )
+        for bucket in merge(buckets)
+    ]
+    return [*chosen, *unaligned]

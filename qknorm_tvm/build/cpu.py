@@ -1,0 +1,193 @@
+"""CPU modules: schedule, lower and generate code for every level, then link."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from ..declare.norm import declare
+from ..errors import BuildError
+from ..lower.cpu import STREAM_ALIGNMENT, lower
+from ..schedules.cpu import schedule
+from ..schedules.cpu_config import CpuConfig, default_config
+from ..spec import KernelSpec
+from ..targets import AARCH64, X86_FEATURES, X86_LEVELS
+from .configs import cpu_buckets
+from .native import Level, Variant, c_compiler, compile_entry, link, tables
+
+#: Instruction sets kept from LLVM. Some it would use change results (avx512bf16 and avxneconvert
+#: flush denormals when they round); the others `X86_FEATURES` cannot test for at load.
+_WITHHELD = tuple(
+    """avx10.1 avx10.2 avx512bf16 avx512fp16 avx512vp2intersect avxifma avxneconvert avxvnni
+    avxvnniint16 avxvnniint8 amx-avx512 amx-tile ccmp egpr fma4 ndd nf ppx push2pop2 sse4a tbm
+    xop zu""".split()  # noqa: SIM905
+)
+#: Tuning flags against which the kernel was measured: whole zmm vectors, and blends rather than
+#: three-uop word permutes.
+_TUNING = ("-prefer-256-bit", "-fast-variable-crosslane-shuffle", "-fast-variable-perlane-shuffle")
+
+
+def cpu_features(cpu: str) -> tuple[str, ...]:
+    """Return the instruction sets that code for an LLVM CPU name may use, sorted.
+
+    Those that must be tested for when a module is loaded: none on AArch64.
+
+    Raises
+    ------
+    BuildError
+        LLVM does not know the name.
+    """
+    if cpu == AARCH64:
+        return ()
+    if cpu in X86_LEVELS:
+        return tuple(sorted(X86_LEVELS[cpu]))
+    codegen = tvm.target.codegen
+    generic = tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu"})
+    known = {str(name) for name in codegen.llvm_get_cpu_archlist(generic)}
+    if cpu not in known:
+        raise BuildError(
+            f"target must be a CPU that LLVM {codegen.llvm_version_major()} knows, got {cpu!r}; "
+            "for example x86-64-v3, znver4 or sapphirerapids; every AArch64 CPU's is 'aarch64'"
+        )
+    found = codegen.llvm_get_cpu_features(
+        tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu})
+    )
+    return tuple(sorted(set(map(str, found)) & set(X86_FEATURES)))
+
+
+def llvm_target(cpu: str) -> tvm.target.Target:
+    """Return TVM's target for ``"aarch64"``, an x86-64 level or CPU name."""
+    if cpu == AARCH64:
+        # Without bf16 and fullfp16, whose instructions round otherwise, and without SVE.
+        return tvm.target.Target(
+            {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic"}
+        )
+    return tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": "x86_64-linux-gnu",
+            "mcpu": cpu,
+            "mattr": [f"-{name}" for name in _WITHHELD] + list(_TUNING),
+        }
+    )
+
+
+def variants_of(
+    spec: KernelSpec, config: CpuConfig, prefix: str, *, min_rows: int = 1
+) -> list[Variant]:
+    """Return the functions of one config for one spec and level, first choice first.
+
+    Those for `min_rows` of more than 1 leave rows over, which the functions for fewer rows take.
+    """
+    found = []
+    tile_rows = max(config.row_tile, min_rows)
+    vector_bytes = config.vector * spec.out_bytes
+    if spec.operation.normalises and config.streaming_bytes and vector_bytes >= 16:
+        unit = STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes)
+        stream = Variant(
+            "stream",
+            f"{prefix}_stream",
+            min_rows=tile_rows,
+            row_tile=config.row_tile,
+            stride_unit=unit,
+            alignment=STREAM_ALIGNMENT,
+            min_out_bytes=config.streaming_bytes,
+            bytes_per_task=config.bytes_per_task,
+        )
+        found.append(stream)
+    if config.row_tile > 1:
+        tile = Variant(
+            "tile",
+            f"{prefix}_tile",
+            min_rows=tile_rows,
+            row_tile=config.row_tile,
+            bytes_per_task=config.bytes_per_task,
+        )
+        found.append(tile)
+    if config.row_tile == 1 or min_rows == 1:
+        row = Variant(
+            "row", f"{prefix}_row", min_rows=min_rows, bytes_per_task=config.bytes_per_task
+        )
+        found.append(row)
+    return found
+
+
+def scheduled(spec: KernelSpec, config: CpuConfig, variant: Variant) -> tirx.PrimFunc:
+    """Declare a spec for a variant and schedule it."""
+    func = declare(
+        spec,
+        row_tile=variant.row_tile,
+        stride_unit=variant.stride_unit,
+        alignment=variant.alignment if variant.alignment > 1 else None,
+    )
+    func = schedule(func, config, row_tile=variant.row_tile)
+    return func.with_attr("global_symbol", variant.symbol)
+
+
+def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]]) -> Any:
+    """Declare, schedule, lower and generate code for functions; returns TVM's LLVM module."""
+    target = llvm_target(cpu)
+    lowered = tvm.IRModule()
+    for spec, config, variant in functions:
+        func = scheduled(spec, config, variant)
+        bound = tirx.transform.BindTarget(target.with_host(target))(
+            tvm.IRModule({variant.symbol: func})
+        )
+        lowered.update(lower(bound, config, spec, streaming=variant.name == "stream"))
+    # `tvm.tirx.build` is a function that hides the module of that name.
+    return importlib.import_module("tvm.tirx.build").codegen_build(lowered, target)
+
+
+def build(
+    specs: Sequence[KernelSpec],
+    configs: Sequence[CpuConfig | None],
+    metadata: dict[str, Any],
+    directory: Path,
+) -> Path:
+    """Build one ``.so`` for specs that share a CPU target; returns its path in `directory`.
+
+    `metadata` is completed with the levels, their features, and each spec's configs.
+    """
+    levels: list[Level] = []
+    described: list[dict[str, Any]] = []
+    functions: dict[str, list[tuple[KernelSpec, CpuConfig, Variant]]] = {}
+    for cpu in specs[0].parsed_target.variants:
+        features = cpu_features(cpu)
+        functions[cpu], per_spec, configs_used = [], [], []
+        for index, (spec, given) in enumerate(zip(specs, configs, strict=True)):
+            default = default_config(spec, frozenset(features))
+            of_spec: list[Variant] = []
+            for bucket in cpu_buckets(spec, cpu, given, default):
+                prefix = f"qkn_{cpu}_{index}_{bucket.min_rows}"
+                prefix = prefix.replace("-", "_").replace(".", "_")
+                variants = variants_of(spec, bucket.config, prefix, min_rows=bucket.min_rows)
+                functions[cpu] += [(spec, bucket.config, variant) for variant in variants]
+                of_spec += variants
+                names = [variant.name for variant in variants]
+                configs_used.append({"spec": spec.text, **bucket.describe(), "variants": names})
+            per_spec.append(tuple(of_spec))
+        levels.append(Level(cpu, features, tuple(per_spec)))
+        described.append({"name": cpu, "features": list(features), "code": configs_used})
+    metadata = {**metadata, "kind": "cpu", "levels": described}
+    table_text = tables(specs, levels, metadata, cuda=False)
+    machine = specs[0].parsed_target.machine
+    c_compiler(machine)  # before the minutes that many specs take
+    objects: list[Path] = []
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        # The C compiler beside LLVM: a third of the time.
+        native = worker.submit(compile_entry, directory, table_text, pool=True, machine=machine)
+        for cpu, of_level in functions.items():
+            level_object = directory / f"{cpu}.o"
+            generate(cpu, of_level).write_to_file(str(level_object), "o")
+            # The least demanding first: TVM puts its float16 helpers, weak, into every object, and
+            # the linker keeps the first, which has to run everywhere.
+            objects.insert(0, level_object)
+        out = directory / "module.so"
+        link([*native.result(), *objects], out, machine)
+    return out

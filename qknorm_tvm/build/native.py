@@ -1,0 +1,257 @@
+"""From object files to an exported module: tables for the entry point, the C compiler, the link."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..load.module_file import seal
+from ..spec import OPS, KernelSpec
+from ..targets import MACHINES, X86_FEATURES, host_machine
+
+#: For machines other than this one: the GNU cross compiler's name and Debian's packages of it.
+_CROSS = {
+    "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+    "x86_64": ("x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu libc6-dev-amd64-cross"),
+}
+
+_DTYPES = {
+    "bfloat16": "{kDLBfloat, 16, 1}",
+    "float16": "{kDLFloat, 16, 1}",
+    "float32": "{kDLFloat, 32, 1}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One scheduled function in a module, and when the entry point may call it.
+
+    Parameters
+    ----------
+    name : str
+        What it is for, such as ``"tile"``.
+    symbol : str
+        Its global symbol, unique in the module.
+    min_rows, row_tile, stride_unit, alignment, min_out_bytes : int
+        The conditions, see ``module.h``.
+    bytes_per_task : int
+        Bytes read and written that one thread gets at least; CPUs only.
+    """
+
+    name: str
+    symbol: str
+    min_rows: int = 1
+    row_tile: int = 1
+    stride_unit: int = 1
+    alignment: int = 1
+    min_out_bytes: int = 0
+    bytes_per_task: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Code for one CPU level, or for CUDA: per spec its variants, first choice first."""
+
+    name: str
+    features: tuple[str, ...]
+    variants: tuple[tuple[Variant, ...], ...]
+
+
+def _c_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + escaped + '"'
+
+
+def tables(
+    specs: Sequence[KernelSpec], levels: Sequence[Level], metadata: dict[str, Any], *, cuda: bool
+) -> str:
+    """Write ``tables.h``: what ``entry.c`` needs to know about one module."""
+    lines = ['#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
+    for op in OPS:
+        lines.append(f"#define QKN_HAS_{op} {int(any(spec.op == op for spec in specs))}")
+    lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
+    for li, level in enumerate(levels):
+        features = [X86_FEATURES[name] for name in level.features]
+        if features:
+            rows = ", ".join(
+                f"{{{_c_string(name)}, {bit.leaf:#x}u, {bit.register}u, {bit.bit}u, "
+                f"{bit.state:#x}u}}"
+                for name, bit in zip(level.features, features, strict=True)
+            )
+            lines.append(f"static const qkn_feature features_{li}[] = {{{rows}}};")
+        for si, variants in enumerate(level.variants):
+            for v in variants:
+                lines.append(
+                    f"int __tvm_ffi_{v.symbol}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);"
+                )
+            rows = ", ".join(
+                f"{{{_c_string(v.name)}, __tvm_ffi_{v.symbol}, {v.min_rows}, {v.row_tile}, "
+                f"{v.stride_unit}, {v.alignment}, {v.min_out_bytes}, {v.bytes_per_task}}}"
+                for v in variants
+            )
+            lines.append(f"static const qkn_variant variants_{li}_{si}[] = {{{rows}}};")
+    lines.append(f"#define QKN_NUM_LEVELS {len(levels)}")
+    rows = ", ".join(
+        f"{{{_c_string(level.name)}, {f'features_{li}' if level.features else 'NULL'}, "
+        f"{len(level.features)}}}"
+        for li, level in enumerate(levels)
+    )
+    lines.append(f"static const qkn_level qkn_levels[] = {{{rows}}};")
+    for si in range(len(specs)):
+        rows = ", ".join(
+            f"{{variants_{li}_{si}, {len(level.variants[si])}}}" for li, level in enumerate(levels)
+        )
+        lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
+    lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
+    rows = ", ".join(
+        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {_DTYPES[spec.in_dtype]}, "
+        f"{_DTYPES[spec.out_dtype]}, "
+        f"{-1 if spec.q_cols is None else spec.q_cols}, "
+        f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
+        for si, spec in enumerate(specs)
+    )
+    lines.append(f"static const qkn_spec qkn_specs[] = {{{rows}}};")
+    return "\n".join(lines) + "\n"
+
+
+@functools.lru_cache(maxsize=8)
+def find_c_compiler(given: str | None = None) -> str:
+    """Return the C compiler: ``$CC``, gcc, cc or clang.
+
+    Raises
+    ------
+    BuildError
+        There is none.
+    """
+    candidates = [given] if given else ["gcc", "cc", "clang"]
+    for name in candidates:
+        found = shutil.which(name)
+        if found:
+            return found
+    missing = f"$CC names {given!r}, which is" if given else "gcc, cc and clang are"
+    raise BuildError(
+        f"a C compiler is needed to link a module, but {missing} not on the PATH: install one, "
+        "such as with `apt-get install gcc libc6-dev`"
+    )
+
+
+def c_compiler(machine: str) -> str:
+    """Return the C compiler for a machine of `targets.MACHINES`.
+
+    This machine's own is `find_c_compiler`'s. For another it is a cross compiler: the program that
+    ``$QKNORM_TVM_AARCH64_CC`` (or ``…_X86_64_CC``) names, otherwise the GNU one.
+
+    Raises
+    ------
+    BuildError
+        There is none.
+    """
+    if machine == host_machine():
+        return find_c_compiler(os.environ.get("CC"))
+    variable = f"QKNORM_TVM_{machine.upper()}_CC"
+    name, packages = _CROSS[machine]
+    given = os.environ.get(variable)
+    found = shutil.which(given or name)
+    if found:
+        return found
+    missing = f"${variable} names {given!r}, which" if given else name
+    here = MACHINES.get(host_machine(), host_machine())
+    own = "aarch64" if host_machine() == "aarch64" else "cpu"
+    raise BuildError(
+        f"a C cross compiler is needed to link a module for {MACHINES[machine]} machines on this "
+        f"one ({here}), but {missing} is not on the PATH: install one, such as with "
+        f"`apt-get install {packages}`, or compile for this machine, target {own!r}"
+    )
+
+
+def run_compiler(command: Sequence[str], doing: str) -> None:
+    """Run a compiler; a failure is a `BuildError` with the first lines that it printed."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise BuildError(f"{doing} failed ({command[0]} exited {done.returncode}):\n{said[:4000]}")
+
+
+def compile_entry(
+    directory: Path, table_text: str, *, pool: bool, machine: str | None = None
+) -> list[Path]:
+    """Compile the entry point, and for CPUs the thread pool, against a module's tables.
+
+    `machine` is the one that the code is for, by default this one.
+    """
+    import tvm_ffi.libinfo as ffi
+
+    (directory / "tables.h").write_text(table_text)
+    compiler = c_compiler(machine or host_machine())
+    objects = []
+    for name in ("entry", "pool") if pool else ("entry",):
+        source = resources.files(__package__) / "native" / f"{name}.c"
+        with resources.as_file(source) as path:
+            target = directory / f"{name}.o"
+            command = [compiler, "-c", "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
+            command += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+            command += [f"-I{directory}", f"-I{path.parent}", f"-I{ffi.find_include_path()}"]
+            command += [f"-I{ffi.find_dlpack_include_path()}", str(path), "-o", str(target)]
+            run_compiler(command, f"compiling {name}.c")
+            objects.append(target)
+    return objects
+
+
+def exported_symbols() -> str:
+    """Return the linker's script for what a module shows: its entry points alone."""
+    names = "; ".join(f"__tvm_ffi_{op}" for op in OPS)
+    return f"{{ global: {names}; __tvm_ffi_qknorm_*; local: *; }};\n"
+
+
+def _stand_in_for_tvm_ffi(directory: Path, compiler: str) -> Path:
+    """Make a library with tvm-ffi's name and the names of its C functions, to link against.
+
+    The tvm-ffi of another machine is not here. The process that loads the module has it.
+    """
+    import tvm_ffi.libinfo as ffi
+
+    header = Path(ffi.find_include_path()) / "tvm" / "ffi" / "c_api.h"
+    names = sorted(set(re.findall(r"\b(TVMFFI\w+)\(", header.read_text())))
+    source, library = directory / "stand_in.c", directory / "libtvm_ffi.so"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    command = [compiler, "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libtvm_ffi.so"]
+    run_compiler([*command, str(source), "-o", str(library)], "making a stand-in for libtvm_ffi")
+    return library
+
+
+def link(objects: Sequence[Path], out: Path, machine: str | None = None) -> None:
+    """Link objects to a module that exports its entry points alone, and seal it.
+
+    `machine` is the one that the code is for, by default this one.
+    """
+    import tvm_ffi.libinfo as ffi
+
+    machine = machine or host_machine()
+    compiler = c_compiler(machine)
+    script = out.with_suffix(".exports")
+    script.write_text(exported_symbols())
+    command = [compiler, "-shared", "-s", "-o", str(out)]
+    command += map(str, objects)
+    # Never unloaded: its pool's threads may serve other modules.
+    command += ["-Wl,-z,nodelete", "-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,--gc-sections"]
+    # Bound when it is loaded: a tvm-ffi that lacks a function is noticed then, not in a call.
+    command += ["-Wl,-z,now"]
+    command += [f"-Wl,--version-script={script}", "-Wl,--build-id=none", "-Wl,--no-undefined"]
+    if machine == host_machine():
+        library = Path(ffi.find_libtvm_ffi())
+    else:
+        library = _stand_in_for_tvm_ffi(out.parent, compiler)
+    command += [f"-L{library.parent}", "-ltvm_ffi", "-lpthread", "-ldl", "-lm"]
+    run_compiler(command, "linking")
+    seal(out)

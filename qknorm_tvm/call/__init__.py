@@ -1,0 +1,1 @@
+"""The Python API: compiled modules, the cache, arrays of other frameworks."""

@@ -1,0 +1,395 @@
+"""The frameworks whose arrays are accepted: how each is looked at, allocated and passed on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..spec import DTYPE_BYTES, KernelSpec
+from ..targets import host_cpu_target
+
+Call = Callable[..., Any]
+
+
+def canonical_dtype(name: str, dtype: Any) -> str:
+    """Return a spec's name for a dtype given as a string or a framework's own object."""
+    text = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    text = str(text).rpartition(".")[2]
+    if text not in DTYPE_BYTES:
+        raise ValueError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    return text
+
+
+def _array_namespace(array: Any) -> Any:
+    """Return the module of an array's framework that makes arrays, or None where it has none."""
+    namespace = getattr(array, "__array_namespace__", None)
+    if namespace:
+        return namespace()
+    # CuPy 14 does not follow the array API.
+    module = sys.modules.get(type(array).__module__.partition(".")[0])
+    return module if hasattr(module, "empty") else None
+
+
+def _is_jax(array: Any) -> bool:
+    """Whether an array is JAX's, which cannot be written to."""
+    xp = _array_namespace(array)
+    return xp is not None and xp.__name__.partition(".")[0] == "jax"
+
+
+class Adapter:
+    """What differs between frameworks; this one is for whatever offers DLPack."""
+
+    def dtype(self, array: Any) -> str:
+        """Return the element type's name, such as ``"bfloat16"``."""
+        return str(array.dtype).rpartition(".")[2]
+
+    def target(self, array: Any) -> str:
+        """Return the spec target for the device that the array is on."""
+        try:
+            kind, index = array.__dlpack_device__()
+        except Exception as error:  # such as an array that is being traced
+            raise TypeError(f"q cannot be passed by DLPack: {error}") from error
+        if int(kind) in (1, 3):
+            return host_cpu_target()
+        if int(kind) == 2:
+            return cuda_target(int(index))
+        raise ValueError(f"q must be on the CPU or a CUDA device, got DLPack device type {kind}")
+
+    def check_shape(self, name: str, array: Any) -> None:
+        """Refuse an array whose shape cannot be asked for."""
+
+    def device_index(self, array: Any) -> int:
+        """Return the number of the array's device."""
+        return int(array.__dlpack_device__()[1])
+
+    def empty(
+        self, like: Any, shape: tuple[int, int], dtype: str, *, name: str = "q_out and k_out"
+    ) -> Any:
+        """Allocate a packed array of the same framework and device; `name` is for messages."""
+        import tvm_ffi
+
+        xp = _array_namespace(like)
+        if _is_jax(like):
+            raise ValueError(
+                f"{name} must be given for JAX arrays, which cannot be written to, got None: pass "
+                "NumPy arrays"
+            )
+        if xp is not None:
+            with like.device if hasattr(like.device, "__enter__") else _nothing():
+                return xp.empty(shape, dtype=dtype)
+        raise ValueError(
+            f"{name} must be given for {type(like).__name__}, which has no way to "
+            f"allocate ({tvm_ffi.__name__} passes it by DLPack), got None"
+        )
+
+    def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
+        """Return the shortest way to `function` for calls with arrays of this framework.
+
+        Both take the tensors of the spec's operation, epsilon if it has one, and a stream. What
+        the short way does not expect, an error included, it leaves to `general`: the module has
+        written nothing by then.
+        """
+        return general
+
+    def view(self, name: str, array: Any, *, writable: bool) -> Any:
+        """Return what tvm-ffi takes for this array; no copy."""
+        import tvm_ffi
+
+        if writable and _is_jax(array):
+            raise ValueError(f"{name} must be writable, got a JAX array: pass a NumPy array")
+        try:
+            return tvm_ffi.from_dlpack(array)
+        except Exception as error:
+            raise TypeError(f"{name} cannot be passed by DLPack: {error}") from error
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class NumpyAdapter(Adapter):
+    """NumPy arrays, with ml_dtypes' bfloat16, which DLPack does not know."""
+
+    def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
+        import ml_dtypes
+        import numpy as np
+
+        bfloat16, bits = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
+        if spec.op == "apply_qk_rms_norm":
+            return self._fast_apply(function, general, bfloat16, bits)
+        names = spec.operation.tensors
+        outputs = [names.index(name) for name in spec.operation.outputs]
+        # Those that come as uint16 below, which the module cannot tell from a caller's own.
+        alike = [(names.index("q"), names.index("k"))]
+        if spec.operation.normalises:
+            alike.append((names.index("q_out"), names.index("k_out")))
+
+        def call(*args: Any) -> None:
+            try:
+                if (
+                    args[-1] is None
+                    and all(args[one].flags.writeable for one in outputs)
+                    and all(args[one].dtype == args[other].dtype for one, other in alike)
+                ):
+                    function(
+                        *[
+                            one.view(bits) if getattr(one, "dtype", None) == bfloat16 else one
+                            for one in args[:-1]
+                        ],
+                        1,
+                    )
+                    return
+            except Exception:  # said again, with the argument's name
+                pass
+            general(*args)
+
+        return call
+
+    def _fast_apply(self, function: Call, general: Call, bfloat16: Any, bits: Any) -> Call:
+        # Spelt out: loops over the arguments cost a third more at M = 1, where the call is all.
+        def call(
+            q_out: Any, k_out: Any, gamma_q: Any, gamma_k: Any, qk_var: Any, q: Any, k: Any,
+            epsilon: float, stream: Any,
+        ) -> None:  # fmt: skip
+            try:
+                if (
+                    stream is None
+                    and q_out.flags.writeable
+                    and k_out.flags.writeable
+                    # The module cannot tell uint16 from bfloat16, which comes as uint16 below.
+                    and k.dtype == q.dtype
+                    and k_out.dtype == q_out.dtype
+                ):
+                    function(
+                        q_out.view(bits) if q_out.dtype == bfloat16 else q_out,
+                        k_out.view(bits) if k_out.dtype == bfloat16 else k_out,
+                        gamma_q,
+                        gamma_k,
+                        qk_var,
+                        q.view(bits) if q.dtype == bfloat16 else q,
+                        k.view(bits) if k.dtype == bfloat16 else k,
+                        epsilon,
+                        1,
+                    )
+                    return
+            except Exception:  # said again, with the argument's name
+                pass
+            general(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon, stream)
+
+        return call
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype.name)
+
+    def target(self, array: Any) -> str:
+        return host_cpu_target()
+
+    def device_index(self, array: Any) -> int:
+        return 0
+
+    def empty(
+        self, like: Any, shape: tuple[int, int], dtype: str, *, name: str = "q_out and k_out"
+    ) -> Any:
+        import numpy as np
+
+        from ..check.reference import NUMPY_DTYPES
+
+        return np.empty(shape, NUMPY_DTYPES[dtype])
+
+    def view(self, name: str, array: Any, *, writable: bool) -> Any:
+        import numpy as np
+        import tvm_ffi
+
+        if not array.dtype.isnative:
+            raise TypeError(f"{name} must have native byte order, got {array.dtype}")
+        if writable and not array.flags.writeable:
+            raise ValueError(f"{name} must be writable, got a read-only array")
+        if any(stride % array.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name} must have strides of whole elements ({array.itemsize} bytes), got "
+                f"strides of {array.strides} bytes"
+            )
+        if array.dtype.name == "bfloat16":
+            array = array.view(np.uint16)
+        elif array.dtype == np.uint16:
+            raise TypeError(f"{name} must have a floating-point type, got uint16")
+        if not array.flags.writeable:
+            array = _writable_alias(array)
+        try:
+            return tvm_ffi.from_dlpack(array)
+        except Exception as error:
+            raise TypeError(f"{name} must be a numeric array, got {array.dtype}") from error
+
+
+def _writable_alias(array: Any) -> Any:
+    """Return the same memory without the read-only flag, which old DLPack cannot express.
+
+    Only for inputs, which the module never writes.
+    """
+    import numpy as np
+
+    if array.size == 0:
+        return np.empty(array.shape, array.dtype)
+    low, high = np.lib.array_utils.byte_bounds(array)
+    memory = (ctypes.c_char * (high - low)).from_address(low)
+    return np.ndarray(
+        array.shape,
+        array.dtype,
+        buffer=memory,  # type: ignore[arg-type]  # any buffer will do
+        offset=array.__array_interface__["data"][0] - low,
+        strides=array.strides,
+    )
+
+
+class TorchAdapter(Adapter):
+    """torch tensors: tvm-ffi takes them as they are, with torch's current stream."""
+
+    def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
+        grad_enabled = sys.modules["torch"].is_grad_enabled
+        if spec.op == "apply_qk_rms_norm":
+            return self._fast_apply(function, general, spec, grad_enabled)
+        names = spec.operation.tensors
+        count = len(names)
+        # Views of complex tensors may be negated only when read (`is_neg`), which DLPack cannot
+        # say. There is no complex type of bfloat16.
+        may_negate = [
+            index
+            for index, name in enumerate(names)
+            if {"q": spec.in_dtype, "k": spec.in_dtype, "q_out": spec.out_dtype,
+                "k_out": spec.out_dtype}.get(name) != "bfloat16"
+        ]  # fmt: skip
+
+        def call(*args: Any) -> None:
+            try:
+                if (
+                    args[-1] is None
+                    and not (grad_enabled() and any(one.requires_grad for one in args[:count]))
+                    and not any(args[index].is_neg() for index in may_negate)
+                ):
+                    function(*args[:-1])
+                    return
+            except Exception:  # said again, with the argument's name
+                pass
+            general(*args)
+
+        return call
+
+    def _fast_apply(
+        self, function: Call, general: Call, spec: KernelSpec, grad_enabled: Any
+    ) -> Call:
+        # Spelt out, as for NumPy.
+        may_negate = (spec.in_dtype, spec.out_dtype) != ("bfloat16", "bfloat16")
+
+        def call(
+            q_out: Any, k_out: Any, gamma_q: Any, gamma_k: Any, qk_var: Any, q: Any, k: Any,
+            epsilon: float, stream: Any,
+        ) -> None:  # fmt: skip
+            try:
+                needs_grad = grad_enabled() and (
+                    gamma_q.requires_grad
+                    or gamma_k.requires_grad
+                    or q.requires_grad
+                    or k.requires_grad
+                    or qk_var.requires_grad
+                    or q_out.requires_grad
+                    or k_out.requires_grad
+                )
+                negated = gamma_q.is_neg() or gamma_k.is_neg() or qk_var.is_neg()
+                if may_negate and not negated:
+                    negated = q.is_neg() or k.is_neg() or q_out.is_neg() or k_out.is_neg()
+                if stream is None and not needs_grad and not negated:
+                    function(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)
+                    return
+            except Exception:  # said again, with the argument's name
+                pass
+            general(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon, stream)
+
+        return call
+
+    def target(self, array: Any) -> str:
+        if array.device.type == "cpu":
+            return host_cpu_target()
+        if array.device.type == "cuda":
+            return cuda_target(array.device.index)
+        raise ValueError(f"q must be on the CPU or a CUDA device, got {array.device}")
+
+    def check_shape(self, name: str, array: Any) -> None:
+        if array.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got nested")
+
+    def device_index(self, array: Any) -> int:
+        return int(array.device.index or 0)
+
+    def empty(
+        self, like: Any, shape: tuple[int, int], dtype: str, *, name: str = "q_out and k_out"
+    ) -> Any:
+        torch = sys.modules["torch"]
+        # Not empty_like: that keeps a slice's row stride, the parent's.
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+
+    def view(self, name: str, array: Any, *, writable: bool) -> Any:
+        torch = sys.modules["torch"]
+        if array.layout is not torch.strided or array.is_quantized or array.is_nested:
+            kind = "quantized" if array.is_quantized else "nested" if array.is_nested else None
+            raise TypeError(f"{name} must be a dense tensor, got {kind or array.layout}")
+        if array.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name} must be on the CPU or a CUDA device, got {array.device}")
+        if array.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require grad (there is no backward), got a tensor that does: "
+                "call under torch.no_grad(), or pass a detached tensor"
+            )
+        if array.is_neg():
+            raise ValueError(
+                f"{name} must hold its values as they are, got a view that negates them when read "
+                "(torch's is_neg()): pass resolve_neg() of it"
+            )
+        return array.detach()
+
+
+_ADAPTERS = {"numpy": NumpyAdapter(), "torch": TorchAdapter(), "": Adapter()}
+
+
+@functools.lru_cache(maxsize=256)
+def _adapter_of_type(kind: type) -> Adapter | None:
+    for base in kind.__mro__:
+        module = base.__module__.partition(".")[0]
+        if module == "torch" and base.__name__ == "Tensor":
+            return _ADAPTERS["torch"]
+        if module == "numpy" and base.__name__ == "ndarray":
+            return _ADAPTERS["numpy"]
+    return _ADAPTERS[""] if hasattr(kind, "__dlpack__") else None
+
+
+def adapter_of(name: str, array: Any) -> Adapter:
+    """Return the adapter for an argument; a ``TypeError`` naming it when it is no array."""
+    adapter = _adapter_of_type(type(array))  # type: ignore[arg-type]
+    if adapter is None:
+        raise TypeError(
+            f"{name} must be a NumPy array, a torch tensor or an object with DLPack, got "
+            f"{type(array).__name__}"
+        )
+    return adapter
+
+
+@functools.lru_cache(maxsize=64)
+def cuda_target(index: int) -> str:
+    """Return the spec target for one CUDA device of this machine, such as ``"cuda:sm_90"``."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"cuda:sm_{major}{minor}"
+    driver = ctypes.CDLL("libcuda.so.1")
+    values = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        value = ctypes.c_int()
+        if driver.cuInit(0) or driver.cuDeviceGetAttribute(
+            ctypes.byref(value), attribute, ctypes.c_int(index)
+        ):
+            raise RuntimeError(f"the CUDA driver does not answer for device {index}")
+        values.append(value.value)
+    return f"cuda:sm_{values[0]}{values[1]}"

@@ -1,0 +1,176 @@
+"""Compile a spec, or several, to a module that can be called and exported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..load.module import Module, load
+from ..load.module_file import FORMAT
+from ..spec import KernelSpec
+
+Config = Any  # schedules.cpu_config.CpuConfig or schedules.cuda_config.CudaConfig
+
+
+class CompiledModule:
+    """A compiled module: call it, or export it.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        The module in a temporary folder, which goes with this object.
+    metadata : dict
+        What the file says about itself.
+    """
+
+    def __init__(self, path: Path, directory: tempfile.TemporaryDirectory[str]):
+        self.path = path
+        self._directory = directory
+        self._module: Module | None = None
+
+    @property
+    def module(self) -> Module:
+        """The module, loaded on first use."""
+        if self._module is None:
+            self._module = load(self.path)
+        return self._module
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the file says about itself."""
+        from ..load.module_file import read_metadata
+
+        return read_metadata(self.path)
+
+    @property
+    def apply_qk_rms_norm(self) -> Any:
+        """The entry point, see `Module`."""
+        return self.module.apply_qk_rms_norm
+
+    @property
+    def row_mean_of_squares_qk(self) -> Any:
+        """The entry point, see `Module`."""
+        return self.module.row_mean_of_squares_qk
+
+    @property
+    def qk_rms_norm(self) -> Any:
+        """The entry point, see `Module`."""
+        return self.module.qk_rms_norm
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the module to a file, atomically.
+
+        Parameters
+        ----------
+        path : path-like
+            The ``.so`` to write; its folder must exist.
+
+        Returns
+        -------
+        pathlib.Path
+            The file written.
+        """
+        return place(self.path, Path(path))
+
+
+def place(source: Path, target: Path) -> Path:
+    """Copy a file to its place so that nobody sees it half written."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        shutil.copyfile(source, name)
+        os.chmod(name, 0o755)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the code."""
+    return {
+        "qknorm-tvm": __version__,
+        "apache-tvm": importlib.metadata.version("apache-tvm"),
+        "apache-tvm-ffi": importlib.metadata.version("apache-tvm-ffi"),
+    }
+
+
+def compile(
+    spec: KernelSpec | Sequence[KernelSpec],
+    *,
+    config: Config | Mapping[KernelSpec, Config] | None = None,
+) -> CompiledModule:
+    """Compile one spec, or several of one target into one module.
+
+    Parameters
+    ----------
+    spec : KernelSpec or sequence of KernelSpec
+        What to compile. Several specs must share the target; a module has an entry point for each
+        of their operations, which picks a spec by the dtypes and columns of the call; fixed columns
+        before open ones, whatever the order here.
+    config : CpuConfig, CudaConfig, or mapping from spec to config, optional
+        Choices of the schedule; by default a heuristic's.
+
+    Returns
+    -------
+    CompiledModule
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong; the message names it.
+    BuildError
+        A compiler is missing or refused; the message says what to do.
+    """
+    specs = [spec] if isinstance(spec, KernelSpec) else list(spec)
+    for one in specs:
+        if not isinstance(one, KernelSpec):
+            raise TypeError(f"spec must be a KernelSpec, got {type(one).__name__}")
+    if not specs:
+        raise ValueError("spec must name at least one KernelSpec, got none")
+    if len({one.target for one in specs}) > 1:
+        raise ValueError(
+            "specs of one module must share a target, got "
+            + ", ".join(sorted({one.target for one in specs}))
+        )
+    if len(set(specs)) < len(specs):
+        raise ValueError("spec must not name the same KernelSpec twice")
+    # The entry point takes the first that fits a call: fixed columns have the faster code.
+    specs.sort(key=lambda one: (one.q_cols is None) + (one.k_cols is None))
+    kind = specs[0].parsed_target.kind
+    configs = [config.get(one) if isinstance(config, Mapping) else config for one in specs]
+    _check_configs(kind, configs)
+    metadata = {
+        "format": FORMAT,
+        "ops": sorted({one.op for one in specs}),
+        "target": specs[0].target,
+        "specs": [one.to_dict() for one in specs],
+        "versions": versions(),
+        "requires": {"apache-tvm-ffi": ">=0.1.14", "system": "Linux, glibc"},
+    }
+    directory = tempfile.TemporaryDirectory(prefix="qknorm-tvm-")
+    if kind == "cuda":
+        from ..build.cuda import build
+    else:
+        from ..build.cpu import build  # type: ignore[assignment]
+    path = build(specs, configs, metadata, Path(directory.name))
+    return CompiledModule(path, directory)
+
+
+def _check_configs(kind: str, configs: Sequence[Config]) -> None:
+    if kind == "cuda":
+        from ..schedules.cuda_config import CudaConfig as Wanted
+    else:
+        from ..schedules.cpu_config import CpuConfig as Wanted  # type: ignore[assignment]
+    for one in configs:
+        if one is not None and not isinstance(one, Wanted):
+            raise TypeError(
+                f"config must be a {Wanted.__name__} for a {kind} target, got {type(one).__name__}"
+            )

@@ -1,0 +1,1 @@
+"""References, inputs and cases, and verification bit for bit."""

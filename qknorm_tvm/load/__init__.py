@@ -1,0 +1,1 @@
+"""Module files: reading, checking and loading them. Imports no TVM."""

@@ -1,0 +1,161 @@
+"""Loading and calling exported modules. Needs ``apache-tvm-ffi``, never the compiler."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModuleFileError
+from ..operations import OPERATIONS
+from ..spec import KernelSpec
+from ..targets import MACHINES, host_machine
+from .module_file import machine_of, read_metadata
+
+
+class Module:
+    """A loaded module.
+
+    Its entry points are those of the operations that it holds. They go through tvm-ffi, and take
+    torch tensors and whatever else offers DLPack. Asking for another is an ``AttributeError``.
+
+    Attributes
+    ----------
+    apply_qk_rms_norm : callable
+        ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)``.
+    row_mean_of_squares_qk : callable
+        ``row_mean_of_squares_qk(qk_var, q, k)``.
+    qk_rms_norm : callable
+        ``qk_rms_norm(q_out, k_out, gamma_q, gamma_k, q, k, epsilon)``.
+    metadata : dict
+        What the file says about itself.
+    path : pathlib.Path
+        The file.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], library: Any):
+        self.path = path
+        self.metadata = metadata
+        self.library = library
+        for op in {spec.op for spec in self.specs}:
+            setattr(self, op, library.get_function(op))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OPERATIONS:
+            held = ", ".join(sorted({spec.op for spec in self.specs}))
+            raise AttributeError(
+                f"{self.path} holds {held}, not {name}: export a module for it with --op {name}"
+            )
+        raise AttributeError(f"'Module' object has no attribute {name!r}")
+
+    @property
+    def specs(self) -> list[KernelSpec]:
+        """The specs that the module holds."""
+        return [KernelSpec(**fields) for fields in self.metadata["specs"]]
+
+    @property
+    def active_level(self) -> str:
+        """The CPU level chosen for this machine, such as ``"x86-64-v4"``.
+
+        ``"cuda"`` on CUDA.
+        """
+        return str(self.library.get_function("qknorm_active_level")())
+
+    def __repr__(self) -> str:
+        return f"Module({str(self.path)!r}, {', '.join(spec.text for spec in self.specs)})"
+
+
+def load(path: str | os.PathLike[str]) -> Module:
+    """Load an exported module.
+
+    The file is checked before any of its code runs. Load only files that you trust: a ``.so`` is a
+    program.
+
+    Parameters
+    ----------
+    path : path-like
+        A ``.so`` written by `CompiledModule.export` or ``qknorm-tvm export``.
+
+    Returns
+    -------
+    Module
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ModuleFileError
+        The file is no module, damaged, of a newer format, or for another kind of machine.
+    """
+    import tvm_ffi
+
+    path = Path(path).absolute()
+    metadata = read_metadata(path)
+    _check_specs(path, metadata)
+    machine, here = machine_of(path), host_machine()
+    if machine != here:
+        raise ModuleFileError(
+            f"{path} is for {MACHINES.get(machine, machine)} machines, and this one is "
+            f"{MACHINES.get(here, here)}: export it for this one, or load it there"
+        )
+    if path.suffix != ".so":
+        raise ModuleFileError(f"{path} must be named *.so to be loaded: rename it")
+    try:
+        library = tvm_ffi.load_module(str(path))
+    except Exception as error:
+        raise ModuleFileError(f"{path} cannot be loaded on this machine: {error}") from error
+    module = Module(path, metadata, library)
+    if not module.active_level:
+        needed = metadata["levels"][-1]
+        raise ModuleFileError(
+            f"{path} holds code for {needed['name']} ({', '.join(needed['features'])}), which this "
+            "CPU cannot run; export it with --target cpu, which holds code for every x86-64 level"
+        )
+    return module
+
+
+def _check_specs(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse metadata that is not of this version's modules, whatever its checksum says."""
+    try:
+        specs = [KernelSpec(**fields) for fields in metadata["specs"]]
+        if not specs or not metadata["levels"][-1]["name"]:
+            raise ValueError("it holds no code")
+        if metadata["ops"] != sorted({spec.op for spec in specs}):
+            raise ValueError(f"its operations {metadata['ops']} are not those of its specs")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ModuleFileError(
+            f"{path} holds what this qknorm-tvm does not know ({error}): export it again"
+        ) from None
+
+
+def _threads_function(name: str) -> Any:
+    # The pool is the process's, whichever module gives access to it.
+    from ..call.cache import cpu_module
+
+    return cpu_module().library.get_function(name)
+
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads CPU calls may use, in this process, in every module.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1; or 0 for the default: ``TVM_NUM_THREADS`` where it is set, otherwise the
+        processors that this process may use (affinity and cgroup quota).
+
+    Raises
+    ------
+    TypeError, ValueError
+        `threads` is no such number.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads must be an int, got {type(threads).__name__}")
+    if threads < 0:
+        raise ValueError(f"threads must be 0 or more, got {threads}")
+    _threads_function("qknorm_set_num_threads")(threads)
+
+
+def get_num_threads() -> int:
+    """Return how many threads CPU calls may use, the caller's included."""
+    return int(_threads_function("qknorm_get_num_threads")())

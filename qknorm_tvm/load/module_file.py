@@ -1,0 +1,136 @@
+"""Exported files: what they carry about themselves, read and checked without loading them.
+
+A module is an ELF shared library with a section ``.qknorm``: 16 bytes of magic, the SHA-256 of the
+file (computed with these 32 bytes zero), and the metadata as JSON, ended by a zero. Loading a
+library runs its code, so a file is checked first: a truncated or altered file is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModuleFileError
+
+#: ELF's numbers for the machines that modules are for, see `targets.MACHINES`.
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
+#: Version of the metadata; a reader refuses any other. 2: several operations in one module.
+FORMAT = 2
+SECTION = ".qknorm"
+MAGIC = b"QKNORM-TVM MODUL"
+_DIGEST_BYTES = 32
+
+
+def _section(data: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return offset and size of the section `SECTION` of a 64-bit little-endian ELF file."""
+    if data[:6] != b"\x7fELF\x02\x01":
+        raise ModuleFileError(f"{path} is not a qknorm-tvm module: it is no 64-bit ELF library")
+    foreign = ModuleFileError(
+        f"{path} is not a qknorm-tvm module: the library has no {SECTION} section"
+    )
+    damaged = ModuleFileError(f"{path} is damaged or truncated: export it again")
+    try:
+        (table,) = struct.unpack_from("<Q", data, 0x28)
+        entry_size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+        if count == 0:
+            raise foreign
+        if entry_size < 64 or table + count * entry_size > len(data):
+            raise damaged
+
+        def header(index: int) -> tuple[int, int, int]:
+            at = table + index * entry_size
+            (name,) = struct.unpack_from("<I", data, at)
+            offset, size = struct.unpack_from("<QQ", data, at + 0x18)
+            return name, offset, size
+
+        _, names, names_size = header(names_index)
+        for index in range(count):
+            name, offset, size = header(index)
+            start = names + name
+            if data[start : data.find(b"\0", start, names + names_size)] == SECTION.encode():
+                if offset + size > len(data) or size < len(MAGIC) + _DIGEST_BYTES:
+                    raise damaged
+                return offset, size
+    except struct.error:
+        raise damaged from None
+    raise foreign
+
+
+def machine_of(path: str | os.PathLike[str]) -> str:
+    """Return the machine that a library is for: one of `targets.MACHINES`, else ELF's number."""
+    with Path(path).open("rb") as file:
+        head = file.read(20)
+    if len(head) < 20:
+        raise ModuleFileError(f"{path} is damaged or truncated: export it again")
+    (number,) = struct.unpack_from("<H", head, 18)
+    return _ELF_MACHINES.get(number, f"ELF machine {number}")
+
+
+def _digest(data: bytes, offset: int) -> bytes:
+    start = offset + len(MAGIC)
+    state = hashlib.sha256(data[:start])
+    state.update(bytes(_DIGEST_BYTES))
+    state.update(memoryview(data)[start + _DIGEST_BYTES :])
+    return state.digest()
+
+
+def seal(path: Path) -> None:
+    """Write the file's digest into it; the last step of an export."""
+    data = bytearray(path.read_bytes())
+    offset, _ = _section(bytes(data), path)
+    start = offset + len(MAGIC)
+    data[start : start + _DIGEST_BYTES] = _digest(bytes(data), offset)
+    path.write_bytes(data)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check a file and return its metadata, without loading it.
+
+    Parameters
+    ----------
+    path : path-like
+        An exported module.
+
+    Returns
+    -------
+    dict
+        What the module holds: ``specs``, ``target``, ``versions`` and so on.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ModuleFileError
+        The file is no module, damaged, or of a newer format.
+    """
+    data = Path(path).read_bytes()
+    offset, size = _section(data, path)
+    if data[offset : offset + len(MAGIC)] != MAGIC:
+        raise ModuleFileError(
+            f"{path} is not a qknorm-tvm module: its {SECTION} section is another's"
+        )
+    start = offset + len(MAGIC)
+    if data[start : start + _DIGEST_BYTES] != _digest(data, offset):
+        raise ModuleFileError(f"{path} is damaged: its content does not match its checksum")
+    text = data[start + _DIGEST_BYTES : offset + size].split(b"\0", 1)[0]
+    try:
+        metadata = json.loads(text)
+        found = metadata["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ModuleFileError(f"{path} is damaged: its metadata is no JSON") from None
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ModuleFileError(f"{path} is damaged: its metadata has format {found!r}")
+    if found < FORMAT:
+        raise ModuleFileError(
+            f"{path} has format {found}, of an earlier qknorm-tvm; this one reads format {FORMAT}: "
+            "export it again"
+        )
+    if found > FORMAT:
+        raise ModuleFileError(
+            f"{path} has format {found}; this qknorm-tvm reads up to {FORMAT}: upgrade it"
+        )
+    return metadata

@@ -1,0 +1,407 @@
+"""Lowering of scheduled CPU functions: TVM's passes, with an exact, short float32 -> bfloat16.
+
+TVM's own float32 -> bfloat16 turns some NaNs into zeros (the carry of the rounding runs into the
+sign: 0x7fffffff becomes -0), and widens each bfloat16 with a shuffle. Here
+
+* every NaN stays a NaN. The carry cannot reach the exponent where the low half of a NaN is zero, as
+  in every widened bfloat16; so the payloads of the other operands are cleared before they are
+  multiplied: of rs once a row, of gamma once a row tile;
+* a vector of 2n bfloat16 is read as n 32-bit words, whose halves are the even and the odd elements.
+  A shift and a mask widen them, a shift and a ternary-logic instruction put them back: 14 vector
+  instructions for 32 elements on AVX-512 instead of 23, and fewer still that need a shuffle port.
+
+The arithmetic on each element, and so each result, stays the declaration's.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import Call, TensorLoad
+from tvm_ffi import structural_map
+
+from ..declare.statistics import BLOCK, LANES
+from ..schedules.cpu_config import CpuConfig
+from ..schedules.cpu_statistics import BLOCKS, PARITY, STEP
+from ..spec import KernelSpec
+from .substitution import substitute
+
+#: Bytes to which rows must be aligned to be stored past the caches: a cache line.
+STREAM_ALIGNMENT = 64
+
+_QUIET_NAN = 0x7FC00000
+_HALF_ULP = 0x7FFF
+
+#: What TensorIR cannot say, as LLVM IR that is linked into the code and inlined. Names carry the
+#: number of lanes: functions of one module may need several.
+_OPAQUE_IR = """
+; Hides a constant from the optimiser.
+define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none) {
+  %hidden = call i32 asm "", "=r,0"(i32 %value) nounwind memory(none)
+  ret i32 %hidden
+}
+"""
+_STREAM_IR = """
+; Reads what no store of this call changes, though the compiler cannot see that of a stream's.
+define internal <LANES x float> @qknorm_invariant_LANES(ptr %place) alwaysinline nounwind {
+  %value = load <LANES x float>, ptr %place, align 4, !invariant.load !0
+  ret <LANES x float> %value
+}
+; Stores past the caches.
+define internal i32 @qknorm_stream_WORDS(ptr %place, <WORDS x i32> %value) alwaysinline nounwind {
+  store <WORDS x i32> %value, ptr %place, align ALIGN, !nontemporal !1
+  ret i32 0
+}
+!0 = !{}
+!1 = !{i32 1}
+"""
+#: Fewest elements of a vector that is taken apart into even and odd ones.
+_SMALLEST_PAIRS = 4
+
+
+def _type(expr: tirx.Expr) -> tvm.DataType:
+    return tvm.DataType(str(expr.ty.dtype))
+
+
+def _splat(value: int, lanes: int) -> tirx.Expr:
+    scalar = tirx.const(value, "uint32")
+    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+
+
+def _words(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    return tirx.reinterpret("uint32" if lanes == 1 else f"uint32x{lanes}", expr)
+
+
+def _floats(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    return tirx.reinterpret("float32" if lanes == 1 else f"float32x{lanes}", expr)
+
+
+def _clear_payload(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    """Replace every NaN by the one whose low half is zero."""
+    return tirx.Select(tirx.isnan(expr), _floats(_splat(_QUIET_NAN, lanes), lanes), expr)
+
+
+def _is_bfloat16(expr: tirx.Expr) -> bool:
+    return str(_type(expr)).startswith("bfloat16")
+
+
+def _widened(words: tirx.Expr, parity: int) -> tirx.Expr:
+    """Return the even (0) or the odd (1) bfloat16 of 32-bit words as float32."""
+    lanes = _type(words).lanes
+    if parity:
+        return _floats(words & _splat(0xFFFF0000, lanes), lanes)
+    return _floats(words << _splat(16, lanes), lanes)
+
+
+def _even_odd(expr: tirx.Expr, lanes: int, rounding: str) -> tuple[tirx.Expr, tirx.Expr]:
+    """Return the even and the odd elements of a float32 vector of twice `lanes` elements.
+
+    A vector that is stored in order is read as two halves and shuffled; it is one of the operands
+    shared by the rows of a tile, so that the shuffle is too.
+    """
+    if isinstance(expr, tirx.Mul):
+        (a_even, a_odd), (b_even, b_odd) = (
+            _even_odd(one, lanes, rounding) for one in (expr.a, expr.b)
+        )
+        return tirx.Mul(a_even, b_even), tirx.Mul(a_odd, b_odd)
+    if isinstance(expr, tirx.Cast) and isinstance(expr.value, tirx.Cast):
+        # Rounded to q's type before gamma.
+        halves = _even_odd(expr.value.value, lanes, rounding)
+        if _is_bfloat16(expr.value):
+            high = _splat(0xFFFF0000, lanes)
+            return tuple(  # type: ignore[return-value]
+                _floats(_rounded(part, lanes, rounding) & high, lanes) for part in halves
+            )
+        kind = str(_type(expr.value)).split("x")[0]
+        return tuple(  # type: ignore[return-value]
+            tirx.Cast(f"float32x{lanes}", tirx.Cast(f"{kind}x{lanes}", part)) for part in halves
+        )
+    if isinstance(expr, tirx.Cast) and _is_bfloat16(expr.value):
+        return _widened(_words(expr.value, lanes), 0), _widened(_words(expr.value, lanes), 1)
+    if isinstance(expr, tirx.Broadcast):
+        value = _clear_payload(expr.value, 1)
+        return tirx.Broadcast(value, lanes), tirx.Broadcast(value, lanes)
+    low, high = _halves(expr, lanes)
+    return tuple(  # type: ignore[return-value]
+        _clear_payload(tirx.Shuffle([low, high], list(range(start, 2 * lanes, 2))), lanes)
+        for start in (0, 1)
+    )
+
+
+def _halves(expr: tirx.Expr, lanes: int) -> tuple[tirx.Expr, tirx.Expr]:
+    """Return the first and the second half of a vector that is loaded in order."""
+    if isinstance(expr, tirx.Cast):
+        low, high = _halves(expr.value, lanes)
+        kind = str(_type(expr)).split("x")[0]
+        return tirx.Cast(f"{kind}x{lanes}", low), tirx.Cast(f"{kind}x{lanes}", high)
+    assert isinstance(expr, TensorLoad), type(expr)
+    (ramp,) = expr.indices
+    assert isinstance(ramp, tirx.Ramp), type(ramp)
+    return tuple(  # type: ignore[return-value]
+        tirx.BufferLoad(expr.source, [tirx.Ramp(ramp.base + offset, ramp.stride, lanes)])
+        for offset in (0, lanes)
+    )
+
+
+def _rounded(expr: tirx.Expr, lanes: int, rounding: str) -> tirx.Expr:
+    """Return words whose high half is `expr` rounded to bfloat16, half to even; no NaN payload."""
+    bits = _words(expr, lanes)
+    if rounding == "mask":
+        odd = tirx.NE(bits & _splat(0x10000, lanes), _splat(0, lanes))
+        return tirx.Select(
+            odd, bits + _splat(_HALF_ULP + 1, lanes), bits + _splat(_HALF_ULP, lanes)
+        )
+    return bits + ((bits >> _splat(16, lanes)) & _splat(1, lanes)) + _splat(_HALF_ULP, lanes)
+
+
+def _hidden(bits: int) -> tirx.Expr:
+    """Return a 32-bit constant that the optimiser does not see."""
+    return tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(bits, "uint32"))
+
+
+def _divide(div: tirx.Div) -> tirx.Expr:
+    """Return a division that stays one.
+
+    LLVM multiplies where the divisor is a power of two, and would then fuse that product with the
+    addition of epsilon: another result where the mean and epsilon are denormal.
+    """
+    if not isinstance(div.b, tirx.FloatImm):
+        return div
+    (bits,) = struct.unpack("<I", struct.pack("<f", div.b.value))
+    return tirx.Div(div.a, _floats(_hidden(bits), 1))
+
+
+def _inner_rounded(value: tirx.Expr, rounding: str, *, hide: bool) -> tirx.Expr:
+    """Spell out roundings to bfloat16 within an expression, which TVM's legalisation drops."""
+
+    def inner(cast: tirx.Cast) -> tirx.Expr:
+        return _to_bfloat16(cast, rounding, hide=hide) if _is_bfloat16(cast) else cast
+
+    return structural_map(value, (tirx.Cast, inner))
+
+
+def _to_bfloat16(cast: tirx.Cast, rounding: str, *, hide: bool) -> tirx.Expr:
+    """Round to bfloat16; with `hide`, the mask that packs pairs is hidden from the optimiser.
+
+    From shift, and, or it makes one word permute on AVX-512, three micro-operations instead of two;
+    on AArch64 one instruction.
+    """
+    lanes = _type(cast).lanes
+    value = cast.value
+    if lanes >= _SMALLEST_PAIRS and isinstance(value, tirx.Mul):
+        half = lanes // 2
+        even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half, rounding))
+        high = _hidden(0xFFFF0000) if hide else tirx.const(0xFFFF0000, "uint32")
+        pairs = (even >> _splat(16, half)) | (odd & tirx.Broadcast(high, half))
+        return tirx.reinterpret(f"bfloat16x{lanes}", pairs)
+    value = _inner_rounded(value, rounding, hide=hide)
+    bits = _rounded(_clear_payload(value, lanes), lanes, "shift") >> _splat(16, lanes)
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    return tirx.reinterpret(f"bfloat16{suffix}", tirx.Cast(f"uint16{suffix}", bits))
+
+
+def _stream(node: tirx.BufferStore) -> tirx.Stmt:
+    """Return the store of a whole vector as one past the caches, and gamma's loads as invariant."""
+
+    def load(expr: TensorLoad) -> tirx.Expr:
+        (index,) = expr.indices
+        if not (isinstance(index, tirx.Ramp) and expr.source.name.startswith("gamma")):
+            return expr
+        place = tirx.address_of(tirx.BufferLoad(expr.source, [index.base]))
+        lanes = _type(expr).lanes
+        return tirx.call_pure_extern(f"float32x{lanes}", f"qknorm_invariant_{lanes}", place)
+
+    (index,) = node.indices
+    if not isinstance(index, tirx.Ramp):
+        return node
+    value = structural_map(node.value, (TensorLoad, load))
+    words = _type(value).lanes * _type(value).bits // 32
+    place = tirx.address_of(tirx.BufferLoad(node.buffer, [index.base]))
+    return tirx.Evaluate(
+        tirx.call_extern("int32", f"qknorm_stream_{words}", place, _words(value, words))
+    )
+
+
+def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> tvm.transform.Pass:
+    """Make the pass that rounds to bfloat16 exactly, and streams; run after vectorising."""
+    output = {"q_out", "k_out"}
+    hide = spec.parsed_target.machine == "x86_64"
+
+    def store(node: tirx.BufferStore) -> tirx.Stmt:
+        value = node.value
+        if isinstance(value, tirx.Cast) and _is_bfloat16(value):
+            rounded = _to_bfloat16(value, config.rounding, hide=hide)
+            node = tirx.BufferStore(node.buffer, rounded, node.indices)
+        elif spec.cast_before_gamma:
+            value = _inner_rounded(value, config.rounding, hide=hide)
+            node = tirx.BufferStore(node.buffer, value, node.indices)
+        written = node.buffer.name.removesuffix("_1")
+        return _stream(node) if streaming and written in output else node
+
+    text = _OPAQUE_IR
+    if streaming:
+        vector_bytes = config.vector * spec.out_bytes
+        pairs = spec.out_dtype == "bfloat16" and config.vector >= _SMALLEST_PAIRS
+        text += (
+            _STREAM_IR.replace("LANES", str(config.vector // 2 if pairs else config.vector))
+            .replace("WORDS", str(vector_bytes // 4))
+            .replace("ALIGN", str(min(vector_bytes, STREAM_ALIGNMENT)))
+        )
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.RewriteStores")
+    def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+        body = structural_map(func.body, (tirx.BufferStore, store))
+        body = structural_map(body, (tirx.Div, _divide))
+        ir = tvm.ir.StringImm(text)
+        return func.with_body(tirx.AttrStmt(tirx.const(0), "pragma_import_llvm", ir, body))
+
+    return rewrite
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.SplitBlocks")
+def split_blocks(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+    """Take the columns beyond the last whole block of a row's sum apart; a TVM pass.
+
+    Run before vectorising. The loop over whole blocks then has no test; in the last block whole
+    steps have none, and the other columns are added by a loop of their own.
+    """
+    columns = {str(one.name): one.shape[1] for one in func.params if len(_shape(one)) == 2}
+    simplify = tvm.sym.Analyzer().simplify
+    zero = tirx.const(0, "int64")
+
+    def without_test(call: Call) -> tirx.Expr:
+        is_test = str(getattr(call.op, "name", "")).endswith("if_then_else")
+        return call.args[1] if is_test else call
+
+    def last_block(body: tirx.Stmt, block: tirx.Var, cols: tirx.Expr) -> tirx.Stmt:
+        """Return the body for the last block: its loop over steps cut short, columns after it."""
+        whole = simplify(tirx.floordiv(tirx.floormod(cols, BLOCK), LANES))
+        rest = simplify(tirx.floormod(cols, LANES))
+
+        def cut(loop: tirx.For) -> tirx.Stmt:
+            if STEP not in loop.annotations:
+                return loop
+            main = tirx.For(loop.loop_var, loop.min, whole, loop.kind, loop.body)
+            if isinstance(rest, tirx.IntImm) and rest.value == 0:
+                return main
+            column = tirx.Var("column", "int64")
+            body, loops = loop.body, []
+            while isinstance(body, tirx.For):
+                loops.append(body)
+                body = body.body
+            values = [(loop.loop_var, whole)]
+            if len(loops) == 2:  # even and odd columns, pairs
+                values.append((loops[0].loop_var, tirx.floormod(column, 2)))
+                values.append((loops[1].loop_var, tirx.floordiv(column, 2)))
+            else:
+                values.append((loops[0].loop_var, column))
+            body = substitute(body, values)
+            return tirx.SeqStmt([main, tirx.For(column, zero, rest, tirx.ForKind.SERIAL, body)])
+
+        def renamed(loop: tirx.For) -> tirx.For:
+            var = tirx.Var(loop.loop_var.name, "int64")
+            body = substitute(loop.body, [(loop.loop_var, var)])
+            return tirx.For(
+                var, loop.min, loop.extent, loop.kind, body, annotations=loop.annotations
+            )
+
+        index = simplify(tirx.floordiv(cols, BLOCK))
+        body = structural_map(body, (tirx.For, cut))
+        body = substitute(body, [(block, index)])
+        # A loop variable belongs to one loop.
+        return structural_map(body, (tirx.For, renamed))
+
+    def split(loop: tirx.For) -> tirx.Stmt:
+        if BLOCKS not in loop.annotations:
+            return loop
+        cols = columns[str(loop.annotations[BLOCKS])]
+        body = structural_map(loop.body, (Call, without_test))
+        whole = tirx.For(loop.loop_var, zero, tirx.floordiv(cols, BLOCK), loop.kind, body)
+        if isinstance(cols, tirx.IntImm) and cols.value % BLOCK == 0:
+            return whole
+        last = last_block(body, loop.loop_var, cols)
+        if isinstance(cols, tirx.IntImm) and cols.value < BLOCK:
+            return last
+        return tirx.SeqStmt([whole, last])
+
+    return func.with_body(structural_map(func.body, (tirx.For, split)))
+
+
+def _shape(param: tirx.Var) -> list[tirx.Expr]:
+    return list(param.shape) if hasattr(param, "shape") else []
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.ReadWords")
+def read_words(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+    """Expand the loops over even and odd columns, and read their bfloat16 as words; a TVM pass.
+
+    Run after vectorising: every second element of a vector then is a ramp of stride 2.
+    """
+
+    even = tirx.const(0, "int64")
+
+    def one_half(loop: tirx.For, parity: int) -> tirx.Stmt:
+        def widen(cast: tirx.Cast) -> tirx.Expr:
+            load = cast.value
+            if not (isinstance(load, TensorLoad) and _is_bfloat16(load)):
+                return cast
+            (index,) = load.indices
+            if not isinstance(index, tirx.Ramp):
+                return cast
+            if not (isinstance(index.stride, tirx.IntImm) and index.stride.value == 2):
+                raise ValueError(f"expected a vector of every second element, got {index}")
+            first = tirx.Ramp(substitute(index.base, [(loop.loop_var, even)]), 1, 2 * index.lanes)
+            words = _words(tirx.BufferLoad(load.source, [first]), int(index.lanes))
+            return _widened(words, parity)
+
+        body = structural_map(loop.body, (tirx.Cast, widen))
+        return substitute(body, [(loop.loop_var, tirx.const(parity, "int64"))])
+
+    def expand(loop: tirx.For) -> tirx.Stmt:
+        if PARITY not in loop.annotations:
+            return loop
+        return tirx.SeqStmt([one_half(loop, 0), one_half(loop, 1)])
+
+    return func.with_body(structural_map(func.body, (tirx.For, expand)))
+
+
+def lower(
+    mod: tvm.IRModule, config: CpuConfig, spec: KernelSpec, *, streaming: bool = False
+) -> tvm.IRModule:
+    """Lower a scheduled function, bound to a CPU target, to what LLVM's code generator takes.
+
+    With `streaming`, whole vectors are stored past the caches; their places must be aligned to
+    `STREAM_ALIGNMENT` bytes, or to a vector where that is less.
+
+    No check of an argument is generated: the module's entry point has made them all.
+    """
+    with tvm.transform.PassContext(config={"s_tir.LoopPartition": {"partition_const_loop": True}}):
+        return tvm.transform.Sequential(
+            [
+                s_tir.transform.CanonicalizeLoop(),
+                s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+                s_tir.transform.ConvertBlocksToOpaque(),
+                s_tir.transform.CompactBufferAllocation(),
+                split_blocks,
+                s_tir.transform.StmtSimplify(),
+                s_tir.transform.LowerOpaqueBlock(),
+                tirx.transform.FlattenBuffer(),
+                s_tir.transform.LoopPartition(),
+                tirx.transform.VectorizeLoop(True),
+                read_words,
+                rewrite_stores(config, spec, streaming=streaming),
+                tirx.transform.BF16ComputeLegalize(),
+                tirx.transform.UnrollLoop(),
+                tirx.transform.StmtSimplify(),
+                tirx.transform.RemoveNoOp(),
+                tirx.transform.VerifyMemory(),
+                tirx.transform.SplitHostDevice(),
+                tirx.transform.MakePackedAPI(),
+                tirx.transform.BF16StorageLegalize(),
+                tirx.transform.SkipAssert(),
+                tirx.transform.LowerTVMBuiltin(),
+                tirx.transform.LowerIntrin(),
+            ]
+        )(mod)

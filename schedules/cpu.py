@@ -1,0 +1,169 @@
+"""The CPU schedule: one parallel loop over row tiles, vectors of columns inside.
+
+Strategy. Q and K are one loop over tiles of ``row_tile`` rows, cut into tasks by the module's entry
+point (one task when the call is small). Inside a tile, first Q and then K: panels of ``vector``
+columns; in a panel, row by row, one vector statement: widen, times rs, times gamma, round, store.
+The panel comes before the row so that gamma, and what its use costs (a shuffle into even and odd
+elements), serves all rows of the tile. rs is computed once a row, at the head of its tile. Nothing
+is stored between: every intermediate lives in a register.
+
+Map from loops: ``tile`` -> tasks of the thread pool, ``panel`` -> serial, ``row`` -> unrolled,
+``lane`` -> SIMD lanes. Columns beyond the last whole vector are a partition of ``panel`` of their
+own, so the vector loop carries no test.
+
+What was tried (one thread of a Xeon, Emerald Rapids, 3.0 GHz, TVM 0.27, x86-64-v4, Nq 1536, Nk 256;
+times over those of numpy.copyto of the same bytes; ``qknorm-tvm bench`` measures anew):
+
+* bfloat16, M = 256 (in L2): TVM's widening and rounding, one row: 1.95; even and odd elements, one
+  row: 1.70 to 1.75; two rows a tile 1.57, four 1.46, eight 1.38, sixteen 1.41. The port limit of 14
+  vector instructions for 32 elements is 1.15.
+* The ``"shift"`` rounding (four instructions) instead of ``"mask"`` (three): 1.69 against 1.53 with
+  four rows, on a busy machine.
+* Packing that LLVM turns into ``vpermt2w`` (three micro-operations) instead of shift and ternary
+  logic: no gain from even and odd elements at all.
+* Stores past the caches, M = 16384: 0.59 to 0.86 of a copy, against 1.15 to 1.23 without; at
+  M = 1024 still 0.73 against 0.90, but the outputs then have left the caches that the next
+  operation reads them from: hence the threshold of 16 MiB.
+* float32 and float16: one row and one register of float32 is best (M = 64 to 16384: 1.00 to 1.04,
+  and 1.00 to 1.34 with float16); four rows cost 3 to 30 %.
+* x86-64-v3, eight rows, stores past the caches: 3.4, half lines of eight rows do not combine; four
+  rows 1.07.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tvm_ffi
+from tvm import tirx
+from tvm.s_tir import SBlock, Schedule
+
+from .cpu_config import CpuConfig
+from .cpu_statistics import schedule_mean
+
+#: Head of the annotations by which a sampled schedule says which config it is.
+NOTE = "qknorm."
+
+
+def schedule(func: tirx.PrimFunc, config: CpuConfig, *, row_tile: int) -> tirx.PrimFunc:
+    """Schedule a declared function for LLVM.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        From `qknorm_tvm.declare.norm.declare`, declared with the same `row_tile`.
+    config : CpuConfig
+        Vector width and the rest.
+    row_tile : int
+        Rows handled together: ``config.row_tile``, or 1 in the function for the rows that are left.
+
+    Returns
+    -------
+    tirx.PrimFunc
+        Scheduled, for `qknorm_tvm.lower.cpu.lower`.
+
+    Raises
+    ------
+    tvm.error.ScheduleError
+        The function has no block of a name that the declaration gives.
+    """
+    sch = Schedule(func)
+    schedule_body(sch, vector=config.vector, row_tile=row_tile)
+    return sch.mod["main"]
+
+
+def sample(
+    sch: Schedule,
+    choices: Mapping[str, Sequence[int]],
+    decisions: Mapping[str, int] | None = None,
+) -> None:
+    """Schedule with fields that MetaSchedule samples, each from its choices.
+
+    Every sampled value is annotated on the loop over tiles as ``qknorm.<field>``, also of fields
+    that act in lowering or in the entry point: so a record's trace says the whole config.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Of a specialised instance of the declared function.
+    choices : mapping
+        Values by field of `CpuConfig`; ``rounding`` as an index into `cpu_config.ROUNDINGS`.
+    decisions : mapping, optional
+        The value to take for each field; by default MetaSchedule draws them.
+    """
+    fields: dict[str, Any] = {
+        name: sch.sample_categorical(
+            list(values),
+            [1 / len(values)] * len(values),
+            None if decisions is None else values.index(decisions[name]),
+        )
+        for name, values in choices.items()
+    }
+    tile = schedule_body(sch, vector=fields["vector"], row_tile=fields["row_tile"])
+    for name, value in fields.items():
+        sch.annotate(tile, NOTE + name, value)
+
+
+def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
+    """Schedule with the given numbers, or MetaSchedule's random variables; returns the tile loop.
+
+    No Python test of a number may stand here: a trace would freeze its outcome.
+    """
+    blocks = {str(block.name_hint) for block in _blocks(sch)}
+    dtypes = {tag: _element_type(sch, tag) for tag in ("q", "k")}
+    if "q_out" not in blocks:
+        return _schedule_statistics(sch, dtypes, row_tile=row_tile)
+    tiles = []
+    for tag in ("q", "k"):
+        # 1. One statement an element: the intermediates inline, in the order of the contract.
+        for name in ("x32", "scaled", "weighted"):
+            sch.compute_inline(sch.get_sblock(f"{name}_{tag}"))
+        # 2. Rows into tiles, columns into vectors.
+        row, column = sch.get_loops(sch.get_sblock(f"{tag}_out"))
+        tile, row_in_tile = sch.split(row, [None, row_tile])
+        panel, lane = sch.split(column, [None, vector])
+        sch.reorder(tile, panel, row_in_tile, lane)
+        sch.unroll(row_in_tile)
+        sch.vectorize(lane)
+        # The last, partial panel apart: the others run without a test.
+        sch.annotate(panel, "pragma_loop_partition_hint", True)
+        tiles.append(tile)
+    # 3. Q and K in one loop, one parallel launch.
+    tile = sch.merge(*tiles)
+    for tag in ("q", "k"):
+        rs = sch.get_sblock(f"rs_{tag}")
+        # A tile of one row keeps its loop: a trace must find the same loops whatever is sampled.
+        sch.compute_at(rs, tile, preserve_unit_loops=True)
+        sch.unroll(sch.get_loops(rs)[-1])
+    sch.parallel(tile)
+    if "mean_q" in blocks:
+        # 4. In the fused operation a tile's statistics come first; its rows are then in L1.
+        for tag in ("q", "k"):
+            mean = sch.get_sblock(f"mean_{tag}")
+            sch.compute_at(mean, tile, preserve_unit_loops=True)
+            schedule_mean(sch, tag, sch.get_loops(mean)[-1], pairs=dtypes[tag] == "bfloat16")
+    return tile
+
+
+def _schedule_statistics(sch: Schedule, dtypes: Mapping[str, str], *, row_tile: Any) -> Any:
+    """Schedule the operation that only computes statistics; returns the tile loop."""
+    row, column = sch.get_loops(sch.get_sblock("mean"))
+    tile, row = sch.split(row, [None, row_tile], preserve_unit_iters=True)
+    sch.parallel(tile)
+    sch.unroll(column)
+    for tag in ("q", "k"):
+        schedule_mean(sch, tag, row, pairs=dtypes[tag] == "bfloat16")
+    return tile
+
+
+def _blocks(sch: Schedule) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, found.append))
+    return found
+
+
+def _element_type(sch: Schedule, name: str) -> str:
+    """Return the element type of a parameter."""
+    params = {str(one.name): one for one in sch.mod["main"].params}
+    return str(params[name].dtype)

@@ -1,0 +1,101 @@
+"""What `schedules.cpu` lets be chosen, and how it is chosen by default. Imports no TVM."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qknorm_tvm.spec import KernelSpec
+
+#: Raised when the schedule, its lowering or the declaration changes so much that times measured
+#: before say nothing: tuned records of another version are not used.
+SCHEDULE_VERSION = 1
+
+#: Ways to round float32 to bfloat16, half to even; the same bits, other instructions.
+ROUNDINGS = ("mask", "shift")
+
+
+def _check(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuConfig:
+    """Choices of the CPU schedule.
+
+    Parameters
+    ----------
+    vector : int
+        Columns handled by one vector statement; a power of two from 1 to 128. Columns beyond the
+        last whole vector go through vectors of 8 and then one by one.
+    row_tile : int
+        Rows handled together: one load of gamma serves them all. Rows beyond the last whole tile
+        go one by one through a function of their own.
+    rounding : str
+        How float32 becomes bfloat16: ``"mask"`` (a test into a mask register and two adds, which
+        AVX-512 has) or ``"shift"`` (shift, and, two adds).
+    bytes_per_task : int
+        Bytes read and written that one thread gets at least. A call below twice this runs on the
+        calling thread alone.
+    streaming_bytes : int
+        A call whose outputs have at least this many bytes stores past the caches, where rows are
+        aligned to the vector; 0 never does.
+    """
+
+    vector: int = 16
+    row_tile: int = 1
+    rounding: str = "shift"
+    bytes_per_task: int = 1 << 17
+    streaming_bytes: int = 1 << 24
+
+    def __post_init__(self) -> None:
+        _check("vector", self.vector, 1, 128)
+        if self.vector & (self.vector - 1):
+            raise ValueError(f"vector must be a power of two, got {self.vector}")
+        _check("row_tile", self.row_tile, 1, 16)
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(
+                f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}"
+            )
+        _check("bytes_per_task", self.bytes_per_task, 1, 1 << 40)
+        _check("streaming_bytes", self.streaming_bytes, 0, 1 << 50)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CpuConfig:
+        """Build a config from `to_dict`'s result; an unknown field is a ``TypeError``."""
+        return cls(**fields)
+
+
+def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
+    """Choose a config from the spec and the instruction sets that the code may use."""
+    avx512 = {"avx512bw", "avx512vl"} <= features
+    register = 64 if avx512 else 32 if "avx2" in features else 16
+    if not spec.operation.normalises:
+        # The order of summation leaves nothing else to choose.
+        return CpuConfig(vector=register // 4, row_tile=1)
+    if spec.parsed_target.machine == "aarch64":
+        # Chosen by the instructions that come out, not by time: a register of 16-bit elements, a
+        # pair of registers (one load) of float32. Stores past the caches are no more than a hint
+        # there, and these processors see by themselves that whole lines are written.
+        return CpuConfig(
+            vector=8, row_tile=4 if spec.out_dtype == "bfloat16" else 1, streaming_bytes=0
+        )
+    if spec.out_dtype == "bfloat16":
+        # One register of outputs. The rows of a tile share gamma's shuffle into even and odd
+        # elements; AVX-512 has registers for the rs of eight rows, the others for four.
+        return CpuConfig(
+            vector=register // 2,
+            row_tile=8 if avx512 else 4,
+            rounding="mask" if avx512 else "shift",
+        )
+    # One register of float32. Nothing is worth sharing: gamma is an operand in memory, and more
+    # rows at once were 3 to 30 % slower (float32, float16; M = 64 to 16384).
+    return CpuConfig(vector=register // 4, row_tile=1)
