@@ -196,7 +196,7 @@ def compile_entry(
     compiler = c_compiler(machine or host_machine())
     objects = []
     for name in ("entry", "pool") if pool else ("entry",):
-        source = resources.files(__package__) / "native" / f"{name}.c"
+        source = resources.files("qknorm_tvm.native") / f"{name}.c"
         with resources.as_file(source) as path:
             target = directory / f"{name}.o"
             command = [compiler, "-c", "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
