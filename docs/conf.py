@@ -7,7 +7,7 @@ release = importlib.metadata.version("qknorm-tvm")
 copyright = "The qknorm-tvm authors"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-source_suffix = {".md": "markdown"}
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
 # Links to files of the repository that are no documents: tests, examples, sources.

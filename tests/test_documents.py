@@ -38,8 +38,6 @@ OPTIONAL = ("torch", "transformers", "jax", "xgboost", "tornado")
 SKIPPED = {
     ("README.md", "pip install -q . &&"): ".ci/run makes an environment; qknorm-tvm run: test_cli",
     ("README.md", "'.[test,tune]' &&"): "it is the command that runs these tests, see .ci/run",
-    ("README.md", "qknorm-tvm tune --shapes"): "takes minutes and a GPU; see test_tuning",
-    ("README.md", "rpc_tracker"): "leaves processes behind; see test_tuning_fleet",
 }
 LANGUAGES = ("python", "bash", "cpp")
 #: Seconds that one document may take; most of them import torch and TVM, or wait for a compiler.
