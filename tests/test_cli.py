@@ -342,7 +342,11 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
 # ---- verify ------------------------------------------------------------------------------------
 
 
-def test_verify_passes_an_exported_file(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_passes_an_exported_file(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table whose names wrap, so that nobody can search for them."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["verify", str(exported)]) == 0
     shown = capsys.readouterr().out
     assert "EXACT: every output equals" in shown
