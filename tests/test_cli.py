@@ -122,6 +122,7 @@ def test_bad_arguments_exit_with_2_and_say_why(
     assert said.out == ""
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("command", ["run", "verify", "bench"])
 def test_cuda_without_a_gpu_is_refused_at_once(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -559,6 +560,7 @@ def test_a_copy_moves_as_many_bytes_where_dtypes_differ() -> None:
     assert moved == 6 * 32 * (2 + 4)
 
 
+@pytest.mark.frameworks
 def test_torch_compile_is_bounded_in_time() -> None:
     pytest.importorskip("torch")
     a = generate(3, 23, 9, "float16")

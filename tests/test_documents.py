@@ -156,6 +156,7 @@ for document, line, language, text, file in json.load(sys.stdin):
 """
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_IDS)
 def test_blocks_run(path: Path, tmp_path: Path) -> None:
     """An example that fails for whoever copies it."""

@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import faulthandler
 import functools
+import importlib.util
 import math
 import mmap
 import os
@@ -43,6 +44,7 @@ from support import (
     FIXED_COLUMNS,
     LEVELS,
     NAMES,
+    OWN,
     PAIRINGS,
     RawTensor,
     compiled,
@@ -77,6 +79,8 @@ _CASTS = "bfloat16"
 _API_ORDER = ("q", "k", "qk_var", "gamma_q", "gamma_k")
 #: Whether squares are added by a fused multiply-add in what the API compiles here.
 _HOST_FUSES = "fma" in host_features()
+#: Half of the calls pass torch tensors where it is installed.
+_HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 class _FromHypothesis:
@@ -92,6 +96,7 @@ class _FromHypothesis:
         return self._data.draw(st.integers(low, high), what)
 
 
+@pytest.mark.frameworks
 @settings(max_examples=_CASES, derandomize=_GIVEN is None)
 @given(data=st.data())
 def test_exact_or_refused(data: st.DataObject) -> None:
@@ -106,9 +111,8 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     before = memory.copy()
     arguments: dict[str, Any] = dict(arrays)
     plain = all(one.is_plain() for one in case.regions.values())
-    use_torch = plain and choices.one_of([False, True], "torch")
+    use_torch = _HAS_TORCH and plain and choices.one_of([False, True], "torch")
     if use_torch:
-        pytest.importorskip("torch", reason="half of the calls pass torch tensors")
         arguments = {name: to_torch(array) for name, array in arrays.items()}
     if case.mistake == "device":
         device = choices.one_of([(2, 0), (10, 1), (8, 0), (13, 0)], "device")
@@ -405,17 +409,19 @@ class Guarded:
 _MODULES = ("open", "smallest", "large", "mixed", *DTYPES)
 
 
-def _paths() -> tuple[Path, ...]:
-    """Compile the modules; all but one are other test files' too."""
-    cast = KernelSpec(cast_before_gamma=True)
-    mixed = [KernelSpec(op="qk_rms_norm", out_dtype="float32"), cast.replace(op="qk_rms_norm")]
+def _paths(target: str) -> tuple[Path, ...]:
+    """Compile the modules; all but two are other test files' too."""
+    cast = KernelSpec(cast_before_gamma=True, target=target)
+    fused = cast.replace(op="qk_rms_norm")
+    mixed = [fused.replace(cast_before_gamma=False, out_dtype="float32"), fused]
     mixed += [cast.replace(q_cols=33, k_cols=7), cast]
+    large = KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256, target=target)
     return (
-        open_columns(),
+        open_columns(target),
         smallest(),
-        compiled("large", KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)),
-        compiled("mixed", *mixed),
-        *map(statistics_and_fused, DTYPES),
+        compiled(f"large-{target}", large),
+        compiled(f"mixed-{target}", *mixed),
+        *(statistics_and_fused(dtype, target) for dtype in DTYPES),
     )
 
 
@@ -431,10 +437,14 @@ def run_guarded(progress: str, first: str, count: str, *paths: str) -> None:
     print(modules["open"].active_level, *guarded.done.values())
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_exact_or_refused_between_guard_pages(level: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "level"),
+    [(OWN, OWN), *(pytest.param("cpu", level, marks=pytest.mark.slow) for level in LEVELS)],
+)
+def test_exact_or_refused_between_guard_pages(target: str, level: str, tmp_path: Path) -> None:
     """A byte read or written before or after a tensor; an input written; a refusal that looks."""
-    needs_level(level)
+    if target == "cpu":
+        needs_level(level)
     progress = tmp_path / "case"
     first = 0 if _GIVEN is None else secrets.randbelow(1 << 40)
     done = run_python(
@@ -442,8 +452,10 @@ def test_exact_or_refused_between_guard_pages(level: str, tmp_path: Path) -> Non
         str(progress),
         str(first),
         str(_CASES),
-        *map(str, _paths()),
-        env={"QKNORM_TVM_DISABLE_CPU_FEATURES": DISABLE_FOR_LEVEL[level]},
+        *map(str, _paths(target)),
+        env={
+            "QKNORM_TVM_DISABLE_CPU_FEATURES": DISABLE_FOR_LEVEL[level] if target == "cpu" else ""
+        },
         check=False,
         timeout=60 + _CASES,
     )

@@ -295,7 +295,7 @@ def test_the_build_uses_records_and_inspect_says_so(
 # ---- candidates -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", [STATISTICS, FUSED])
+@pytest.mark.parametrize("op", [STATISTICS, pytest.param(FUSED, marks=pytest.mark.slow)])
 def test_a_candidate_builds(op: str, tmp_path: Path) -> None:
     """The corner of the space that takes most registers."""
     needs_nvcc()
@@ -350,6 +350,7 @@ class _Module:
             arrays[name].copy_(one)
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
 def test_the_check_tells_another_order_of_summation(

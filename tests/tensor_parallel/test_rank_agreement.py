@@ -17,6 +17,7 @@ from qknorm_tvm.tensor_parallel.agreement import (
     error_facts,
 )
 
+pytestmark = pytest.mark.frameworks
 GOOD = Facts(
     rows=4,
     dtype="bfloat16",
