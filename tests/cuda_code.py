@@ -60,7 +60,7 @@ MODULES: dict[str, tuple[KernelSpec, ...]] = {
 }
 #: What a default run looks at: nvcc takes as long as everything else.
 MODULES["apply-few"] = (MODULES["apply"][0], MODULES["apply"][5])
-MODULES["statistics-few"] = (MODULES["statistics"][0], MODULES["statistics"][4])
+MODULES["statistics-few"] = (MODULES["statistics"][4],)
 
 
 def needs_nvcc() -> None:

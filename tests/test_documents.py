@@ -157,7 +157,14 @@ for document, line, language, text, file in json.load(sys.stdin):
 
 
 @pytest.mark.frameworks
-@pytest.mark.parametrize("path", DOCUMENTS, ids=_IDS)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.name == "README.md" else pytest.mark.slow)
+        for path in DOCUMENTS
+    ],
+    ids=_IDS,
+)
 def test_blocks_run(path: Path, tmp_path: Path) -> None:
     """An example that fails for whoever copies it."""
     to_run = []

@@ -54,6 +54,7 @@ def test_no_flush_to_zero_and_no_fast_math(built: Built, kernels: dict[str, str]
         assert "fma.rn.f32" not in text, name  # would skip the rounding between two products
 
 
+@pytest.mark.slow
 def test_reproducible_code_divides_and_takes_roots_correctly_rounded() -> None:
     needs_nvcc()
     compiled = compile(SPECS[0].replace(reproducible=True))
@@ -85,7 +86,7 @@ def test_accesses_of_16_bytes_where_addresses_allow(built: Built, kernels: dict[
             assert not re.search(r"[ls][dt]\.global(?:\.cs)?\.v[248]", text), name
 
 
-def test_the_wait_comes_before_every_load_of_inputs(built: Built, kernels: dict[str, str]) -> None:
+def test_the_wait_comes_before_every_load_of_inputs(kernels: dict[str, str]) -> None:
     """Data read before the previous kernel has written it."""
     for name, text in kernels.items():
         waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", text)]
@@ -98,7 +99,7 @@ def test_the_wait_comes_before_every_load_of_inputs(built: Built, kernels: dict[
         assert "griddepcontrol.launch_dependents" in text, name
 
 
-def test_inputs_are_read_coherently(built: Built, kernels: dict[str, str]) -> None:
+def test_inputs_are_read_coherently(kernels: dict[str, str]) -> None:
     """``ld.global.nc`` of what another kernel may just have written, or of outputs in place."""
     for name, text in kernels.items():
         assert "ld.global.nc" not in text, name
@@ -209,6 +210,7 @@ def test_metadata_and_architectures() -> None:
         CudaConfig(**one["config"])
 
 
+@pytest.mark.slow
 def test_export_takes_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs_nvcc()
     from qknorm_tvm.cli import main

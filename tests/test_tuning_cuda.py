@@ -295,7 +295,8 @@ def test_the_build_uses_records_and_inspect_says_so(
 # ---- candidates -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", [STATISTICS, pytest.param(FUSED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [STATISTICS, FUSED])
 def test_a_candidate_builds(op: str, tmp_path: Path) -> None:
     """The corner of the space that takes most registers."""
     needs_nvcc()
