@@ -59,8 +59,8 @@ MODULES: dict[str, tuple[KernelSpec, ...]] = {
     ),
 }
 #: What a default run looks at: nvcc takes as long as everything else.
-MODULES["apply-few"] = (MODULES["apply"][0], MODULES["apply"][5])
-MODULES["statistics-few"] = (MODULES["statistics"][4],)
+MODULES["apply-few"] = MODULES["apply"][:1]
+MODULES["statistics-few"] = MODULES["statistics"][4:5]
 
 
 def needs_nvcc() -> None:

@@ -114,6 +114,7 @@ def test_a_killed_session_keeps_its_batches_and_its_lock_is_free(tmp_path: Path)
     assert _recorded(tmp_path) == kept + 2
 
 
+@pytest.mark.slow
 def test_sigterm_ends_in_good_order(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", TUNE, str(tmp_path), "60"]) as tuner:
         while not _recorded(tmp_path):
@@ -243,9 +244,8 @@ def test_prune_in_use_leaves_the_outcomes_of_dropped_workloads(copy: Path) -> No
     assert maintenance.validate(copy) == []
 
 
-@pytest.mark.parametrize(
-    "op", ["row_mean_of_squares_qk", pytest.param("qk_rms_norm", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["row_mean_of_squares_qk", "qk_rms_norm"])
 def test_the_other_operations_are_tuned_the_same_way(op: str, tmp_path: Path) -> None:
     """A space, a check or a workload that knows one operation only."""
     spec = KernelSpec(op=op, q_cols=256, k_cols=64, target=host_cpu_target())
