@@ -52,7 +52,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     nowhere.
     """
     report = yield
-    if report.skipped and item.get_closest_marker("frameworks") is None:
+    marked = item.get_closest_marker("frameworks") or item.get_closest_marker("gpu")
+    if report.skipped and not marked:
         reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         if re.search(r"\b(torch|transformers|jax)\b.*(not installed|No module)", reason, re.I):
             report.outcome = "failed"
