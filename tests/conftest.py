@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,6 +42,23 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.environ.pop(_SESSION, None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that skips for want of a framework and is not marked as one that needs it.
+
+    Where frameworks are installed .ci/run selects tests by the marker: such a test would run
+    nowhere.
+    """
+    report = yield
+    marked = item.get_closest_marker("frameworks") or item.get_closest_marker("gpu")
+    if report.skipped and not marked:
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if re.search(r"\b(torch|transformers|jax)\b.*(not installed|No module)", reason, re.I):
+            report.outcome = "failed"
+            report.longrepr = f"needs the marker `frameworks`: {reason}"
+    return report
 
 
 _folder = pytest.StashKey[str]()

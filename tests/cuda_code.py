@@ -59,6 +59,9 @@ MODULES: dict[str, tuple[KernelSpec, ...]] = {
         for dtype, q, k in columns
     ),
 }
+#: What a default run looks at: nvcc takes as long as everything else.
+MODULES["apply-few"] = MODULES["apply"][:1]
+MODULES["statistics-few"] = MODULES["statistics"][4:5]
 
 
 def needs_nvcc() -> None:
@@ -82,6 +85,7 @@ def nvcc_version() -> str:
 class Built:
     """A module, the source it was made of, nvcc's command line for that, and the folder of then."""
 
+    name: str
     path: Path
     source: Path
     command: list[str]
@@ -104,6 +108,10 @@ class Built:
                 done = subprocess.run(words, capture_output=True, text=True, check=True)
                 log.write_text(done.stderr)
         return out, log.read_text()
+
+    def kernels(self) -> dict[str, tuple[KernelSpec, CudaVariant]]:
+        """Return the kernels that there must be, see `kernels_of`."""
+        return kernels_of(self.name)
 
     def ptx(self) -> dict[str, str]:
         """PTX for sm_90, by kernel."""
@@ -135,7 +143,7 @@ def built(name: str) -> Built:
             compiled.export(path)
             command = next(one for one in commands if "-c" in one)
             about.write_text(json.dumps({"command": command, "built_in": str(here)}))
-    return Built(path, source, **json.loads(about.read_text()))
+    return Built(name, path, source, **json.loads(about.read_text()))
 
 
 def kernels_of(name: str) -> dict[str, tuple[KernelSpec, CudaVariant]]:

@@ -26,11 +26,16 @@ from qknorm_tvm import BuildError, KernelSpec, Module, compile, load
 from qknorm_tvm.check import reference
 from qknorm_tvm.check.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
 from qknorm_tvm.check.reference_torch import to_torch  # noqa: F401
-from qknorm_tvm.targets import X86_LEVELS, host_features
+from qknorm_tvm.targets import X86_LEVELS, host_cpu_target, host_features
 
 DTYPES = ("bfloat16", "float16", "float32")
 PAIRINGS = tuple(itertools.product(DTYPES, DTYPES))
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+#: The best level of this machine, as a target: what the API compiles for here.
+OWN = host_cpu_target()
+#: What a default run tests beside `OWN`: the level whose code differs most, without fused
+#: multiply-add and conversions of float16.
+PLAIN = "x86-64-v2"
 NAMES = ("q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k")
 EPSILON = 1e-6
 
@@ -260,6 +265,16 @@ def check_exact(module: Module, case: Case, *, what: str = "") -> None:
         assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements; {what}"
 
 
+# ---- levels ---------------------------------------------------------------------------------
+
+
+def levels(*default: str) -> list[Any]:
+    """Return `LEVELS` as parameters: slow, but for those in `default` (`OWN` and `PLAIN`)."""
+    default = default or (OWN, PLAIN)
+    slow = pytest.mark.slow
+    return [pytest.param(level, marks=() if level in default else slow) for level in LEVELS]
+
+
 # ---- modules --------------------------------------------------------------------------------
 
 
@@ -342,25 +357,25 @@ def specs_of(
         )
 
 
-def open_columns() -> Path:
+def open_columns(target: str = OWN) -> Path:
     """One file for every dtype pairing, with columns known at the call only."""
-    return compiled("open", *specs_of(PAIRINGS, [(None, None)]))
+    return compiled(f"open-{target}", *specs_of(PAIRINGS, [(None, None)], target))
 
 
 #: Fixed in `statistics_and_fused`; the others go through its open columns.
 FIXED_COLUMNS = ((1536, 256), (129, 1090))
 
 
-def statistics_and_fused(in_dtype: str) -> Path:
-    """One portable file of the two operations of one dtype: some columns fixed, any others open.
+def statistics_and_fused(in_dtype: str, target: str = OWN) -> Path:
+    """One file of the two operations of one dtype: some columns fixed, any others open.
 
     All open for float16, which goes through the code of the others but for its casts.
     """
     fixed = () if in_dtype == "float16" else FIXED_COLUMNS
     return compiled(
-        f"statistics-{in_dtype}",
+        f"statistics-{in_dtype}-{target}",
         *(
-            KernelSpec(op=op, in_dtype=in_dtype, q_cols=q_cols, k_cols=k_cols)
+            KernelSpec(op=op, in_dtype=in_dtype, q_cols=q_cols, k_cols=k_cols, target=target)
             for op in ("row_mean_of_squares_qk", "qk_rms_norm")
             for q_cols, k_cols in (*fixed, (None, None))
         ),

@@ -40,7 +40,19 @@ def _torch() -> Any:
 # ---- outputs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
+_MORE_PAIRINGS = [PAIRINGS[i] for i in (1, 2, 3, 4, 6, 8)]
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("in_dtype", "out_dtype"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float32"),
+        ("float32", "float16"),
+        *(pytest.param(*pairing, marks=pytest.mark.slow) for pairing in _MORE_PAIRINGS),
+    ],
+)
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_every_pairing(framework: str, in_dtype: str, out_dtype: str) -> None:
     case = _case(in_dtype, out_dtype)
@@ -59,6 +71,7 @@ def test_every_pairing(framework: str, in_dtype: str, out_dtype: str) -> None:
     _check((q_out, k_out), expected)
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_allocated_outputs_are_packed(framework: str, rows: int) -> None:
@@ -94,6 +107,7 @@ def test_allocated_outputs_are_new_each_time() -> None:
     _check(first, (kept[0], kept[1]))
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(
     "form",
     ["float16", np.float16, np.dtype("float16"), "torch.float16", "torch"],
@@ -157,6 +171,7 @@ def test_memory_mapped_inputs(tmp_path: Any) -> None:
     _check(_apply(case), case.expected())
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(
     "as_torch", [("q",), ("k",), ("qk_var", "gamma_q"), ("q", "q_out"), ("k_out",), ("gamma_k",)]
 )
@@ -172,6 +187,7 @@ def test_mixed_frameworks(as_torch: tuple[str, ...], dtype: str) -> None:
     _check(outputs, expected)
 
 
+@pytest.mark.frameworks
 def test_outputs_of_mixed_inputs_are_of_qs_framework() -> None:
     torch = _torch()
     case = _case()
@@ -221,6 +237,7 @@ def test_epsilon_may_be_any_number(epsilon: Any) -> None:
     _check(outputs, case.expected())
 
 
+@pytest.mark.frameworks
 def test_epsilon_may_be_a_torch_scalar() -> None:
     case = _case()
     case.epsilon = _torch().tensor(0.5)
@@ -229,6 +246,7 @@ def test_epsilon_may_be_a_torch_scalar() -> None:
     _check(outputs, case.expected())
 
 
+@pytest.mark.frameworks
 def test_subclasses_of_arrays_and_tensors() -> None:
     torch = _torch()
     case = _case()
@@ -251,6 +269,7 @@ def test_misaligned_arrays() -> None:
 # ---- refusals -----------------------------------------------------------------------------------
 
 
+@pytest.mark.frameworks
 def test_tensors_that_require_grad_are_refused() -> None:
     """A forward without a backward: training would go on with no gradient and no word."""
     torch = _torch()
@@ -269,6 +288,7 @@ def test_tensors_that_require_grad_are_refused() -> None:
         _check(_apply(case), expected)
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 @pytest.mark.parametrize("stream", [0, 7, "stream"])
 def test_streams_are_refused_on_cpus(framework: str, stream: Any) -> None:

@@ -513,6 +513,7 @@ def _memory(value: Any) -> list[np.ndarray]:
     return [base_of(value)] if isinstance(value, np.ndarray) else []
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(("bad", "front_end"), _CALLS)
 def test_mistake(bad: Bad, front_end: str, module: Module) -> None:
     """A mistake that is accepted, badly explained, or noticed after something was written."""
@@ -624,6 +625,7 @@ def test_scalar_array_is_refused_where_outputs_are_allocated(name: str) -> None:
 # ---- torch ------------------------------------------------------------------------------------
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_tensors_that_are_no_plain_cpu_memory_are_refused(name: str) -> None:
     """A meta or sparse tensor that torch refuses with a message that names nothing."""
@@ -641,6 +643,7 @@ def test_torch_tensors_that_are_no_plain_cpu_memory_are_refused(name: str) -> No
         _public(dataclasses.replace(good, **{name: needs_grad}))
 
 
+@pytest.mark.frameworks
 def test_torch_tensor_on_another_device_is_named_where_outputs_are_allocated() -> None:
     """``k_out must be on the CPU``, though the caller gave none."""
     pytest.importorskip("torch", reason="makes torch tensors, and torch is not installed")
@@ -651,6 +654,7 @@ def test_torch_tensor_on_another_device_is_named_where_outputs_are_allocated() -
         )
 
 
+@pytest.mark.frameworks
 def test_torch_views_that_negate_lazily_are_not_read_as_they_lie() -> None:
     """torch keeps ``x.conj().imag`` as x's memory and a flag: read raw, every sign is wrong."""
     torch = pytest.importorskip("torch", reason="makes torch tensors, and torch is not installed")
@@ -662,6 +666,7 @@ def test_torch_views_that_negate_lazily_are_not_read_as_they_lie() -> None:
         _public(good)
 
 
+@pytest.mark.frameworks
 def test_read_only_numpy_output_beside_torch_inputs_is_refused() -> None:
     """torch's short way does not look at NumPy's flag."""
     pytest.importorskip("torch", reason="makes torch tensors, and torch is not installed")

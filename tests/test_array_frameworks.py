@@ -14,6 +14,7 @@ from support import DTYPES, PAIRINGS, Case, bits_of, filled, make_case
 import qknorm_tvm
 from qknorm_tvm.check import reference
 
+pytestmark = pytest.mark.frameworks
 Q_COLS, K_COLS = 32, 16
 INPUTS = ("q", "k", "qk_var", "gamma_q", "gamma_k")
 

@@ -81,7 +81,14 @@ def test_second_process_does_not_compile(folder: Path, built: bytes) -> None:
     assert _modules(folder) == [path.name]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "altered", "empty", "text", "another spec's"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "altered",
+        "another spec's",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("truncated", "empty", "text")),
+    ],
+)
 def test_unusable_file_is_built_again(kind: str, folder: Path, built: bytes) -> None:
     """A crash, or a wrong result, from what a killed process or a full disk left."""
     altered = bytearray(built)

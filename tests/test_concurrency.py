@@ -216,6 +216,7 @@ def _kill(process: subprocess.Popen[str], after: float) -> None:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_killed_while_compiling(tmp_path: Path) -> None:
     """A lock that stays, a temporary file taken for a module: nobody can compute any more."""
     folder = tmp_path / "cache"
@@ -401,6 +402,7 @@ assert not errors and right()
     )
 
 
+@pytest.mark.frameworks
 def test_fork_after_torch_lent_its_threads() -> None:
     """A child that waits for OpenMP's threads, which did not come with it."""
     pytest.importorskip("torch", reason="needs torch, whose OpenMP threads the pool uses")

@@ -72,6 +72,7 @@ def test_file_that_is_no_module_is_an_exception(program: Path, tmp_path: Path) -
     assert "text.so" in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_errors_under_valgrind(program: Path) -> None:
     """A read or a write beyond a tensor that no comparison of results shows."""
     valgrind = shutil.which("valgrind")

@@ -363,6 +363,7 @@ def cuda_module(for_gpus: Path) -> Module:
     return load(for_gpus)
 
 
+@pytest.mark.slow
 def test_cuda_module_without_a_gpu_says_so(cuda_module: Module) -> None:
     """A crash in the driver that is not there, or a launch that fails unsaid."""
     case = make_case(2, 33, 7, "float32")

@@ -31,6 +31,7 @@ STATISTICS, FUSED = "row_mean_of_squares_qk", "qk_rms_norm"
 #: Whole chunks, a part of one, less than a vector, an odd number, more chunks than slots.
 COLUMNS = ((1536, 256), (640, 128), (7, 1), (1537, 257), (8200, 64))
 
+_SLOW = pytest.mark.slow
 _CAMPAIGN = bool(os.environ.get("QKNORM_TVM_CAMPAIGN"))
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -42,7 +43,14 @@ def test_the_reference_has_the_declared_order() -> None:
     assert wanted == (reference.VECTOR, reference.WARP, reference.SLOTS)
 
 
-@pytest.mark.parametrize(("q_cols", "k_cols"), [*COLUMNS, (17000, 3)])
+@pytest.mark.parametrize(
+    ("q_cols", "k_cols"),
+    [
+        (1537, 257),
+        (8200, 64),
+        *(pytest.param(*cols, marks=_SLOW) for cols in (*COLUMNS[:3], (17000, 3))),
+    ],
+)
 def test_the_declaration_equals_the_reference(q_cols: int, k_cols: int) -> None:
     """The declaration of CUDA's order, compiled as it stands for this CPU."""
     import tvm
@@ -142,8 +150,8 @@ def _different(variants: list[CudaVariant]) -> list[CudaVariant]:
     ("op", "dtype", "q_cols", "k_cols"),
     [
         (FUSED, "bfloat16", 1536, 256),
-        (STATISTICS, "float16", 640, 128),
-        (FUSED, "float32", 1537, 257),
+        pytest.param(STATISTICS, "float16", 640, 128, marks=_SLOW),
+        pytest.param(FUSED, "float32", 1537, 257, marks=_SLOW),
         (STATISTICS, "bfloat16", 8200, 64),
         *(
             (op, dtype, *columns)
@@ -164,6 +172,7 @@ def test_default_kernels(op: str, dtype: str, q_cols: int, k_cols: int) -> None:
     assert all(checked.values()), checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "q_cols", "k_cols"),
     [
@@ -183,7 +192,7 @@ def test_open_columns(op: str, q_cols: int, k_cols: int) -> None:
             assert _check(spec, variant, _cases(spec, q_cols, k_cols, 3))
 
 
-@pytest.mark.parametrize("op", [STATISTICS, FUSED])
+@pytest.mark.parametrize("op", [pytest.param(STATISTICS, marks=_SLOW), FUSED])
 def test_a_row_that_registers_do_not_hold(op: str) -> None:
     """More warps than a block may have, and more vectors than a thread holds."""
     spec = KernelSpec(op=op, q_cols=32768, k_cols=1024, target=SM_90)
@@ -191,7 +200,7 @@ def test_a_row_that_registers_do_not_hold(op: str) -> None:
         assert _check(spec, variant, _cases(spec, 32768, 1024, 2))
 
 
-@pytest.mark.parametrize(("op", "vector"), [(STATISTICS, 1), (FUSED, 8)])
+@pytest.mark.parametrize(("op", "vector"), [pytest.param(STATISTICS, 1, marks=_SLOW), (FUSED, 8)])
 def test_the_order_does_not_depend_on_the_config(op: str, vector: int) -> None:
     """A choice of the schedule that changes results."""
     spec = KernelSpec(op=op, q_cols=1800, k_cols=520, target=SM_90)
@@ -203,7 +212,7 @@ def test_the_order_does_not_depend_on_the_config(op: str, vector: int) -> None:
 
 @pytest.mark.parametrize(
     ("in_dtype", "out_dtype", "cast_before_gamma"),
-    [("bfloat16", "float32", True), ("float32", "float16", False)],
+    [("bfloat16", "float32", True), pytest.param("float32", "float16", False, marks=_SLOW)],
 )
 def test_other_outputs(in_dtype: str, out_dtype: str, cast_before_gamma: bool) -> None:
     """Strides of outputs counted in the inputs' elements; a rounding that is dropped."""
@@ -223,6 +232,7 @@ def test_a_difference_would_be_seen() -> None:
     assert NUMPY_DTYPES["float32"] == orders[0].dtype
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_at_most_that_of_torch(dtype: str) -> None:
     """A faster sum that is a worse one. Relative errors against float64, of 1,024 rows."""

@@ -1,4 +1,8 @@
-"""Every output bit equals the unfused float32 graph's, at every CPU level."""
+"""Every output bit equals the unfused float32 graph's, at every CPU level.
+
+Each level's code is in a file of its own; which of its codes a portable file runs is tested in
+test_runtime.py, and their exactness in test_fuzz.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import numpy as np
 import pytest
 from support import (
     DTYPES,
-    LEVELS,
     NAN_BITS,
+    OWN,
     PAIRINGS,
     SPECIAL_GAMMAS,
     SPECIAL_VARIANCES,
@@ -23,7 +27,7 @@ from support import (
     compiled,
     filled,
     from_torch,
-    load_at_level,
+    levels,
     make_case,
     misaligned,
     needs_level,
@@ -35,7 +39,7 @@ from support import (
 )
 
 import qknorm_tvm
-from qknorm_tvm import Module
+from qknorm_tvm import Module, load
 from qknorm_tvm.check import reference
 from qknorm_tvm.schedules.cpu_config import CpuConfig
 
@@ -47,7 +51,7 @@ FLOAT32_COLUMNS = ((33, 257), (1537, 1536))
 ROWS = (0, 1, 2, 3, 4, 5, 17, 513)
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(scope="module", params=levels())
 def level(request: pytest.FixtureRequest) -> str:
     needs_level(request.param)
     return request.param
@@ -55,23 +59,23 @@ def level(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def open_module(level: str) -> Module:
-    return load_at_level(open_columns(), level)
+    return load(open_columns(level))
 
 
 @pytest.fixture(scope="module")
 def pairing_module(level: str) -> Module:
     """Every dtype pairing, columns fixed."""
-    return load_at_level(compiled("pairings", *specs_of(PAIRINGS, [MIXED])), level)
+    return load(compiled(f"pairings-{level}", *specs_of(PAIRINGS, [MIXED], level)))
 
 
 @pytest.fixture(scope="module")
 def column_module(level: str) -> Module:
     """Every column pair, fixed."""
     specs = [
-        *specs_of([("bfloat16", "bfloat16")], COLUMNS),
-        *specs_of([("float32", "float32")], FLOAT32_COLUMNS),
+        *specs_of([("bfloat16", "bfloat16")], COLUMNS, level),
+        *specs_of([("float32", "float32")], FLOAT32_COLUMNS, level),
     ]
-    return load_at_level(compiled("columns", *specs), level)
+    return load(compiled(f"columns-{level}", *specs))
 
 
 def _special_case(
@@ -378,14 +382,15 @@ CONFIGS = (
 CONFIG_PAIRINGS = (("bfloat16", "bfloat16"), ("float32", "bfloat16"))
 
 
-@pytest.fixture(scope="module")
-def config_module(level: str) -> Module:
+@pytest.fixture(scope="module", params=levels(OWN))
+def config_module(request: pytest.FixtureRequest) -> Module:
+    needs_level(request.param)
     specs = {
         spec: config
         for pairing, (index, config) in itertools.product(CONFIG_PAIRINGS, enumerate(CONFIGS))
-        for spec in specs_of([pairing], [(160 + index, 64)])
+        for spec in specs_of([pairing], [(160 + index, 64)], request.param)
     }
-    return load_at_level(compiled("configs", *specs, config=specs), level)
+    return load(compiled(f"configs-{request.param}", *specs, config=specs))
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"vector{CONFIGS[i].vector}")
@@ -412,12 +417,12 @@ STREAM_PAIRINGS = (
 @pytest.fixture(scope="module")
 def stream_module(level: str) -> Module:
     """Stores past the caches at every size; columns of whole cache lines, and not."""
-    specs = list(specs_of(STREAM_PAIRINGS, [(256, 40)]))
+    specs = list(specs_of(STREAM_PAIRINGS, [(256, 40)], level))
     config = {
         spec: CpuConfig(vector=32 if spec.out_bytes == 2 else 16, row_tile=4, streaming_bytes=1)
         for spec in specs
     }
-    return load_at_level(compiled("stream", *specs, config=config), level)
+    return load(compiled(f"stream-{level}", *specs, config=config))
 
 
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), STREAM_PAIRINGS)
@@ -464,6 +469,7 @@ def test_outputs_beyond_the_caches(column_module: Module) -> None:
 # ---- torch ----------------------------------------------------------------------------------
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("in_dtype", DTYPES)
 def test_equals_unfused_torch(in_dtype: str, out_dtype: str) -> None:

@@ -96,14 +96,16 @@ def _driver(sanitizer: str) -> Path:
     return out
 
 
-def _instrumented(sanitizer: str) -> Path:
-    """Export a module whose entry point and pool are compiled with a sanitizer; open columns."""
+def _instrumented(sanitizer: str, *specs: KernelSpec) -> Path:
+    """Export a module whose entry point and pool are compiled with a sanitizer."""
     wrapper = session_folder() / f"gcc-{sanitizer}"
     wrapper.write_text(f'#!/bin/sh\nexec gcc -fsanitize={sanitizer} -g "$@"\n')
     wrapper.chmod(0o755)
-    specs = [spec.replace(target=host_cpu_target()) for spec in _SPECS]
     with environment(CC=str(wrapper)):
-        return compiled(f"instrumented-{sanitizer}", *specs)
+        return compiled(
+            f"instrumented-{sanitizer}-{len(specs)}",
+            *(spec.replace(target=host_cpu_target()) for spec in specs),
+        )
 
 
 def _run(*command: str | Path | int, **env: str) -> subprocess.CompletedProcess[str]:
@@ -128,28 +130,40 @@ def _calls(done: subprocess.CompletedProcess[str]) -> int:
     return int(found[1])
 
 
+_ADDRESS = "address,undefined"
+_ADDRESS_OPTIONS = {"UBSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "abort_on_error=0"}
+
+
+def test_address_sanitizer_finds_nothing_in_one_kind_of_call() -> None:
+    """The next test in seconds: the generated code, which takes the time, is not watched here."""
+    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, *_FIXED[0])
+    done = _run(driver, module, 10_000, 4, _HOST_FUSES, "bf16-bf16-257-64", **_ADDRESS_OPTIONS)
+    assert _calls(done) > 300
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("callers", [0, 4])
 def test_address_sanitizer_finds_nothing(callers: int) -> None:
     """A read beyond a shape, a list of strides or arguments; a leak; undefined arithmetic."""
-    sanitizer = "address,undefined"
-    driver, module = _driver(sanitizer), _instrumented(sanitizer)
+    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, *_SPECS)
     kinds = (*_KINDS, "bf16-bf16-1536-256", "f32-f32-257-64", *(_MORE if _CAMPAIGN else ()))
-    options = {"UBSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "abort_on_error=0"}
-    assert _calls(_run(driver, module, 10_000, callers, _HOST_FUSES, *kinds, **options)) > 3000
+    done = _run(driver, module, 10_000, callers, _HOST_FUSES, *kinds, **_ADDRESS_OPTIONS)
+    assert _calls(done) > 3000
 
 
 def test_address_sanitizer_watches() -> None:
     """A module that is not instrumented passes whatever it does."""
-    sanitizer = "address,undefined"
-    done = _run(_driver(sanitizer), _instrumented(sanitizer), 1, -1, _HOST_FUSES, _KINDS[0])
+    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, *_FIXED[0])
+    done = _run(driver, module, 1, -1, _HOST_FUSES, "bf16-bf16-257-64")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert re.search(r"#0 .*instrumented-address", done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_thread_sanitizer_finds_nothing() -> None:
     """A race in the pool: a task that another launch's closure runs, a setting half read."""
-    driver, module = _driver("thread"), _instrumented("thread")
+    driver, module = _driver("thread"), _instrumented("thread", *_SPECS)
     kinds = (*_KINDS, "bf16-bf16-1536-256", *(_MORE if _CAMPAIGN else ()))
     done = _run(driver, module, 10_000, 4, _HOST_FUSES, *kinds)
     if "FATAL: ThreadSanitizer: unexpected memory mapping" in done.stderr:
@@ -179,6 +193,7 @@ def _valgrind(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v2"])
 def test_valgrind_finds_nothing(level: str) -> None:
     """A vector that reads or writes beyond the last column, between rows, or what is unset."""
@@ -186,12 +201,14 @@ def test_valgrind_finds_nothing(level: str) -> None:
     assert _calls(_valgrind(level, 100, 0, *kinds)) > 3000
 
 
+@pytest.mark.slow
 def test_valgrind_finds_nothing_with_several_threads() -> None:
     """The same in the pool's threads, where rows are shared out; a leak of what it allocates."""
     kinds = ("bf16-bf16-257-64", *(_MORE[::3] if _CAMPAIGN else ()))
     assert _calls(_valgrind("x86-64-v3", 100_000, 0, *kinds)) > 100
 
 
+@pytest.mark.slow
 def test_valgrind_watches() -> None:
     """An output that is a byte too short and goes unnoticed: then the tests above say nothing."""
     done = _valgrind("x86-64-v3", 1, -2, _KINDS[0])

@@ -121,6 +121,7 @@ def check(what: str, instructions: int, kernel: Used, wanted: tuple[int, int]) -
     assert kernel.local_memory == 0, f"{what}: {kernel}, and no local memory is allowed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "q_cols", "k_cols"), SHAPES)
 def test_instructions_and_registers(op: str, q_cols: int, k_cols: int) -> None:
     """Code that got slower; more registers, so that fewer warps fit a multiprocessor; spills."""
@@ -140,6 +141,7 @@ def test_more_than_the_table_fails_and_says_what_to_do() -> None:
         check("case", 105, Used(0, 0, 4, 24), (100, 17))
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_nvdisasm() -> None:
     """A file that is read wrongly."""
     cubin, _ = built("statistics").device_code("cubin", "sm_90")

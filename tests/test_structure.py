@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import LEVELS, PAIRINGS, compiled, open_columns
+from support import OWN, PAIRINGS, compiled, levels, open_columns
 
 from qknorm_tvm import KernelSpec
 
@@ -81,7 +81,7 @@ _ARITHMETIC = re.compile(
 _FAST = re.compile(r"\b(fast|reassoc|nnan|ninf|nsz|arcp|contract|afn)\b")
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
 def test_no_fast_math(in_dtype: str, out_dtype: str, level: str) -> None:
     """A flag that lets LLVM reorder, contract or flush."""
@@ -97,12 +97,15 @@ def test_no_fast_math(in_dtype: str, out_dtype: str, level: str) -> None:
     assert "llvm.fmuladd" not in code.ir
 
 
-_NAMED = itertools.product(PAIRINGS[::4], ("sapphirerapids", "znver5"))
+_NAMED = itertools.product(PAIRINGS[::4], map(pytest.param, ("sapphirerapids", "znver5")))
 
 
 @pytest.mark.parametrize(
     ("in_dtype", "out_dtype", "level"),
-    [(*pair, level) for pair, level in (*itertools.product(PAIRINGS, LEVELS), *_NAMED)],
+    [
+        pytest.param(*pair, *level.values, marks=level.marks)
+        for pair, level in (*itertools.product(PAIRINGS, levels(OWN)), *_NAMED)
+    ],
 )
 def test_no_instruction_that_rounds_otherwise(in_dtype: str, out_dtype: str, level: str) -> None:
     """``vcvtneps2bf16`` flushes denormals, fused multiply-add skips a rounding, rsqrt guesses."""
@@ -115,7 +118,7 @@ def test_no_instruction_that_rounds_otherwise(in_dtype: str, out_dtype: str, lev
     assert not set(found) - {"vcvtps2ph", "vcvtph2ps"}, set(found)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
 def test_vector_width_is_the_levels(in_dtype: str, out_dtype: str, level: str) -> None:
     """Scalar or half-wide code that is exact and slow."""
@@ -134,7 +137,7 @@ def test_vector_width_is_the_levels(in_dtype: str, out_dtype: str, level: str) -
     assert not any(register in code.asm for register in wider)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 def test_odd_columns_are_vectors_and_a_rest(level: str) -> None:
     """One column more that turns the whole row scalar."""
     code = code_of(SPEC.replace(q_cols=1537, k_cols=257), level)
@@ -142,7 +145,7 @@ def test_odd_columns_are_vectors_and_a_rest(level: str) -> None:
     assert multiplied.count(REGISTERS[level]) >= 2
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_multiplication_order(dtype: str, level: str) -> None:
     """gamma times rs hoisted out of the rows: one rounding other than the contract's.
@@ -172,7 +175,7 @@ def test_multiplication_order(dtype: str, level: str) -> None:
             assert not splats & set(products[name])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
 def test_one_parallel_region_and_no_allocation(in_dtype: str, out_dtype: str, level: str) -> None:
     """Two launches, 12 microseconds; a workspace in every call; a check that the entry has made."""
@@ -186,7 +189,7 @@ def test_one_parallel_region_and_no_allocation(in_dtype: str, out_dtype: str, le
     assert code.ir.count("load ptr, ptr @__TVMBackendParallelLaunch") == len(code.variants)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gamma_is_loaded_once_a_tile(dtype: str, level: str) -> None:
     """gamma read, and shuffled, again for each row."""
@@ -221,7 +224,7 @@ def _single(level: str, **fields: str) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", levels(OWN))
 def test_size_of_a_single_level(level: str, dtype: str) -> None:
     """Dead code, debug information or a runtime that came along."""
     size = _single(level, in_dtype=dtype, out_dtype=dtype).stat().st_size
@@ -270,9 +273,15 @@ def test_portable_file_shares_only_code_that_runs_everywhere(
         assert not wide, (name, wide[:3])
 
 
-def test_only_the_entry_points_are_exported() -> None:
+@pytest.fixture(scope="module", params=[OWN, pytest.param("cpu", marks=pytest.mark.slow)])
+def exported(request: pytest.FixtureRequest) -> Path:
+    """A file of every pairing: of one level, and one that holds them all."""
+    return open_columns(request.param)
+
+
+def test_only_the_entry_points_are_exported(exported: Path) -> None:
     """Symbols that clash with another module's in the same process."""
-    text = _tool("nm", "-D", "--defined-only", open_columns())
+    text = _tool("nm", "-D", "--defined-only", exported)
     assert sorted(line.split()[-1] for line in text.splitlines()) == [
         "__tvm_ffi_apply_qk_rms_norm",
         "__tvm_ffi_qknorm_active_level",
@@ -282,9 +291,9 @@ def test_only_the_entry_points_are_exported() -> None:
     ]
 
 
-def test_nothing_but_tvm_ffi_and_the_c_library_is_needed() -> None:
+def test_nothing_but_tvm_ffi_and_the_c_library_is_needed(exported: Path) -> None:
     """A dependency on TVM, on a C++ runtime or on OpenMP."""
-    text = _tool("readelf", "-d", open_columns())
+    text = _tool("readelf", "-d", exported)
     needed = set(re.findall(r"NEEDED\).*\[(.*)\]", text))
     assert "libtvm_ffi.so" in needed
     rest = needed - {"libtvm_ffi.so"}
@@ -300,21 +309,21 @@ def test_nothing_but_tvm_ffi_and_the_c_library_is_needed() -> None:
     assert "NODELETE" in text, "the threads of the pool outlive the module"
 
 
-def test_file_calls_no_allocator() -> None:
+def test_file_calls_no_allocator(exported: Path) -> None:
     """An allocation in each call."""
-    text = _tool("nm", "-D", "--undefined-only", open_columns())
+    text = _tool("nm", "-D", "--undefined-only", exported)
     wanted = {line.split()[-1].partition("@")[0] for line in text.splitlines()}
     allocators = {"malloc", "calloc", "realloc", "free", "posix_memalign", "aligned_alloc", "mmap"}
     assert not wanted & allocators
     assert not any(name.startswith("TVMBackend") for name in wanted)
 
 
-def test_file_holds_no_path_of_the_machine_that_built_it() -> None:
+def test_file_holds_no_path_of_the_machine_that_built_it(exported: Path) -> None:
     """A home folder in a file that is published."""
-    data = open_columns().read_bytes()
+    data = exported.read_bytes()
     for path in (Path(__file__).parent.parent, Path.home(), Path("/tmp")):
         assert str(path).encode() + b"/" not in data
-    stack = _tool("readelf", "-lW", open_columns())
+    stack = _tool("readelf", "-lW", exported)
     assert re.search(r"GNU_STACK.*RW ", stack), "an executable stack"
 
 

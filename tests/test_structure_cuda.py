@@ -9,7 +9,7 @@ from pathlib import Path
 
 import cuda_code
 import pytest
-from cuda_code import MODULES, SM_90, Built, disassembled, kernels_of, needs_nvcc, used
+from cuda_code import MODULES, SM_90, Built, disassembled, needs_nvcc, used
 
 from qknorm_tvm import BuildError, KernelSpec, compile
 from qknorm_tvm.build import cuda as build_cuda
@@ -19,9 +19,9 @@ from qknorm_tvm.schedules.cuda_config import CudaConfig, default_variants
 SPECS = MODULES["apply"]
 
 
-@pytest.fixture(scope="module")
-def built() -> Built:
-    return cuda_code.built("apply")
+@pytest.fixture(scope="module", params=["apply-few", pytest.param("apply", marks=pytest.mark.slow)])
+def built(request: pytest.FixtureRequest) -> Built:
+    return cuda_code.built(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,20 @@ def kernels(built: Built) -> dict[str, str]:
     return built.ptx()
 
 
-def _kernel_names() -> dict[str, bool]:
+def _kernel_names(built: Built) -> dict[str, bool]:
     """Return the kernels that there must be, and whether each may rely on alignment."""
-    found = kernels_of("apply")
-    return {name: variant.alignment is not None for name, (_, variant) in found.items()}
+    return {name: variant.alignment is not None for name, (_, variant) in built.kernels().items()}
 
 
-def test_one_kernel_a_variant(kernels: dict[str, str]) -> None:
+def test_one_kernel_a_variant(built: Built, kernels: dict[str, str]) -> None:
     """A second launch in a call."""
-    assert sorted(kernels) == sorted(_kernel_names())
+    assert sorted(kernels) == sorted(_kernel_names(built))
 
 
 def test_one_launch_a_variant(built: Built) -> None:
     source = built.source.read_text()
     launches = re.findall(r"::qkn_launch<::(\w+),", source)
-    assert sorted(launches) == sorted(_kernel_names())
+    assert sorted(launches) == sorted(_kernel_names(built))
     assert "<<<" not in source
 
 
@@ -56,6 +55,7 @@ def test_no_flush_to_zero_and_no_fast_math(built: Built, kernels: dict[str, str]
         assert "fma.rn.f32" not in text, name  # would skip the rounding between two products
 
 
+@pytest.mark.slow
 def test_reproducible_code_divides_and_takes_roots_correctly_rounded() -> None:
     needs_nvcc()
     compiled = compile(SPECS[0].replace(reproducible=True))
@@ -72,9 +72,9 @@ def test_reproducible_code_divides_and_takes_roots_correctly_rounded() -> None:
     assert "rsqrt.approx" not in text
 
 
-def test_accesses_of_16_bytes_where_addresses_allow(kernels: dict[str, str]) -> None:
+def test_accesses_of_16_bytes_where_addresses_allow(built: Built, kernels: dict[str, str]) -> None:
     """Narrow accesses, at half the bandwidth; or wide ones where addresses do not allow them."""
-    for name, aligned in _kernel_names().items():
+    for name, aligned in _kernel_names(built).items():
         text = kernels[name]
         wide = re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", text)
         stores = re.findall(r"st\.global(?:\.cs)?\.v4\.b32", text)
@@ -110,14 +110,14 @@ def test_older_gpus_get_no_dependent_launch(built: Built) -> None:
     """Instructions that ptxas refuses below sm_90."""
     text = built.device_code("ptx", "sm_80")[0].read_text()
     assert "griddepcontrol" not in text
-    assert text.count(".visible .entry") == len(_kernel_names())
+    assert text.count(".visible .entry") == len(_kernel_names(built))
 
 
 def test_no_local_memory_and_few_registers(built: Built) -> None:
     """Arrays that went to memory; so many registers that few blocks fit a multiprocessor."""
     _, log = built.device_code("cubin", "sm_90")
     found = used(log)
-    assert set(found) == set(_kernel_names())
+    assert set(found) == set(_kernel_names(built))
     for name, kernel in found.items():
         assert kernel.local_memory == 0, name
         assert kernel.registers <= 64, (name, kernel.registers)
@@ -127,8 +127,8 @@ def test_no_local_memory_and_few_registers(built: Built) -> None:
 def test_machine_code(built: Built) -> None:
     """What ptxas may undo: wide accesses, the place of the wait, registers instead of memory."""
     found = disassembled(built.device_code("cubin", "sm_90")[0])
-    assert set(found) == set(_kernel_names())
-    for name, aligned in _kernel_names().items():
+    assert set(found) == set(_kernel_names(built))
+    for name, aligned in _kernel_names(built).items():
         code = found[name]
         assert not re.search(r"\b(LDL|STL)\b", code), name
         assert ".FTZ" not in code, name
@@ -196,6 +196,7 @@ def test_size(built: Built) -> None:
     assert built.path.stat().st_size <= 1_200_000
 
 
+@pytest.mark.slow
 def test_metadata_and_architectures() -> None:
     needs_nvcc()
     spec = KernelSpec(q_cols=64, k_cols=32, target="cuda:sm_90,sm_80")
@@ -210,6 +211,7 @@ def test_metadata_and_architectures() -> None:
         CudaConfig(**one["config"])
 
 
+@pytest.mark.slow
 def test_export_takes_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs_nvcc()
     from qknorm_tvm.cli import main

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from qknorm_tvm import torch_ops  # noqa: E402
 from qknorm_tvm.check import reference_torch  # noqa: E402
 
+pytestmark = pytest.mark.frameworks
 Q_COLS, K_COLS = 32, 16
 OPS = torch.ops.qknorm_tvm
 BACKENDS = ("inductor", "aot_eager")

@@ -20,6 +20,7 @@ import qknorm_tvm  # noqa: E402
 from qknorm_tvm.integrations.transformers import patch, unpatch  # noqa: E402
 from qknorm_tvm.tensor_parallel import HeadLayout  # noqa: E402
 
+pytestmark = pytest.mark.frameworks
 MODELS = ("Olmo2", "Olmo3", "MiniMaxM2")
 Q_HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
 #: How far logits may be from the unpatched model's, as a part of the largest, where means of

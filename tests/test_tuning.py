@@ -96,6 +96,7 @@ def test_xgboost_goes_on_where_random_ended_past_damaged_lines(copy: Path) -> No
     assert len({one.key for one in found.records}) == len(found.records)
 
 
+@pytest.mark.slow
 def test_a_killed_session_keeps_its_batches_and_its_lock_is_free(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", TUNE, str(tmp_path), "60"]
     with subprocess.Popen(arguments, start_new_session=True) as tuner:
@@ -114,6 +115,7 @@ def test_a_killed_session_keeps_its_batches_and_its_lock_is_free(tmp_path: Path)
     assert _recorded(tmp_path) == kept + 2
 
 
+@pytest.mark.slow
 def test_sigterm_ends_in_good_order(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", TUNE, str(tmp_path), "60"]) as tuner:
         while not _recorded(tmp_path):
@@ -243,6 +245,7 @@ def test_prune_in_use_leaves_the_outcomes_of_dropped_workloads(copy: Path) -> No
     assert maintenance.validate(copy) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["row_mean_of_squares_qk", "qk_rms_norm"])
 def test_the_other_operations_are_tuned_the_same_way(op: str, tmp_path: Path) -> None:
     """A space, a check or a workload that knows one operation only."""

@@ -123,6 +123,7 @@ def test_what_is_no_tracker_is_said_within_seconds(tmp_path: Path) -> None:
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_servers_that_die_one_after_the_other(rack: Rack, tmp_path: Path) -> None:
     """One dead: its candidates go elsewhere. All dead: a clear end, and a run that goes on."""
     arguments = {"rows": (16,), "tracker": rack.address, "key": "cpu", "workers": 2,

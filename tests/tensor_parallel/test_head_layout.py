@@ -80,6 +80,7 @@ def test_replicated_gamma_k_is_cut_by_head_and_not_by_rank() -> None:
     assert found == [[rank // 2] for rank in range(16)]
 
 
+@pytest.mark.frameworks
 def test_shards_are_views_of_numpy_and_torch() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     layout = HeadLayout(*OLMO2_7B, world_size=4, rank=3)

@@ -18,6 +18,7 @@ needs_gloo = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="this torch has no gloo",
 )
+pytestmark = pytest.mark.frameworks
 #: A rank that hangs fails the test instead of stopping the run.
 SECONDS = 240
 

@@ -20,9 +20,12 @@ from qknorm_tvm import tensor_parallel as tp
 from qknorm_tvm.tensor_parallel.process_group import Members
 from qknorm_tvm.tensor_parallel.reduction import reduce_checked
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
-)
+pytestmark = [
+    pytest.mark.frameworks,
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+    ),
+]
 EPSILON = 1e-6
 Q_COLS, K_COLS = 64, 16
 

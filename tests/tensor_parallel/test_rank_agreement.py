@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 from qknorm_tvm.tensor_parallel.agreement import MESSAGE_BYTES, Facts, disagreement, error_facts
 
+pytestmark = pytest.mark.frameworks
 GOOD = Facts(
     rows=4,
     dtype="bfloat16",

@@ -6,7 +6,7 @@ import pytest
 from rank_processes import run_ranks
 from test_many_ranks import modules, needs_gloo, torch
 
-pytestmark = needs_gloo
+pytestmark = [pytest.mark.frameworks, needs_gloo]
 #: A rank that hangs fails the test instead of stopping the run.
 SECONDS = 120
 
