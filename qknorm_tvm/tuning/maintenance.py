@@ -284,7 +284,7 @@ def prune(folder: Path, keep: int, *, in_use: bool = False) -> int:
         always, counts = [], {}
         for outcome in selection.read_outcomes(folder):
             if in_use and outcome.source != "record":
-                counts[outcome.workload] = min(keep, _EVIDENCE)
+                counts[outcome.workload] = _EVIDENCE
             for config in (outcome.config, outcome.default, outcome.best):
                 fields = _encoded(KernelSpec.from_text(outcome.spec), config) if config else None
                 if fields is not None:
