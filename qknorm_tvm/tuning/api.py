@@ -14,10 +14,10 @@ from .shapes import ROWS
 
 if TYPE_CHECKING:
     from .fleet import Fleet
-    from .measurer import Runner
     from .report import Reporter
     from .session import Summary
     from .target import Device
+    from .workers import Runner
 
 
 def tune(

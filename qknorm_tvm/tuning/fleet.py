@@ -16,10 +16,8 @@ from typing import Any
 
 from ..errors import TuningError
 from ..spec import KernelSpec
-from . import interrupts, workers
-from .measure import Plan
-from .target import Built
-from .workers import ComparisonError, Pool, cause
+from . import interrupts
+from .workers import Pool, Runner, cause
 
 #: Seconds to wait for an answer of the tracker.
 _TRACKER_S = 5
@@ -139,7 +137,7 @@ class Fleet:
         return self._config().connect_tracker().request(self.key, session_timeout=600)
 
 
-class FleetRunner:
+class FleetRunner(Runner):
     """Measures candidates on a fleet; one that loses its server is tried elsewhere.
 
     Parameters
@@ -155,37 +153,10 @@ class FleetRunner:
         self._fleet, self._target, self._count = fleet, target, count
         self._pool = Pool(count, _CHUNK * _TIMEOUT_S)
 
-    def measure(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
-    ) -> list[list[float] | str]:
-        """Return each candidate's samples, or why it failed.
-
-        Raises
-        ------
-        TuningError
-            No server is left.
-        """
-        return self._run(spec, rows, [(workers.measure, built, plan) for built in candidates])
-
-    def compare(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
-    ) -> list[list[float]]:
-        """Return samples of candidates taken in turns, on one server, which forks for a session.
-
-        Raises
-        ------
-        ComparisonError
-            A candidate fails.
-        TuningError
-            No server is left.
-        """
-        (samples,) = self._run(spec, rows, [(workers.compare, list(candidates), plan)])
-        if isinstance(samples, str):
-            raise ComparisonError(samples)
-        result: list[list[float]] = samples
-        return result
-
-    def _run(self, spec: KernelSpec, rows: int, jobs: Sequence[tuple]) -> list[Any]:
+    def _run(
+        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    ) -> list[Any]:
+        # A server forks for each session, and a session is for one call of this: all are fresh.
         results: list[Any] = ["" for _ in jobs]
         attempts = dict.fromkeys(range(len(jobs)), _ATTEMPTS)
         # Several jobs share a session at first; after a loss each has its own.

@@ -7,35 +7,14 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from ..build.configs import bucket_ends
 from ..spec import KernelSpec
 from .decision import PROCESSES, Verdict, judge, paired_ratio
 from .measure import Plan
 from .target import Built, TunableTarget
-from .workers import ComparisonError, Pool, build_task, outcome
-
-
-class Runner(Protocol):
-    """Where candidates are timed: `workers.LocalRunner` or `fleet.FleetRunner`."""
-
-    def measure(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
-    ) -> list[list[float] | str]:
-        """Return each candidate's samples, or why it failed."""
-
-    def compare(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
-    ) -> list[list[float]]:
-        """Return samples of candidates taken in turns, in a fresh process."""
-
-    def warm(self) -> None:
-        """Start the processes."""
-
-    def close(self) -> None:
-        """End the processes."""
+from .workers import ComparisonError, Pool, Runner, build_task, outcome
 
 
 class Measurer:
@@ -75,12 +54,7 @@ class Measurer:
         self._runner.warm()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._builders.close()
         self._runner.close()
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -17,10 +17,10 @@ from . import interrupts, provenance, records
 from .decision import Verdict, spread
 from .lock import FolderLock
 from .measure import Plan
-from .measurer import Measurer, Runner
+from .measurer import Measurer
 from .report import Progress, Reporter, Task
 from .target import Device, TunableTarget, decode, encode
-from .workers import ComparisonError, cause
+from .workers import ComparisonError, Runner, cause
 
 #: Candidates that are compared at the end, the default aside.
 _FINALISTS = 4

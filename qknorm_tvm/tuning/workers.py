@@ -149,32 +149,23 @@ def run_here(text: str, spec: str, rows: int, function: Callable[..., Any], *res
     return function(_bench[key], *rest)
 
 
-# ---- this machine ---------------------------------------------------------------------------
+# ---- who runs them --------------------------------------------------------------------------
 
 
-class LocalRunner:
-    """Measures candidates on this machine, one after the other, in processes of their own.
-
-    Parameters
-    ----------
-    target : str
-        Text of the target.
-    """
-
-    def __init__(self, target: str):
-        self._target = target
-        self._pool = Pool(1)
-        self._fresh = Pool(1, fresh=True)
+class Runner:
+    """Times candidates; `LocalRunner` here, `fleet.FleetRunner` elsewhere."""
 
     def measure(
         self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
     ) -> list[list[float] | str]:
-        """Return each candidate's samples, or why it failed."""
-        futures = [
-            self._pool.submit(run_here, self._target, spec.text, rows, measure, built, plan)
-            for built in candidates
-        ]
-        return [outcome(future) for future in futures]
+        """Return each candidate's samples, or why it failed.
+
+        Raises
+        ------
+        TuningError
+            No server is left.
+        """
+        return self._run(spec, rows, [(measure, built, plan) for built in candidates])
 
     def compare(
         self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
@@ -185,19 +176,53 @@ class LocalRunner:
         ------
         ComparisonError
             A candidate fails.
+        TuningError
+            No server is left.
         """
-        samples = outcome(
-            self._fresh.submit(
-                run_here, self._target, spec.text, rows, compare, list(candidates), plan
-            )
-        )
+        job = (compare, list(candidates), plan)
+        (samples,) = self._run(spec, rows, [job], fresh=True)
         if isinstance(samples, str):
             raise ComparisonError(samples)
         result: list[list[float]] = samples
         return result
 
+    def _run(
+        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    ) -> list[Any]:
+        """Return the result of each job, a function and what follows its `Bench`, or why not."""
+        raise NotImplementedError
+
     def warm(self) -> None:
-        """Start the process."""
+        """Start the processes."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the processes."""
+        raise NotImplementedError
+
+
+class LocalRunner(Runner):
+    """Times candidates on this machine, one after the other, in processes of their own.
+
+    Parameters
+    ----------
+    target : str
+        Text of the target.
+    """
+
+    def __init__(self, target: str):
+        self._target = target
+        self._pool, self._fresh = Pool(1), Pool(1, fresh=True)
+
+    def _run(
+        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    ) -> list[Any]:
+        pool = self._fresh if fresh else self._pool
+        futures = [pool.submit(run_here, self._target, spec.text, rows, *job) for job in jobs]
+        return [outcome(future) for future in futures]
+
+    def warm(self) -> None:
+        """Start the process that measures; fresh ones start when they are needed."""
         self._pool.warm()
 
     def close(self) -> None:
