@@ -205,9 +205,11 @@ def test_records_of_another_declaration_are_not_used_and_validate_says_so(
 ) -> None:
     keep_records(copy)
     monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
-    from qknorm_tvm.tuning import space
+    from qknorm_tvm.build import configs
+    from qknorm_tvm.declare import workload
 
-    monkeypatch.setattr(space, "workload_hash", lambda mod: "1")
+    monkeypatch.setattr(configs, "workload_hash", lambda mod: "1")
+    monkeypatch.setattr(workload, "workload_hash", lambda mod: "1")
     module = compile(SPEC.replace(target=host_cpu_target()))
     assert {one["source"] for one in module.metadata["levels"][0]["code"]} == {"heuristic"}
     found = maintenance.validate(copy)
@@ -234,14 +236,17 @@ def test_prune_keeps_what_is_in_use(copy: Path) -> None:
     assert maintenance.validate(copy) == []
 
 
-def test_prune_in_use_leaves_the_outcomes_of_dropped_workloads(copy: Path) -> None:
+def test_prune_in_use_leaves_the_outcomes_and_their_evidence(copy: Path) -> None:
     keep_records(copy)
     outcomes = selection.read_outcomes(copy)
     first = dataclasses.replace(outcomes[0], source="heuristic", config=outcomes[0].default)
     selection.write_outcomes(copy, [first, *outcomes[1:]])
-    maintenance.prune(copy, 1, in_use=True)
+    assert maintenance.prune(copy, 3, in_use=True) > 0
     assert len(selection.read_outcomes(copy)) == len(outcomes)
-    assert set(records.read_logs(copy).workloads) == {one.workload for one in outcomes[1:]}
+    logs = records.read_logs(copy)
+    assert set(logs.workloads) == {one.workload for one in outcomes}
+    default = maintenance._encoded(SPEC, first.default)
+    assert default in [one.fields for one in logs.records if one.workload == first.workload]
     assert maintenance.validate(copy) == []
 
 
@@ -269,7 +274,7 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
 
     # The worker processes do not know this file.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(workers, "measure_task", _measure_wrongly)
+    monkeypatch.setattr(workers, "measure", _measure_wrongly)
     with pytest.raises(TuningError, match=r"no candidate of .* works: .*not exact: q_out differs"):
         tune([SPEC], rows=(16,), trials=2, cost_model="random", logs=tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -278,13 +283,13 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
     assert session["failed"] == 2
 
 
-def _measure_wrongly(text: str, spec: str, rows: int, built: object, plan: object) -> list[float]:
+def _measure_wrongly(bench: object, built: object, plan: object) -> list[float]:
     from qknorm_tvm.check import reference
     from qknorm_tvm.tuning import workers
 
     right = reference.apply_qk_rms_norm
     reference.apply_qk_rms_norm = lambda *a, **how: right(*a[:5], 1.0, a[6], **how)
-    return workers.measure_task(text, spec, rows, built, plan)  # type: ignore[arg-type]
+    return workers.measure(bench, built, plan)  # type: ignore[arg-type]
 
 
 def test_a_space_with_no_candidate_that_builds_is_an_error(
@@ -292,10 +297,10 @@ def test_a_space_with_no_candidate_that_builds_is_an_error(
 ) -> None:
     import cloudpickle
 
-    from qknorm_tvm.tuning import session
+    from qknorm_tvm.tuning import measurer
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(session, "build_task", _build_nothing)
+    monkeypatch.setattr(measurer, "build_task", _build_nothing)
     with pytest.raises(TuningError, match=r"works: RuntimeError: no such instruction \(1 tried\)"):
         tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path)
 

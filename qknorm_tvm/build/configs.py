@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..spec import KernelSpec
+from ..declare.workload import declared, specialise, workload_hash
+from ..schedules import cpu_config, cuda_sampling
+from ..schedules.cuda_config import CudaConfig, default_variants
+from ..spec import KernelSpec
+from .tuned import cpu_device, cuda_device, tuned
 
 #: Makes a config of a record's fields.
 Decode = Callable[[Mapping[str, Any]], Any]
@@ -64,10 +67,20 @@ def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
     return starts
 
 
+def bucket_ends(rows: int, measured: Sequence[int]) -> tuple[int, int]:
+    """Return the smallest and the largest row count that a measured one speaks for.
+
+    The bucket of the most rows has no end: it stands for twice as many.
+    """
+    starts = bucket_starts([*measured, rows])
+    later = [start for start in starts.values() if start > starts[rows]]
+    return starts[rows], min(later) - 1 if later else 2 * rows
+
+
 def merge(buckets: Sequence[Bucket]) -> list[Bucket]:
     """Return buckets from the largest `min_rows` on, neighbours of one config as one."""
     merged: list[Bucket] = []
-    for bucket in sorted(buckets, key=lambda one: one.min_rows):
+    for bucket in sorted(buckets, key=lambda bucket: bucket.min_rows):
         if merged and (merged[-1].config, merged[-1].source) == (bucket.config, bucket.source):
             continue
         merged.append(bucket)
@@ -94,34 +107,43 @@ def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bu
     """
     if given is not None:
         return [Bucket(1, given, "user")]
-    found = {}
+    outcomes = {}
     if spec.q_cols is not None and spec.k_cols is not None:
-        from ..schedules.cpu_config import SCHEDULE_VERSION
-        from .tuned import cpu_device, tuned
-
-        def workload(rows: int) -> str:
-            from ..tuning.space import declared, specialise, workload_hash
-
-            return workload_hash(specialise(declared(spec), rows))
-
-        found = tuned(
+        outcomes = tuned(
             spec,
             cpu,
             cpu_device(cpu),
-            schedule_version=SCHEDULE_VERSION,
+            schedule_version=cpu_config.SCHEDULE_VERSION,
             default=lambda rows: default,
-            workload=workload,
+            workload=lambda rows: workload_hash(cpu_workload(spec, rows)),
         )
-    return from_outcomes(found, lambda config: _capped(type(default), config), lambda rows: default)
+    return from_outcomes(outcomes, cpu_record_config, lambda rows: default)
 
 
-def _capped(config_type: Any, record: Mapping[str, Any]) -> Any:
+def cpu_workload(spec: KernelSpec, rows: int) -> Any:
+    """Return the declared function that is tuned for CPUs, specialised to a row count."""
+    return specialise(declared(spec), rows)
+
+
+def cuda_workload(spec: KernelSpec, rows: int) -> Any:
+    """Return the declared function that is tuned for GPUs, with the widest alignment."""
+    first = default_variants(spec)[0]
+    func = declared(spec, stride_unit=first.stride_unit, alignment=first.alignment)
+    return specialise(func, rows, stride_unit=first.stride_unit)
+
+
+def cuda_default(spec: KernelSpec, rows: int) -> CudaConfig:
+    """Return the heuristic's config for a row count on a GPU."""
+    return next(variant.config for variant in default_variants(spec) if rows >= variant.min_rows)
+
+
+def cpu_record_config(record: Mapping[str, Any]) -> cpu_config.CpuConfig:
     """Return a record's config with a task size that also suits fewer rows than were measured.
 
     A large task left calls at the lower end of a bucket to one thread that ran on two before:
     1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.
     """
-    config = config_type.from_dict(dict(record))
+    config = cpu_config.CpuConfig.from_dict(dict(record))
     size = min(config.bytes_per_task, MOST_TASK_BYTES)
     return dataclasses.replace(config, bytes_per_task=size)
 
@@ -137,11 +159,11 @@ def _from_record(start: int, rows: int, outcome: Any, device: str, decode: Decod
     return Bucket(start, decode(outcome.config), "record", about)
 
 
-def from_outcomes(found: Mapping[int, Any], decode: Decode, default: Any) -> list[Bucket]:
+def from_outcomes(outcomes: Mapping[int, Any], decode: Decode, default: Any) -> list[Bucket]:
     """Return the buckets of tuned outcomes, and of the heuristic where there are none."""
     buckets = []
-    for rows, start in bucket_starts(list(found)).items():
-        outcome, device = found[rows]
+    for rows, start in bucket_starts(list(outcomes)).items():
+        outcome, device = outcomes[rows]
         if outcome.source != "record":
             buckets.append(Bucket(start, default(rows), "heuristic"))
             continue
@@ -166,38 +188,30 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     list of (CudaVariant, source, record)
         The last takes any number of rows and any layout.
     """
-    from ..schedules.cuda_config import CudaConfig, default_variants
-
     variants = default_variants(spec, given)
     if given is not None:
         return [(v, "user" if v.config == given else "heuristic", None) for v in variants]
     plain = [(variant, "heuristic", None) for variant in variants]
     if spec.q_cols is None or spec.k_cols is None or len(spec.parsed_target.variants) > 1:
         return list(plain)
-    from .tuned import cuda_device, tuned
-
     device = cuda_device(spec)
     if device is None:
         return list(plain)
-    from ..tuning.cuda_target import CudaTarget
-    from ..tuning.space import workload_hash
-
-    target = CudaTarget(spec.target)
-    found = tuned(
+    outcomes = tuned(
         spec,
         spec.target,
         device,
-        schedule_version=target.schedule_version,
-        default=lambda rows: target.default(spec, rows),
-        workload=lambda rows: workload_hash(target.workload(spec, rows)),
+        schedule_version=cuda_sampling.SCHEDULE_VERSION,
+        default=lambda rows: cuda_default(spec, rows),
+        workload=lambda rows: workload_hash(cuda_workload(spec, rows)),
     )
-    if not any(outcome.source == "record" for outcome, _ in found.values()):
+    if not any(outcome.source == "record" for outcome, _ in outcomes.values()):
         return list(plain)
     # Columns that allow no aligned kernels are tuned with the others.
     aligned = [v for v in variants if v.alignment is not None] or variants
     unaligned = [(v, "heuristic", None) for v in variants if v not in aligned]
     # Borders are the records' and the heuristic's own: between records that keeps its choices.
-    starts = bucket_starts(list(found))
+    starts = bucket_starts(list(outcomes))
 
     def decode(record: Mapping[str, Any]) -> CudaConfig:
         return CudaConfig.from_dict(dict(record))
@@ -207,11 +221,11 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     buckets = []
     for border in borders:
         rows = rows_at[max(start for start in rows_at if start <= border)]
-        outcome, place = found[rows]
+        outcome, place = outcomes[rows]
         if outcome.source == "record":
             buckets.append(_from_record(border, rows, outcome, place, decode))
         else:
-            buckets.append(Bucket(border, target.default(spec, border), "heuristic"))
+            buckets.append(Bucket(border, cuda_default(spec, border), "heuristic"))
     template = aligned[0]
     chosen: list[tuple[Any, str, Mapping[str, Any] | None]] = [
         (

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,20 @@ class Outcome:
     gain : mapping
         ``low``, ``median``, ``high`` of the default's time over the fastest's, paired.
     spread : float
-        Interquartile range of the fastest's times over their median.
+        How far the times that decided spread, relative to their median: of the paired ratios, and
+        from process to process.
     trials, failed : int
         Candidates measured, this session's and earlier ones', and how many failed.
     versions : mapping
         ``apache-tvm`` and ``schedule``: both must fit for a record to be used.
     date : str
         When it was measured.
+    best : mapping
+        The config that was timed against the default; empty in outcomes of earlier versions.
+    reason : str
+        Why the default was kept; empty for a record, and in outcomes of earlier versions.
+    ends : sequence of mapping
+        The same comparison at the smallest and the largest row count that a record serves.
     """
 
     spec: str
@@ -70,6 +78,9 @@ class Outcome:
     failed: int
     versions: Mapping[str, Any]
     date: str
+    best: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+    ends: Sequence[Mapping[str, Any]] = ()
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
@@ -139,11 +150,21 @@ def user_logs() -> Path:
 def log_folders() -> list[Path]:
     """Return the folders from which tuned records are read, the first match wins.
 
-    ``$QKNORM_TVM_TUNING_LOGS``; without it the user's own, then the package's.
+    ``$QKNORM_TVM_TUNING_LOGS``; without it the user's own, then the package's. A folder of the
+    former that is none is warned of: records that are silently not used are hard to notice.
     """
     given = os.environ.get(ENVIRONMENT)
     if given is not None:
-        return [Path(one) for one in given.split(os.pathsep) if one]
+        folders = [Path(text) for text in given.split(os.pathsep) if text]
+        for folder in folders:
+            if not folder.is_dir():
+                warnings.warn(
+                    f"{ENVIRONMENT} names {folder}, which is no folder: no tuned records are read "
+                    "there",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return folders
     package = package_logs()
     return [user_logs(), *([package] if package else [])]
 
@@ -249,7 +270,6 @@ def tuned(
         count's neighbour must not speak for it.
     """
     import importlib.metadata
-    import warnings
 
     if device is None:
         return {}

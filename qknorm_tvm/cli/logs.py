@@ -11,12 +11,16 @@ import click
 from .options import debug_option
 
 
-def _logs_option(function: Callable[..., Any]) -> Callable[..., Any]:
+def _logs_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(
         "--logs",
         type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of logs, or one device's.  [default: where `qknorm-tvm tune` writes]",
-    )(function)
+        help=f"Folder of logs, or one device's.  [default: {default}]",
+    )
+
+
+_written = _logs_option("where `qknorm-tvm tune` writes")
+_read = _logs_option("all that the build reads, those of the package too")
 
 
 def _folders(logs: Path | None) -> list[Path]:
@@ -24,6 +28,18 @@ def _folders(logs: Path | None) -> list[Path]:
     from ..tuning.maintenance import device_folders
 
     return device_folders(logs or default_logs())
+
+
+def _all_folders(logs: Path | None) -> list[Path]:
+    """Return the devices' folders in a folder, by default in all that are read or written."""
+    from ..build.tuned import default_logs, log_folders
+    from ..tuning.maintenance import device_folders
+
+    if logs is not None:
+        return device_folders(logs)
+    folders = dict.fromkeys([*log_folders(), default_logs()])
+    existing = [folder for folder in folders if folder.is_dir()]
+    return [device for folder in existing or [default_logs()] for device in device_folders(folder)]
 
 
 @click.group(short_help="List, check and trim tuning logs.")
@@ -39,60 +55,89 @@ def logs() -> None:
 
 
 @logs.command("list", short_help="Say what there is.")
-@_logs_option
+@_read
 @debug_option
 def list_logs(logs: Path | None) -> int:
     """Say what each device's folder holds."""
     from ..tuning.maintenance import overview
-    from .output import console, size, table
+    from .output import console, facts, size, table
 
-    made = table("device", "workloads", "records", "kept", "sessions", "last", "size", "damaged")
-    made.columns[0].no_wrap = True
-    for folder in _folders(logs):
-        one = overview(folder)
-        made.add_row(
-            folder.name,
-            str(one.workloads),
-            str(one.records),
-            f"{one.kept} of {one.tuned}",
-            str(one.sessions),
-            one.last,
-            size(one.size),
-            str(one.problems) if one.problems else "",
-        )
-    console().print(made)
+    folders = _all_folders(logs)
+    out = console()
+    headers = ("device", "workloads", "records", "kept", "sessions", "last", "size", "damaged")
+    for parent in dict.fromkeys(folder.parent for folder in folders):
+        rows = []
+        for folder in (folder for folder in folders if folder.parent == parent):
+            about = overview(folder)
+            rows.append(
+                (
+                    folder.name,
+                    str(about.workloads),
+                    str(about.records),
+                    f"{about.kept} of {about.tuned}",
+                    str(about.sessions),
+                    about.last[: len("2026-01-01")],
+                    size(about.size),
+                    str(about.problems) if about.problems else "",
+                )
+            )
+        out.print(f"{parent}:", soft_wrap=True)
+        made = table(*headers)
+        for row in rows:
+            made.add_row(*row)
+        if out.measure(made, options=out.options.update_width(1000)).maximum <= out.width:
+            out.print(made)
+            continue
+        # Too narrow for a table: a block for each device.
+        for row in rows:
+            out.print(facts((name, text) for name, text in zip(headers, row, strict=True) if text))
+            out.print()
     return 0
 
 
 @logs.command(short_help="Check every line.")
-@_logs_option
+@_read
 @click.option("--fix", is_flag=True, help="Put unusable lines aside, in FILE.rejected.")
 @click.option("--shallow", is_flag=True, help="Without TVM: only the files themselves.")
+@click.option("--measure", is_flag=True,
+              help="Also time kept records against the default again, on their own device; with "
+              "--fix the default is kept where one does not hold.")  # fmt: skip
 @debug_option
-def validate(logs: Path | None, fix: bool, shallow: bool) -> int:
+def validate(logs: Path | None, fix: bool, shallow: bool, measure: bool) -> int:
     """Check logs line by line; the exit status is 1 when something is wrong.
 
     With TVM it also checks that kept configs are those of their records, and that the workloads
     are today's.
     """
-    from ..tuning.maintenance import mend
+    from ..errors import TuningError
+    from ..tuning.maintenance import mend, remeasure
     from ..tuning.maintenance import validate as check
 
-    status = 0
-    for folder in _folders(logs):
+    if shallow and measure:
+        raise click.UsageError("--measure needs TVM: give it without --shallow")
+    status, reasons, measured = 0, [], False
+    for folder in _all_folders(logs):
         if fix:
             for problem in mend(folder):
                 click.echo(f"put aside: {problem}")
         problems = check(folder, deep=not shallow)
+        if measure and not problems:
+            try:
+                problems = remeasure(folder, fix=fix)
+                measured = True
+            except TuningError as error:
+                reasons.append(f"{folder.name}: not measured: {error}")
         for text in problems:
             click.echo(text)
         click.echo(f"{folder.name}: {f'{len(problems)} problems' if problems else 'good'}")
         status = status or int(bool(problems))
-    return status
+    for reason in reasons:
+        click.echo(reason)
+    return status or int(measure and not measured)
 
 
 @logs.command(short_help="Drop repeated records.")
-@_logs_option
+@_written
 @debug_option
 def dedupe(logs: Path | None) -> int:
     """Keep one record of each candidate, the latest."""
@@ -104,11 +149,12 @@ def dedupe(logs: Path | None) -> int:
 
 
 @logs.command(short_help="Drop slow records.")
-@_logs_option
+@_written
 @click.option("--keep", type=click.IntRange(min=1), default=3, show_default=True,
               help="Fastest records to keep of each shape and row count.")  # fmt: skip
 @click.option("--in-use", is_flag=True,
-              help="Drop all records of shapes and row counts that keep the default.")  # fmt: skip
+              help="Of shapes and row counts that keep the default, keep only the records that "
+              "show why.")  # fmt: skip
 @debug_option
 def prune(logs: Path | None, keep: int, in_use: bool) -> int:
     """Keep the fastest records, the default's and those in use.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .report import Reporter
     from .session import Summary
     from .target import Device
+    from .workers import Runner
 
 
 def tune(
@@ -92,6 +93,7 @@ def tune(
         Ctrl-C or SIGTERM. What was measured is kept.
     """
     from . import preflight
+    from .devices import resolve
 
     if cost_model not in preflight.COST_MODELS:
         raise ValueError(
@@ -116,7 +118,7 @@ def tune(
     cost_model = preflight.check_extras(cost_model, remote=fleet is not None)
     if fleet is not None:
         workers = min(workers, fleet.check())
-    text, found = resolve(target, fleet, device)
+    text, tuned_device = resolve(target, fleet, device)
     preflight.check_compiler(text)
 
     from ..build.tuned import default_logs
@@ -125,28 +127,9 @@ def tune(
     chosen = preflight.check_specs(default_specs(text) if specs is None else specs, text)
     folder = Path(logs) if logs is not None else default_logs()
     preflight.check_space(folder)
-    return _run(chosen, text, found, rows, folder, fleet, workers, reporter, {
+    return _run(chosen, text, tuned_device, rows, folder, fleet, workers, reporter, {
         "trials": trials, "seed": seed, "cost_model": cost_model,
     })  # fmt: skip
-
-
-def resolve(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
-    """Return the target's text, and the device that is tuned on.
-
-    Raises
-    ------
-    TypeError, ValueError, TuningError
-        The target is none, is not one that can be tuned here, or the device cannot be found out.
-    """
-    from ..targets import parse_target
-
-    if parse_target(target).kind == "cuda":
-        from .cuda_target import resolve_cuda
-
-        return resolve_cuda(target, fleet, device)
-    from .cpu_device import resolve_cpu
-
-    return resolve_cpu(target, fleet, device)
 
 
 def _run(
@@ -163,23 +146,23 @@ def _run(
     from ..machine import usable_processors
     from .report import Reporter
     from .session import Options, Session
-    from .target import open_target
+    from .targets import open_target
+    from .workers import LocalRunner
 
-    opened = open_target(text, threads=device.threads)
-    runner: Any
+    runner: Runner
     if fleet is None:
-        from .workers import LocalRunner
-
-        runner = LocalRunner(text, timeout_s=60)
+        runner = LocalRunner(text)
     else:
         from .fleet import FleetRunner
 
-        runner = FleetRunner(fleet, text, workers, timeout_s=120)
+        runner = FleetRunner(fleet, text, workers)
+    from_command = sys.argv and Path(sys.argv[0]).name == "qknorm-tvm"
     settings = Options(
-        builders=usable_processors(), command=shlex.join(["qknorm-tvm", *sys.argv[1:]])
-        if sys.argv and Path(sys.argv[0]).name == "qknorm-tvm" else "qknorm_tvm.tune",
+        builders=usable_processors(),
+        command=shlex.join(["qknorm-tvm", *sys.argv[1:]]) if from_command else "qknorm_tvm.tune",
         **options,
-    )  # fmt: skip
-    return Session(opened, device, folder, runner, settings, reporter or Reporter()).run(
+    )
+    target = open_target(text, threads=device.threads)
+    return Session(target, device, folder, runner, settings, reporter or Reporter()).run(
         specs, rows
     )

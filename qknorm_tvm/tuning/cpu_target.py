@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 
+from ..build.configs import MOST_TASK_BYTES, cpu_record_config, cpu_workload
 from ..build.cpu import cpu_features, generate, variants_of
 from ..build.native import Level, Variant, compile_entry, link, tables
 from ..schedules import cpu as llvm
 from ..schedules.cpu_config import ROUNDINGS, SCHEDULE_VERSION, CpuConfig, default_config
 from ..spec import KernelSpec
-from .space import declared, specialise
 from .target import Built, encode
 
 if TYPE_CHECKING:
     from .measure import Bench
-
-#: A number of bytes that no call reaches: one task.
-_ALONE = 1 << 30
 
 
 class CpuTarget:
@@ -52,7 +49,7 @@ class CpuTarget:
 
     def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
         """Return the declared function, specialised to a row count."""
-        return specialise(declared(spec), rows)
+        return cpu_workload(spec, rows)
 
     def default(self, spec: KernelSpec, rows: int) -> CpuConfig:
         """Return the heuristic's config, which is one for all row counts."""
@@ -96,7 +93,10 @@ class CpuTarget:
         }
 
     def _task_sizes(self, spec: KernelSpec, rows: int, default: int) -> list[int]:
-        """Return sizes that cut a call into different numbers of tasks, the default's included."""
+        """Return sizes that cut a call into different numbers of tasks, the default's included.
+
+        None is larger than what a build takes from a record: that would never be used.
+        """
         threads = self.threads or 64
         if threads == 1:
             return [default]
@@ -105,7 +105,7 @@ class CpuTarget:
         out_bytes = spec.out_bytes if spec.operation.normalises else 0
         total = rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + out_bytes)
         by_tasks: dict[int, int] = {}
-        for size in (default, *(1 << shift for shift in range(14, 22)), _ALONE):
+        for size in (default, *(1 << shift for shift in range(14, MOST_TASK_BYTES.bit_length()))):
             tasks = total // size
             # As entry.c cuts a call.
             count = 1 if tasks <= 1 else tasks if tasks < threads else (
@@ -117,6 +117,10 @@ class CpuTarget:
     def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> None:
         """Apply the product's schedule with fields that MetaSchedule samples."""
         llvm.sample(sch, choices, decisions)
+
+    def served(self, config: CpuConfig) -> CpuConfig:
+        """Return the config that a build makes of a record's."""
+        return cpu_record_config(config.to_dict())
 
     def build(self, spec: KernelSpec, rows: int, config: CpuConfig, directory: Path) -> Built:
         """Build the product's entry point with the functions that `rows` packed rows need."""

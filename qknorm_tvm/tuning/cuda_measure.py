@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from ..check.inputs import Activations
 from ..check.reference_torch import to_numpy, to_torch
-from ..spec import KernelSpec
 from .measure import Bench, Plan
 
 #: Launches in a graph.
@@ -34,9 +33,7 @@ class CudaBench(Bench):
         M.
     """
 
-    def __init__(self, spec: KernelSpec, rows: int):
-        self._graphs: list[Any] = []
-        super().__init__(spec, rows)
+    _storage_types: Mapping[str, str] = {}
 
     def _make_device(self) -> Any:
         import torch
@@ -53,8 +50,8 @@ class CudaBench(Bench):
         """Return a module's entry point."""
         return module.get_function(self.spec.op)
 
-    def _storage(self, array: npt.NDArray) -> npt.NDArray:
-        return array
+    def _scalars(self) -> list[Any]:
+        return [1e-6] if self.spec.operation.has_epsilon else []
 
     def _tensor(self, array: npt.NDArray) -> Any:
         return to_torch(np.ascontiguousarray(array)).to(self.device, copy=True)
@@ -62,56 +59,43 @@ class CudaBench(Bench):
     def _array(self, tensor: Any) -> npt.NDArray:
         return to_numpy(tensor.cpu())
 
-    def _scalars(self) -> list[Any]:
-        return [1e-6] if self.spec.operation.has_epsilon else []
-
     def _expected(self, case: Activations) -> tuple[npt.NDArray, ...]:
         from ..check.verification_cuda import expected_outputs
 
         return expected_outputs(self.spec, case, str(self.device))
 
-    def arguments(self) -> list[Any]:
-        """Return sets of arguments for the timed calls."""
-        if self._timed is None:
-            import torch
-
-            spec = self.spec
-            assert spec.q_cols is not None
-            assert spec.k_cols is not None
-            out_bytes = spec.out_bytes if spec.operation.normalises else 0
-            size = self.rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + out_bytes)
-            properties = torch.cuda.get_device_properties(0)
-            cache = getattr(properties, "L2_cache_size", 0) or 40_000_000
-            count = 1 if 2 * size <= cache else _SETS
-            self._timed = [
-                [*map(self._made, spec.operation.tensors), *self._scalars()] for _ in range(count)
-            ]
-        return self._timed
-
-    def _made(self, name: str) -> Any:
-        """Return a tensor for the timed calls."""
+    def _allocate(self, size: int) -> Any:
+        """Return as many allocations as are taken in turn."""
         import torch
 
-        spec = self.spec
-        if name == "qk_var":
-            return torch.ones(self.rows, 2, device=self.device)
-        operand = name.removeprefix("gamma_").removesuffix("_out")
-        cols = {"q": spec.q_cols, "k": spec.k_cols}[operand]
-        assert cols is not None
-        if name.startswith("gamma_"):
-            return torch.ones(cols, device=self.device)
-        dtype = getattr(torch, spec.in_dtype if name == operand else str(spec.out_dtype))
-        made = torch.empty(self.rows, cols, dtype=dtype, device=self.device)
-        return made.normal_() if name == operand else made
+        cache = 0
+        if self.device.type == "cuda":
+            cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
+        count = 1 if 2 * size <= (cache or 40_000_000) else _SETS
+        # Half-precision numbers from 1 to 10: normal ones too when they are read as other types.
+        values = [
+            torch.empty(size // 2, dtype=torch.float16, device=self.device).uniform_(1, 10)
+            for _ in range(count)
+        ]
+        return [value.view(torch.uint8) for value in values]
 
-    def _graph(self, module: Any) -> Any:
+    def _view(self, arena: Any, shape: tuple[int, ...], dtype: str, start: int) -> Any:
         import torch
 
-        function, sets = self.call(module), self.arguments()
+        element = getattr(torch, dtype)
+        size = math.prod(shape) * element.itemsize
+        return [part[start : start + size].view(element).view(shape) for part in arena]
+
+    def _graph(self, module: Any, layout: int) -> Any:
+        import torch
+
+        # Of each tensor as many as are taken in turn.
+        sets = [[*tensors, *self._scalars()] for tensors in zip(*self.tensors(layout), strict=True)]
+        function = self.call(module)
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            for one in sets:
-                function(*one)
+            for arguments in sets:
+                function(*arguments)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
@@ -131,27 +115,15 @@ class CudaBench(Bench):
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / replays / _LAUNCHES
 
-    def _replays(self, graph: Any, plan: Plan) -> int:
+    def _prepare(self, module: Any, layout: int, plan: Plan) -> Any:
+        graph = self._graph(module, layout)
         # The first replay uploads the graph.
         self._time(graph, 1)
         once = self._time(graph, 3) * _LAUNCHES
-        return max(2, round(plan.sample_ms / 1e3 / once))
+        replays = max(2, round(plan.sample_ms / 1e3 / once))
 
-    def seconds(self, module: Any, plan: Plan) -> list[float]:
-        """Return samples of a launch's time."""
-        graph = self._graph(module)
-        replays = self._replays(graph, plan)
-        return [self._time(graph, replays) for _ in range(plan.samples)]
+        def sample() -> float:
+            self._time(graph, 1)  # runs in the wake of another kernel's
+            return self._time(graph, replays)
 
-    def compare(self, modules: Sequence[Any], plan: Plan, rounds: int) -> list[list[float]]:
-        """Return samples of several candidates, taken in turns."""
-        graphs = [self._graph(module) for module in modules]
-        replays = [self._replays(graph, plan) for graph in graphs]
-        found: list[list[float]] = [[] for _ in modules]
-        for turn in range(rounds):
-            order = range(len(graphs)) if turn % 2 else reversed(range(len(graphs)))
-            for index in order:
-                pair = [self._time(graphs[index], replays[index]) for _ in range(2)]
-                # The first replays run in the wake of another kernel's.
-                found[index].append(statistics.fmean(pair[1:]))
-        return found
+        return sample

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 
-from ..errors import TuningError
+from ..build.configs import cuda_default, cuda_workload
 from ..lower.cuda_operands import deal_chunks
 from ..schedules import cuda_sampling
 from ..schedules.cuda_config import (
@@ -26,69 +26,10 @@ from ..schedules.cuda_config import (
 from ..schedules.cuda_statistics_config import CHUNK
 from ..spec import KernelSpec
 from ..targets import parse_target
-from .space import declared, specialise
-from .target import Built, Device, encode
+from .target import Built, encode
 
 if TYPE_CHECKING:
-    from .fleet import Fleet
     from .measure import Bench
-
-
-def resolve_cuda(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
-    """Return the architecture to generate code for, and this machine's GPU.
-
-    Raises
-    ------
-    TuningError
-        There is no GPU or no torch with CUDA, or the GPU is of another architecture.
-    ValueError
-        The target names several architectures.
-    """
-    if fleet is not None:
-        raise TuningError(
-            "a CUDA device is tuned on its own machine, without --tracker: launches are timed in "
-            "CUDA graphs, which TVM's RPC does not offer"
-        )
-    from ..check.reference_torch import torch_or_none
-
-    torch = torch_or_none()
-    if torch is None or not torch.cuda.is_available():
-        raise TuningError(
-            "tuning for CUDA needs an NVIDIA GPU and torch with CUDA, to time launches in CUDA "
-            "graphs; run it on the GPU's machine, with torch installed as "
-            "https://pytorch.org/get-started says"
-        )
-    major, minor = torch.cuda.get_device_capability(0)
-    own = f"cuda:sm_{major}{minor}"
-    if target != "cuda" and parse_target(target).text != own:
-        raise TuningError(f"this machine's GPU is {own}, got target {target!r}; give {own}")
-    about = torch.cuda.get_device_properties(0)
-    details = {
-        "gpu": about.name,
-        "memory_gb": round(about.total_memory / 1e9, 1),
-        "multiprocessors": about.multi_processor_count,
-        "l2_bytes": getattr(about, "L2_cache_size", None),
-        "driver": _driver(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
-    return own, Device(device or folder_name(about.name), details)
-
-
-def folder_name(gpu: str) -> str:
-    """Return the folder of records for a GPU's name: without memory size, type and socket."""
-    words = re.split(r"[ -]+", gpu.lower())
-    noise = re.compile(r"\d+gb|hbm\d\w?|sxm\d?|pcie|nvl")
-    return "-".join(word for word in words if word and not noise.fullmatch(word))
-
-
-def _driver() -> str:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return "unknown"
-    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else "unknown"
 
 
 class CudaTarget:
@@ -123,13 +64,11 @@ class CudaTarget:
 
     def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
         """Return the declared function, specialised to a row count, with the widest alignment."""
-        first = default_variants(spec)[0]
-        func = declared(spec, stride_unit=first.stride_unit, alignment=first.alignment)
-        return specialise(func, rows, stride_unit=first.stride_unit)
+        return cuda_workload(spec, rows)
 
     def default(self, spec: KernelSpec, rows: int) -> CudaConfig:
         """Return the heuristic's config for a row count."""
-        return next(one.config for one in default_variants(spec) if rows >= one.min_rows)
+        return cuda_default(spec, rows)
 
     def config(self, fields: Mapping[str, Any]) -> CudaConfig:
         """Build a config from its fields."""
@@ -195,6 +134,10 @@ class CudaTarget:
     def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> Any:
         """Return a schedule for each structure, with fields that MetaSchedule samples."""
         return cuda_sampling.sample(sch, choices, decisions)
+
+    def served(self, config: CudaConfig) -> CudaConfig:
+        """Return the config that a build makes of a record's."""
+        return config
 
     def build(self, spec: KernelSpec, rows: int, config: CudaConfig, directory: Path) -> Built:
         """Build the product's entry point with the one kernel, for this architecture alone."""

@@ -6,21 +6,18 @@ a server says on which address, and 127.0.0.1 is what the documentation shows.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import gc
+import math
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import TuningError
 from ..spec import KernelSpec
 from . import interrupts
-from .measure import Plan
-from .target import Built
-from .workers import Workers, cause
+from .workers import Pool, Runner, cause
 
 #: Seconds to wait for an answer of the tracker.
 _TRACKER_S = 5
@@ -29,9 +26,10 @@ _ATTEMPTS = 3
 #: Seconds to wait for a server to come back when none is left: one that ends a session starts
 #: anew and registers again, which took over 2 s on a busy machine.
 _GRACE_S = 10
-#: Seconds after which a session is given back, so that others get their turn, and those after
-#: which one that is not used is: a worker that waits may need this very server.
-_SESSION_S, _IDLE_S = 20, 1.0
+#: Candidates that one session measures: others may wait for its server.
+_CHUNK = 4
+#: Seconds that a candidate may take, its upload included.
+_TIMEOUT_S = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,32 +114,30 @@ class Fleet:
         TuningError
             There is no tracker, or no server with the key.
         """
-        found = self.count()
-        if not found:
+        servers = self.count()
+        if not servers:
             raise TuningError(
                 f"the tracker at {self.host}:{self.port} has no server with key {self.key!r}"
                 f"{self._other_keys()}; start one with: python -m tvm.exec.rpc_server --host "
                 f"127.0.0.1 --port 9290 --port-end 9299 --tracker {self.host}:{self.port} --key "
                 f"{self.key}"
             )
-        return found
+        return servers
 
     def _other_keys(self) -> str:
         try:
             info = self._config().connect_tracker().summary()["server_info"]
         except (ValueError, RuntimeError, OSError, KeyError):
             return ""
-        keys = sorted({str(one["key"]).partition(":")[2] for one in info})
+        keys = sorted({str(server["key"]).partition(":")[2] for server in info})
         return f" (it has {', '.join(map(repr, keys))})" if keys else ""
 
     def connect(self) -> Any:
         """Return a session on a free server; waits for one while there are any."""
-        config = self._config()._replace(session_timeout_sec=_TRACKER_S)
-        tracker = config.connect_tracker()
-        return tracker.request(self.key, session_timeout=600)
+        return self._config().connect_tracker().request(self.key, session_timeout=600)
 
 
-class FleetRunner:
+class FleetRunner(Runner):
     """Measures candidates on a fleet; one that loses its server is tried elsewhere.
 
     Parameters
@@ -151,62 +147,45 @@ class FleetRunner:
         Text of the target.
     count : int
         Sessions at a time.
-    timeout_s : float
-        Seconds that a candidate may take, its uploads included.
     """
 
-    def __init__(self, fleet: Fleet, target: str, count: int, timeout_s: float):
-        self._fleet, self._target = fleet, target
-        self._workers = Workers(count, timeout_s)
-        self.lost = 0
+    def __init__(self, fleet: Fleet, target: str, count: int):
+        self._fleet, self._target, self._count = fleet, target, count
+        self._pool = Pool(count, _CHUNK * _TIMEOUT_S)
 
-    def measure(
-        self, spec: KernelSpec, rows: int, built: Sequence[Built], plan: Plan
-    ) -> list[list[float] | str]:
-        """Return each candidate's samples, or why it failed.
-
-        Raises
-        ------
-        TuningError
-            No server is left.
-        """
-        jobs = [(_measure_remote, (rows, one, plan)) for one in built]
-        return self._run(spec, jobs)
-
-    def compare(
-        self, spec: KernelSpec, rows: int, paths: Sequence[str], plan: Plan, rounds: int
-    ) -> list[list[float]]:
-        """Return samples of candidates taken in turns, on one server."""
-        (found,) = self._run(spec, [(_compare_remote, (rows, list(paths), plan, rounds))])
-        if isinstance(found, str):
-            raise TuningError(f"the fastest candidates could not be compared: {found}")
-        return found
-
-    def _run(self, spec: KernelSpec, jobs: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Any]:
+    def _run(
+        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    ) -> list[Any]:
+        # A server forks for each session, and a session is for one call of this: all are fresh.
         results: list[Any] = ["" for _ in jobs]
-        todo = dict.fromkeys(range(len(jobs)), _ATTEMPTS)
-        while todo:
-            futures = {
-                self._workers.submit(
-                    _remote_task, jobs[index][0], self._fleet, self._target, spec.text,
-                    *jobs[index][1],
-                ): index
-                for index in todo
-            }  # fmt: skip
-            retry = {}
-            for future, index in futures.items():
-                kind, value = _outcome(future)
-                if kind == "done":
-                    results[index] = value
-                elif kind == "lost" and todo[index] > 1:
-                    self.lost += 1
-                    retry[index] = todo[index] - 1
-                elif kind == "no server":
-                    retry[index] = todo[index]
-                else:
-                    results[index] = value
-            todo = retry
-            if todo:
+        attempts = dict.fromkeys(range(len(jobs)), _ATTEMPTS)
+        # Several jobs share a session at first; after a loss each has its own.
+        size = min(_CHUNK, math.ceil(len(jobs) / self._count))
+        while attempts:
+            left = list(attempts)
+            chunks = [left[start : start + size] for start in range(0, len(left), size)]
+            futures = [
+                self._pool.submit(_run_remotely, self._fleet, self._target, spec.text, rows,
+                                  [jobs[index] for index in chunk])
+                for chunk in chunks
+            ]  # fmt: skip
+            for chunk, future in zip(chunks, futures, strict=True):
+                try:
+                    done, why = interrupts.wait(future)
+                except Exception as error:
+                    done, why = [], cause(error)
+                for index, result in zip(chunk, done, strict=False):
+                    results[index] = result
+                    del attempts[index]
+                if len(done) == len(chunk) or why is None:
+                    continue
+                suspect = chunk[len(done)]
+                attempts[suspect] -= 1
+                if not attempts[suspect]:
+                    results[suspect] = why
+                    del attempts[suspect]
+            size = 1
+            if attempts:
                 self._wait_for_server()
         return results
 
@@ -224,110 +203,51 @@ class FleetRunner:
 
     def warm(self) -> None:
         """Start the processes that hold the sessions."""
-        self._workers.warm()
+        self._pool.warm()
 
     def close(self) -> None:
         """End the sessions."""
-        self._workers.close()
-
-
-def _outcome(future: concurrent.futures.Future) -> tuple[str, Any]:
-    try:
-        return interrupts.wait(future)
-    except ChildProcessError as error:
-        return "lost", cause(error)
-    except TimeoutError as error:
-        return "lost", cause(error)
-    except Exception as error:
-        return "failed", cause(error)
+        self._pool.close()
 
 
 # ---- what runs in the worker processes -----------------------------------------------------
 
 
-class _Held:
-    """This process's session with its arrays, kept from one candidate to the next."""
+def _run_remotely(
+    fleet: Fleet, text: str, spec: str, rows: int, jobs: Sequence[tuple]
+) -> tuple[list[Any], str | None]:
+    """Run jobs in one session: their results, fewer where its server was lost, and why.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._key: tuple[str, int] | None = None
-        self._bench: Any = None
-        self._since = 0.0
-        self._timer: threading.Timer | None = None
+    A job that fails by itself has a string as its result. No reason: there was no server.
+    """
+    from .targets import open_target
 
-    def __enter__(self) -> _Held:
-        self._lock.acquire()
-        if self._timer is not None:
-            self._timer.cancel()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer = threading.Timer(_IDLE_S, self._idle)
-        self._timer.daemon = True
-        self._timer.start()
-        self._lock.release()
-
-    def _idle(self) -> None:
-        with self._lock:
-            self.drop()
-
-    def drop(self) -> None:
-        """End the session: it does when nothing refers to it any more."""
-        self._bench = self._key = None
+    try:
+        fleet.check()
+    except TuningError:
+        return [], None
+    results: list[Any] = []
+    try:
+        bench = open_target(text).bench(KernelSpec.from_text(spec), rows, fleet.connect())
+    except Exception as error:
+        return [], cause(error)
+    try:
+        for function, *arguments in jobs:
+            try:
+                results.append(function(bench, *arguments))
+            except Exception as error:
+                # The candidate's fault, or the server's? One that is alive still answers.
+                reason = cause(error)
+                try:
+                    bench.session.get_function("runtime.GetDeviceAttr")
+                except Exception:
+                    return results, "the server was lost while it ran"
+                results.append(reason)
+        return results, None
+    finally:
+        # A session ends when nothing refers to it any more.
+        del bench
         gc.collect()
-
-    def bench(self, fleet: Fleet, text: str, spec: str, rows: int) -> Any:
-        """Return what measures, with a session on a server."""
-        from .target import open_target
-
-        if self._key != (spec, rows) or time.monotonic() - self._since > _SESSION_S:
-            self.drop()
-        if self._bench is None:
-            fleet.check()
-            session = fleet.connect()
-            self._bench = open_target(text).bench(KernelSpec.from_text(spec), rows, session)
-            self._key, self._since = (spec, rows), time.monotonic()
-        return self._bench
-
-
-_held = _Held()
-
-
-def _remote_task(
-    function: Callable[..., Any], fleet: Fleet, text: str, spec: str, rows: int, *rest: Any
-) -> tuple[str, Any]:
-    """Run `function` with a session; says whether it was done, failed, or its server is lost."""
-    with _held:
-        try:
-            bench = _held.bench(fleet, text, spec, rows)
-        except TuningError as error:
-            return "no server", str(error)
-        except Exception as error:
-            _held.drop()
-            return "lost", cause(error)
-        try:
-            return "done", function(bench, *rest)
-        except Exception as error:
-            # The candidate's fault, or the server's? One that is alive still answers.
-            reason = cause(error)
-        try:
-            bench.session.get_function("runtime.GetDeviceAttr")
-        except Exception:
-            del bench
-            _held.drop()
-            return "lost", "the server was lost while it ran"
-        return "failed", reason
-
-
-def _measure_remote(bench: Any, built: Built, plan: Plan) -> list[float]:
-    module = bench.load(built.path)
-    for check_rows in built.check_rows:
-        bench.check(module, check_rows)
-    return bench.seconds(module, plan)
-
-
-def _compare_remote(bench: Any, paths: Sequence[str], plan: Plan, rounds: int) -> list[list[float]]:
-    return bench.compare([bench.load(path) for path in paths], plan, rounds)
 
 
 def remote_cpu(fleet: Fleet) -> str:
@@ -338,9 +258,9 @@ def remote_cpu(fleet: Fleet) -> str:
     TuningError
         The server cannot tell.
     """
-    workers = Workers(1, 30)
+    pool = Pool(1, 30)
     try:
-        return str(workers.submit(_remote_cpu, fleet).result())
+        return str(pool.submit(_remote_cpu, fleet).result())
     except TuningError:
         raise
     except Exception as error:
@@ -349,7 +269,7 @@ def remote_cpu(fleet: Fleet) -> str:
             "--device, such as x86_64-znver4"
         ) from None
     finally:
-        workers.close()
+        pool.close()
 
 
 def _remote_cpu(fleet: Fleet) -> str:

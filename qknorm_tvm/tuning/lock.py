@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import TuningError
 
@@ -49,12 +48,7 @@ class FolderLock:
         self._holder.write_text(json.dumps(about))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._holder.unlink(missing_ok=True)
         self._lock.release()
 

@@ -9,10 +9,15 @@ from typing import Any
 
 from ..build import tuned as selection
 from ..errors import TuningError
+from ..schedules import cpu_config, cuda_sampling
+from ..schedules.cuda_config import CudaConfig
 from ..spec import KernelSpec
 from . import records
 from .lock import FolderLock
 from .provenance import Provenance
+
+#: Fastest records that stay of a workload whose default was kept: the default may be one of them.
+_EVIDENCE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +47,18 @@ def device_folders(logs: Path) -> list[Path]:
     """
     names = (records.WORKLOADS, records.RECORDS, selection.FILE_NAME)
 
-    def is_one(folder: Path) -> bool:
+    def of_device(folder: Path) -> bool:
         return any((folder / name).exists() for name in names)
 
-    if is_one(logs):
+    if of_device(logs):
         return [logs]
-    found = sorted(one for one in logs.glob("*") if one.is_dir() and is_one(one))
-    if not found:
+    folders = sorted(folder for folder in logs.glob("*") if folder.is_dir() and of_device(folder))
+    if not folders:
         raise TuningError(
             f"{logs} holds no tuning logs; make some with `qknorm-tvm tune`, or name their folder "
             "with --logs"
         )
-    return found
+    return folders
 
 
 def overview(folder: Path) -> Overview:
@@ -71,7 +76,7 @@ def overview(folder: Path) -> Overview:
         provenance["versions"],
         len(logs.workloads),
         len(logs.records),
-        sum(one.source == "record" for one in outcomes),
+        sum(outcome.source == "record" for outcome in outcomes),
         len(outcomes),
         len(sessions),
         str(sessions[-1]["date"]) if sessions else "",
@@ -96,46 +101,40 @@ def validate(folder: Path, *, deep: bool = True) -> list[str]:
         Empty when all is well.
     """
     logs = records.read_logs(folder)
-    found = [str(problem) for problem in logs.problems]
+    problems = [str(problem) for problem in logs.problems]
     provenance = Provenance(folder)
     if provenance.damage:
-        found.append(provenance.damage)
+        problems.append(provenance.damage)
     try:
         outcomes = selection.read_outcomes(folder)
     except ValueError as error:
-        return [*found, str(error)]
+        return [*problems, str(error)]
     known = {record.key for record in logs.records}
     path = folder / selection.FILE_NAME
-    for one in outcomes:
-        what = f"{path}: {one.spec} at {one.rows} rows"
+    for outcome in outcomes:
+        what = f"{path}: {outcome.spec} at {outcome.rows} rows"
         try:
-            spec = KernelSpec.from_text(one.spec)
+            spec = KernelSpec.from_text(outcome.spec)
         except ValueError as error:
-            found.append(f"{what}: {error}")
+            problems.append(f"{what}: {error}")
             continue
-        if one.source == "record":
-            fields = _encoded(spec, one.config)
+        if outcome.source == "record":
+            fields = _encoded(spec, outcome.config)
             if fields is None:
-                found.append(f"{what}: its config is none of this version's")
-            elif (one.workload, tuple(sorted(fields.items()))) not in known:
-                found.append(f"{what}: its config has no record in the database")
-    if deep and not found:
-        found += _validate_deep(folder, logs, provenance, outcomes)
-    return found
-
-
-def _config_class(spec: KernelSpec) -> tuple[Any, Mapping[str, Any]]:
-    if spec.parsed_target.kind == "cuda":
-        from .cuda_space import WORDS, CudaConfig
-
-        return CudaConfig, WORDS
-    from ..schedules.cpu_config import ROUNDINGS, CpuConfig
-
-    return CpuConfig, {"rounding": ROUNDINGS}
+                problems.append(f"{what}: its config is none of this version's")
+            elif (outcome.workload, tuple(sorted(fields.items()))) not in known:
+                problems.append(f"{what}: its config has no record in the database")
+    if deep and not problems:
+        problems += _validate_deep(folder, logs, provenance, outcomes)
+    return problems
 
 
 def _encoded(spec: KernelSpec, config: Mapping[str, Any]) -> dict[str, int] | None:
-    kind, words = _config_class(spec)
+    """Return a config's fields as records have them, or None where it is none of this version's."""
+    kind: Any = cpu_config.CpuConfig
+    words: Mapping[str, Any] = {"rounding": cpu_config.ROUNDINGS}
+    if spec.parsed_target.kind == "cuda":
+        kind, words = CudaConfig, cuda_sampling.WORDS
     try:
         fields = kind.from_dict(dict(config)).to_dict()
     except (TypeError, ValueError):
@@ -151,30 +150,97 @@ def _validate_deep(
 ) -> list[str]:
     from tvm.s_tir import meta_schedule as ms
 
-    from .space import workload_hash
-    from .target import open_target
+    from ..declare.workload import workload_hash
+    from .targets import open_target
     from .workers import cause
 
-    found = []
+    problems = []
     for name, about in provenance.content["workloads"].items():
         if name not in logs.workloads:
             continue
         spec = KernelSpec.from_text(about["spec"])
         mod = open_target(spec.target).workload(spec, about["rows"])
         if workload_hash(mod) != name:
-            found.append(
+            problems.append(
                 f"{folder / records.WORKLOADS}: {about['spec']} at {about['rows']} rows is of "
                 "another version of the declaration; its records are not used"
             )
     if not logs.workloads:
-        return found
+        return problems
     try:
         size = len(ms.database.JSONDatabase(work_dir=str(folder), allow_missing=False))
     except Exception as error:
-        return [*found, f"{folder}: TVM cannot load the database: {cause(error)}"]
+        return [*problems, f"{folder}: TVM cannot load the database: {cause(error)}"]
     if size != len(logs.records):
-        found.append(f"{folder}: TVM loads {size} records, the file holds {len(logs.records)}")
-    return found
+        problems.append(f"{folder}: TVM loads {size} records, the file holds {len(logs.records)}")
+    return problems
+
+
+def remeasure(folder: Path, *, fix: bool = False) -> list[str]:
+    """Time kept records against the default again, on the device that they are of.
+
+    Parameters
+    ----------
+    folder : Path
+    fix : bool
+        Keep the default where a record does not hold.
+
+    Returns
+    -------
+    list of str
+        Records that do not hold, each with the times. Those that builds do not use, because they
+        are of another version, are not measured.
+
+    Raises
+    ------
+    TuningError
+        This machine is not the device.
+    """
+    from ..declare.workload import workload_hash
+    from ..machine import usable_processors
+    from .devices import resolve
+    from .measurer import Measurer
+    from .provenance import versions
+    from .targets import open_target
+    from .workers import ComparisonError, LocalRunner
+
+    problems = []
+    with FolderLock(folder):
+        outcomes = selection.read_outcomes(folder)
+        for index, outcome in enumerate(outcomes):
+            if outcome.source != "record":
+                continue
+            spec = KernelSpec.from_text(outcome.spec)
+            text, device = resolve(spec.target, None, None)
+            if device.folder != folder.name:
+                raise TuningError(f"its records are of another device; this is {device.folder}")
+            target = open_target(text, threads=device.threads)
+            if (
+                dict(outcome.versions) != versions(target)
+                or dict(outcome.default) != target.default(spec, outcome.rows).to_dict()
+                or outcome.workload != workload_hash(target.workload(spec, outcome.rows))
+            ):
+                continue
+            config = target.served(target.config(outcome.config))
+            measured = [other.rows for other in outcomes if other.spec == outcome.spec]
+            runner = LocalRunner(text)
+            with Measurer(target, device.threads, runner, builders=usable_processors()) as measurer:
+                try:
+                    _, reason = measurer.confirm(spec, outcome.rows, config, measured)
+                except ComparisonError as error:
+                    reason = str(error)
+            if reason:
+                problems.append(
+                    f"{folder / selection.FILE_NAME}: {outcome.spec} at {outcome.rows} rows: "
+                    f"{reason}"
+                )
+                outcomes[index] = dataclasses.replace(
+                    outcome, source="heuristic", config=outcome.default, best=outcome.config,
+                    reason=reason,
+                )  # fmt: skip
+        if problems and fix:
+            selection.write_outcomes(folder, outcomes)
+    return problems
 
 
 def mend(folder: Path) -> list[records.Problem]:
@@ -203,7 +269,8 @@ def prune(folder: Path, keep: int, *, in_use: bool = False) -> int:
     keep : int
         Records of a workload.
     in_use : bool
-        Drop workloads whose outcome is the default, with all their records; the outcome stays.
+        Of workloads whose outcome is the default keep only what shows why: the records of the
+        default, of the config that was timed against it, and the two fastest.
 
     Returns
     -------
@@ -213,18 +280,16 @@ def prune(folder: Path, keep: int, *, in_use: bool = False) -> int:
     with FolderLock(folder):
         records.repair(folder)
         logs = records.read_logs(folder)
-        always = []
-        outcomes = selection.read_outcomes(folder)
         before = len(logs.records)
-        if in_use:
-            used = {one.workload for one in outcomes if one.source == "record"}
-            logs.records[:] = [one for one in logs.records if one.workload in used]
-        for one in outcomes:
-            for config in (one.config, one.default):
-                fields = _encoded(KernelSpec.from_text(one.spec), config)
+        always, counts = [], {}
+        for outcome in selection.read_outcomes(folder):
+            if in_use and outcome.source != "record":
+                counts[outcome.workload] = _EVIDENCE
+            for config in (outcome.config, outcome.default, outcome.best):
+                fields = _encoded(KernelSpec.from_text(outcome.spec), config) if config else None
                 if fields is not None:
-                    always.append((one.workload, fields))
-        records.prune(logs, keep, always)
+                    always.append((outcome.workload, fields))
+        records.prune(logs, keep, always, counts)
         gone = before - len(logs.records)
         records.write_logs(logs)
         provenance = Provenance(folder)

@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,16 @@ def reject(problems: Sequence[Problem]) -> None:
             file.write(json.dumps(entry) + "\n")
 
 
+def reject_all(folder: Path, reason: str) -> list[Problem]:
+    """Put all records of a folder aside, for one reason; returns them."""
+    _finish_replacement(folder)
+    path = folder / RECORDS
+    problems = [Problem(path, number, reason, text) for number, text in _lines(path)]
+    reject(problems)
+    write_logs(Logs(folder, {}, [], []))
+    return problems
+
+
 def write_logs(logs: Logs) -> None:
     """Replace a folder's database files by what `logs` holds.
 
@@ -263,7 +273,12 @@ def deduplicate(logs: Logs) -> int:
     return gone
 
 
-def prune(logs: Logs, keep: int, always: Sequence[tuple[str, dict[str, int]]] = ()) -> int:
+def prune(
+    logs: Logs,
+    keep: int,
+    always: Sequence[tuple[str, dict[str, int]]] = (),
+    counts: Mapping[str, int] | None = None,
+) -> int:
     """Keep the fastest records of each workload; returns how many went.
 
     Parameters
@@ -274,15 +289,18 @@ def prune(logs: Logs, keep: int, always: Sequence[tuple[str, dict[str, int]]] = 
         Records of a workload.
     always : sequence
         Workloads and fields that stay whatever their times.
+    counts : mapping, optional
+        Records of workloads of which another number is kept.
     """
     held = {(name, tuple(sorted(fields.items()))) for name, fields in always}
     by_workload: dict[str, list[Record]] = {}
     for record in logs.records:
         by_workload.setdefault(record.workload, []).append(record)
     kept = []
-    for records in by_workload.values():
-        best = sorted(records, key=lambda one: one.median)[:keep]
-        kept += [one for one in records if one in best or one.key in held]
+    for name, group in by_workload.items():
+        fastest = sorted(group, key=lambda record: record.median)
+        best = fastest[: (counts or {}).get(name, keep)]
+        kept += [record for record in group if record in best or record.key in held]
     gone = len(logs.records) - len(kept)
     logs.records = kept
     used = {record.workload for record in kept}

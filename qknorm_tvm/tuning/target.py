@@ -91,24 +91,14 @@ class TunableTarget(Protocol):
     def config(self, fields: Mapping[str, Any]) -> Any:
         """Build a config from its fields; wrong ones are a TypeError or ValueError."""
 
+    def served(self, config: Any) -> Any:
+        """Return the config that a build makes of a record's."""
+
     def build(self, spec: KernelSpec, rows: int, config: Any, directory: Path) -> Built:
         """Build a candidate; runs in a worker process."""
 
     def bench(self, spec: KernelSpec, rows: int, session: Any = None) -> Bench:
         """Return what measures candidates, here or in a session of TVM's RPC."""
-
-
-def open_target(text: str, *, threads: int | None = None) -> TunableTarget:
-    """Return the implementation for a target's canonical text."""
-    from ..targets import parse_target
-
-    if parse_target(text).kind == "cuda":
-        from .cuda_target import CudaTarget
-
-        return CudaTarget(text)
-    from .cpu_target import CpuTarget
-
-    return CpuTarget(text, threads)
 
 
 def encode(target: TunableTarget, config: Any) -> dict[str, int]:

@@ -1,23 +1,36 @@
-"""Processes that build and measure candidates: one that crashes or hangs takes no other along."""
+"""Processes that build and measure candidates: one that crashes or hangs takes no other along.
+
+TVM's own pool of processes serves; MetaSchedule's runners do not, because they time candidates one
+by one, and a decision needs several timed in turns by one process.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..spec import KernelSpec
 from . import interrupts
-from .measure import Plan
+from .measure import Bench, Plan
 from .target import Built
 
+#: Seconds that building or measuring a candidate may take.
+_TIMEOUT_S = 120
 
-class Workers:
-    """Worker processes, each fed by a thread of ours, restarted when one dies.
+
+class ComparisonError(Exception):
+    """Candidates could not be timed in turns; the message says why."""
+
+
+class Pool:
+    """Processes for tasks, restarted when one dies or hangs.
+
+    A future of `submit` raises ``TimeoutError`` when its task took too long, ``ChildProcessError``
+    when the process died, or what the function raised.
 
     Parameters
     ----------
@@ -25,59 +38,49 @@ class Workers:
         Processes.
     timeout_s : float
         Seconds after which a task's process is killed.
+    fresh : bool
+        Start a process for every task.
     """
 
-    def __init__(self, count: int, timeout_s: float):
+    def __init__(self, count: int, timeout_s: float = _TIMEOUT_S, *, fresh: bool = False):
+        from tvm.support.popen_pool import PopenPoolExecutor
+
         self._count = count
-        self._threads = concurrent.futures.ThreadPoolExecutor(count)
-        self._timeout_s = timeout_s
-        self._local = threading.local()
-        self._lock = threading.Lock()
-        self._workers: list[Any] = []
-        self._closed = False
-
-    def _worker(self) -> Any:
-        from tvm.support.popen_pool import PopenWorker
-
-        worker = getattr(self._local, "worker", None)
-        if worker is None:
-            with self._lock:
-                if self._closed:
-                    raise RuntimeError("the workers are closed")
-                # What a dying process prints would garble the progress; errors come back pickled.
-                worker = PopenWorker(
-                    maximum_uses=500, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
-                self._workers.append(worker)
-            self._local.worker = worker
-        return worker
-
-    def _run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        worker = self._worker()
-        worker.send(function, arguments, timeout=self._timeout_s)
-        return worker.recv()
+        # What a dying process prints would garble the progress; errors come back pickled.
+        self._pool = PopenPoolExecutor(
+            max_workers=count,
+            timeout=timeout_s,
+            maximum_process_uses=1 if fresh else 500,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._waiting: set[concurrent.futures.Future] = set()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
-        """Run a module-level function in a worker process.
-
-        The future raises ``TimeoutError`` when it took too long, ``ChildProcessError`` when its
-        process died, or what the function raised.
-        """
-        return self._threads.submit(self._run, function, arguments)
+        """Run a module-level function in one of the processes."""
+        future: concurrent.futures.Future = self._pool.submit(function, *arguments)
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
 
     def warm(self) -> None:
         """Start the processes, so that they import TVM while something else is done."""
         for _ in range(self._count):
-            self.submit(_warm_task)
+            self.submit(_import_all)
 
     def close(self) -> None:
         """Kill the processes; tasks that wait are dropped."""
-        with self._lock:
-            self._closed = True
-            workers = list(self._workers)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.kill()
+        for future in list(self._waiting):
+            future.cancel()
+        self._pool.shutdown(wait=False)
+
+
+def outcome(future: concurrent.futures.Future) -> Any:
+    """Return a task's result, or as a string why it failed."""
+    try:
+        return interrupts.wait(future)
+    except Exception as error:
+        return cause(error)
 
 
 def cause(error: BaseException) -> str:
@@ -98,104 +101,131 @@ def cause(error: BaseException) -> str:
 # ---- what runs in the processes ------------------------------------------------------------
 
 
-def _warm_task() -> None:
-    from . import (
-        cpu_target,  # noqa: F401
-        measure,  # noqa: F401
-        space,  # noqa: F401
-        trace,  # noqa: F401
-    )
+def _import_all() -> None:
+    from . import cpu_target, space  # noqa: F401
 
 
 def build_task(text: str, threads: int | None, spec: str, rows: int, config: Any, folder: str) -> (
     Built
 ):  # fmt: skip
     """Build a candidate."""
-    from .target import open_target
+    from .targets import open_target
 
     target = open_target(text, threads=threads)
     directory = Path(tempfile.mkdtemp(dir=folder))
     return target.build(KernelSpec.from_text(spec), rows, target.config(config), directory)
 
 
-_bench: dict[tuple[str, str, int], Any] = {}
+def checked(bench: Bench, built: Built) -> Any:
+    """Load a candidate and prove it exact."""
+    module = bench.load(built.path)
+    for rows in built.check_rows:
+        bench.check(module, rows)
+    return module
 
 
-def _bench_of(text: str, spec: str, rows: int) -> Any:
+def measure(bench: Bench, built: Built, plan: Plan) -> list[float]:
+    """Prove a candidate exact and time it."""
+    return bench.seconds(checked(bench, built), plan)
+
+
+def compare(bench: Bench, candidates: Sequence[Built], plan: Plan) -> list[list[float]]:
+    """Prove candidates exact and time them in turns."""
+    return bench.compare([checked(bench, built) for built in candidates], plan)
+
+
+_bench: dict[tuple[str, str, int], Bench] = {}
+
+
+def run_here(text: str, spec: str, rows: int, function: Callable[..., Any], *rest: Any) -> Any:
+    """Call `measure` or `compare` with this process's buffers."""
     key = (text, spec, rows)
     if key not in _bench:
-        from .target import open_target
+        from .targets import open_target
 
-        # One at a time: the arrays of a large call take hundreds of megabytes.
+        # Only the latest: the arrays of a large call take hundreds of megabytes.
         _bench.clear()
         _bench[key] = open_target(text).bench(KernelSpec.from_text(spec), rows)
-    return _bench[key]
+    return function(_bench[key], *rest)
 
 
-def measure_task(text: str, spec: str, rows: int, built: Built, plan: Plan) -> list[float]:
-    """Check a candidate and time it, in this process."""
-    bench = _bench_of(text, spec, rows)
-    module = bench.load(built.path)
-    for check_rows in built.check_rows:
-        bench.check(module, check_rows)
-    return bench.seconds(module, plan)
+# ---- who runs them --------------------------------------------------------------------------
 
 
-def compare_task(
-    text: str, spec: str, rows: int, paths: Sequence[str], plan: Plan, rounds: int
-) -> list[list[float]]:
-    """Time candidates in turns, in this process."""
-    bench = _bench_of(text, spec, rows)
-    return bench.compare([bench.load(path) for path in paths], plan, rounds)
+class Runner:
+    """Times candidates; `LocalRunner` here, `fleet.FleetRunner` elsewhere."""
+
+    def measure(
+        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
+    ) -> list[list[float] | str]:
+        """Return each candidate's samples, or why it failed.
+
+        Raises
+        ------
+        TuningError
+            No server is left.
+        """
+        return self._run(spec, rows, [(measure, built, plan) for built in candidates])
+
+    def compare(
+        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
+    ) -> list[list[float]]:
+        """Return samples of candidates taken in turns, in a fresh process.
+
+        Raises
+        ------
+        ComparisonError
+            A candidate fails.
+        TuningError
+            No server is left.
+        """
+        job = (compare, list(candidates), plan)
+        (samples,) = self._run(spec, rows, [job], fresh=True)
+        if isinstance(samples, str):
+            raise ComparisonError(samples)
+        result: list[list[float]] = samples
+        return result
+
+    def _run(
+        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    ) -> list[Any]:
+        """Return the result of each job, a function and what follows its `Bench`, or why not."""
+        raise NotImplementedError
+
+    def warm(self) -> None:
+        """Start the processes."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the processes."""
+        raise NotImplementedError
 
 
-class LocalRunner:
-    """Measures candidates on this machine, one after the other, in a process of their own.
+class LocalRunner(Runner):
+    """Times candidates on this machine, one after the other, in processes of their own.
 
     Parameters
     ----------
     target : str
         Text of the target.
-    timeout_s : float
-        Seconds that a candidate may take.
     """
 
-    def __init__(self, target: str, timeout_s: float):
+    def __init__(self, target: str):
         self._target = target
-        self._workers = Workers(1, timeout_s)
+        self._pool, self._fresh = Pool(1), Pool(1, fresh=True)
 
-    def measure(
-        self, spec: KernelSpec, rows: int, built: Sequence[Built], plan: Plan
-    ) -> list[list[float] | str]:
-        """Return each candidate's samples, or why it failed."""
-        futures = [
-            self._workers.submit(measure_task, self._target, spec.text, rows, one, plan)
-            for one in built
-        ]
+    def _run(
+        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    ) -> list[Any]:
+        pool = self._fresh if fresh else self._pool
+        futures = [pool.submit(run_here, self._target, spec.text, rows, *job) for job in jobs]
         return [outcome(future) for future in futures]
 
-    def compare(
-        self, spec: KernelSpec, rows: int, paths: Sequence[str], plan: Plan, rounds: int
-    ) -> list[list[float]]:
-        """Return samples of candidates taken in turns."""
-        task = self._workers.submit(
-            compare_task, self._target, spec.text, rows, list(paths), plan, rounds
-        )
-        found: list[list[float]] = interrupts.wait(task)
-        return found
-
     def warm(self) -> None:
-        """Start the process."""
-        self._workers.warm()
+        """Start the process that measures; fresh ones start when they are needed."""
+        self._pool.warm()
 
     def close(self) -> None:
-        """End the process."""
-        self._workers.close()
-
-
-def outcome(future: concurrent.futures.Future) -> Any:
-    """Return a task's result, or as a string why it failed."""
-    try:
-        return interrupts.wait(future)
-    except Exception as error:
-        return cause(error)
+        """End the processes."""
+        self._pool.close()
+        self._fresh.close()

@@ -1,0 +1,164 @@
+"""Which CPU or GPU is tuned on, here or behind a tracker, and which code it gets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BuildError, TuningError
+from ..machine import usable_processors
+from ..targets import (
+    AARCH64,
+    X86_LEVELS,
+    host_cpu_target,
+    host_features,
+    host_machine,
+    parse_target,
+)
+from .target import Device
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
+
+
+def resolve(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
+    """Return the target's text, and the device that is tuned on.
+
+    Raises
+    ------
+    TypeError, ValueError, TuningError
+        The target is none, is not one that can be tuned here, or the device cannot be found out.
+    """
+    if parse_target(target).kind == "cuda":
+        return resolve_cuda(target, fleet, device)
+    return resolve_cpu(target, fleet, device)
+
+
+def resolve_cpu(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
+    """Return the level or CPU to generate code for, and the device.
+
+    Raises
+    ------
+    TuningError
+        The target is AArch64, this machine cannot run the target's code, or the remote CPU cannot
+        be found out.
+    BuildError
+        LLVM does not know the target's CPU.
+    """
+    if target == AARCH64 or (target == "cpu" and fleet is None and host_machine() == AARCH64):
+        raise TuningError(
+            "aarch64 cannot be tuned: its modules use the heuristic's configs; give a config of "
+            "your own to qknorm_tvm.compile"
+        )
+    if fleet is not None:
+        return _remote(target, fleet, device)
+    from ..build.cpu import cpu_features
+    from ..build.tuned import host_device
+    from ..machine import cpu_name
+
+    try:
+        text = host_cpu_target() if target == "cpu" else target
+    except RuntimeError as error:
+        raise TuningError(str(error)) from None
+    lacking = sorted(set(cpu_features(text)) - host_features())
+    if lacking:
+        raise TuningError(
+            f"this CPU cannot run code for {text}: it lacks {', '.join(lacking)}; tune where it "
+            "runs, or through a tracker with --tracker HOST:PORT --key KEY"
+        )
+    threads = call_threads()
+    details = {
+        "cpu": cpu_name(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    return text, Device(device or host_device(), details, threads)
+
+
+def call_threads() -> int:
+    """Return how many threads measured calls will use: what the module's own pool defaults to."""
+    given = os.environ.get("TVM_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else usable_processors()
+
+
+def _remote(target: str, fleet: Fleet, device: str | None) -> tuple[str, Device]:
+    from ..build.cpu import cpu_features
+    from .fleet import remote_cpu
+
+    name = device.partition("-")[2] if device else remote_cpu(fleet)
+    folder = device or f"x86_64-{name}"
+    text = target
+    if target == "cpu":
+        try:
+            features = set(cpu_features(name))
+        except BuildError:
+            features = set()
+        fitting = [level for level, needed in X86_LEVELS.items() if features.issuperset(needed)]
+        if not fitting:
+            raise TuningError(
+                f"no x86-64 level is known for the server's CPU {name!r}; give one with --target, "
+                "such as x86-64-v3"
+            )
+        text = fitting[0]
+    details = {"cpu": name, "tracker": f"{fleet.host}:{fleet.port}", "key": fleet.key}
+    return text, Device(folder, details)
+
+
+def resolve_cuda(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
+    """Return the architecture to generate code for, and this machine's GPU.
+
+    Raises
+    ------
+    TuningError
+        There is no GPU or no torch with CUDA, or the GPU is of another architecture.
+    ValueError
+        The target names several architectures.
+    """
+    if fleet is not None:
+        raise TuningError(
+            "a CUDA device is tuned on its own machine, without --tracker: launches are timed in "
+            "CUDA graphs, which TVM's RPC does not offer"
+        )
+    from ..check.reference_torch import torch_or_none
+
+    torch = torch_or_none()
+    if torch is None or not torch.cuda.is_available():
+        raise TuningError(
+            "tuning for CUDA needs an NVIDIA GPU and torch with CUDA, to time launches in CUDA "
+            "graphs; run it on the GPU's machine, with torch installed as "
+            "https://pytorch.org/get-started says"
+        )
+    major, minor = torch.cuda.get_device_capability(0)
+    own = f"cuda:sm_{major}{minor}"
+    if target != "cuda" and parse_target(target).text != own:
+        raise TuningError(f"this machine's GPU is {own}, got target {target!r}; give {own}")
+    about = torch.cuda.get_device_properties(0)
+    details = {
+        "gpu": about.name,
+        "memory_gb": round(about.total_memory / 1e9, 1),
+        "multiprocessors": about.multi_processor_count,
+        "l2_bytes": getattr(about, "L2_cache_size", None),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    return own, Device(device or folder_name(about.name), details)
+
+
+def folder_name(gpu: str) -> str:
+    """Return the folder of records for a GPU's name: without memory size, type and socket."""
+    words = re.split(r"[ -]+", gpu.lower())
+    noise = re.compile(r"\d+gb|hbm\d\w?|sxm\d?|pcie|nvl")
+    return "-".join(word for word in words if word and not noise.fullmatch(word))
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else "unknown"
