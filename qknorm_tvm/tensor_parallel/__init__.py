@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 from .layout import HeadLayout
 
 if TYPE_CHECKING:
-    from .functional import qk_rms_norm
+    from .functional import qk_rms_norm, reduce_row_mean_of_squares
     from .module import TensorParallelQKNorm
-    from .reduction import reduce_row_mean_of_squares
 
 __all__ = [
     "HeadLayout",
@@ -30,26 +29,22 @@ __all__ = [
     "reduce_row_mean_of_squares",
 ]
 
-_NEED_TORCH = {
-    "TensorParallelQKNorm": "module",
-    "qk_rms_norm": "functional",
-    "reduce_row_mean_of_squares": "reduction",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f".{_NEED_TORCH[name]}", __name__)
+        module = importlib.import_module(
+            ".module" if name == "TensorParallelQKNorm" else ".functional", __name__
+        )
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "torch":
             raise
         raise ImportError(
             f"{__name__}.{name} needs torch 2.4 or newer: pip install 'qknorm-tvm[torch]'"
         ) from error
-    found = globals()[name] = getattr(module, name)
-    return found
+    value = globals()[name] = getattr(module, name)
+    return value
 
 
 def __dir__() -> list[str]:

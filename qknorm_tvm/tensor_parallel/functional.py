@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 import qknorm_tvm
 
-from .agreement import Facts, disagreement, error_facts, exchange
-from .arguments import Call, check_call
+from ..call.arrays import canonical_dtype
+from .arguments import Call, check_no_derivative
+from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
-from .process_group import Members, members_of
-from .reduction import reduce_checked
 
 
 def qk_rms_norm(
@@ -62,7 +64,8 @@ def qk_rms_norm(
     epsilon : float
         Added to the mean squares, as float32.
     group : ProcessGroup, optional
-        The ranks that share the rows; by default the default group.
+        The ranks that share the rows; by default the default group. Where `layout` is of one rank
+        none need exist.
     q_cols_total, k_cols_total : int, optional
         Columns of the whole Q, and of the whole K without copies. By default those of this rank
         times the number of ranks (for K: by the copies).
@@ -82,10 +85,11 @@ def qk_rms_norm(
     out_dtype : torch.dtype or str, optional
         Element type of outputs allocated here; by default q's.
     validate : bool
-        Ask the other ranks first, in one small all-gather, whether all are called alike: rows,
-        dtypes, epsilon and options are the same and columns add up. If not, or if one rank's
-        arguments are wrong, *every* rank raises the same ``ValueError``. Costs a round trip and,
-        on GPUs, a synchronisation: for the first call and for tests. The same on every rank.
+        Ask the other ranks first, in small all-gathers, whether all are called alike: rows, dtypes,
+        epsilon and options are the same and columns add up. Each also tries the last step, and
+        gives the outputs their values back. If a rank differs, or cannot go on, *every* rank raises
+        the same ``ValueError``. Costs round trips, a second launch and, on GPUs, a
+        synchronisation: for the first call and for tests. The same on every rank.
 
     Returns
     -------
@@ -97,85 +101,259 @@ def qk_rms_norm(
     RuntimeError
         The process group is not initialised.
     TypeError, ValueError
-        An argument is wrong: the message says which, what was expected and what came. Nothing has
-        been written. Without `validate` a rank that raises leaves the others waiting in the
-        all-reduce until the group's timeout, and ranks that disagree may wait or compute nonsense.
+        An argument is wrong, or requires a derivative: the message says which, what was expected
+        and what came. Nothing has been written. Without `validate` a rank that raises leaves the
+        others waiting in the all-reduce until the group's timeout. Ranks that disagree may wait,
+        compute nonsense or, with unequal rows over gloo, be aborted.
     BuildError
         The code had to be compiled and could not be.
     """
-    members = members_of(group)
-    shared = validate and members.world_size > 1
-    call = local = None
-    facts = Facts()
-    failure: Exception | None = None
-    try:
-        call = check_call(
-            members,
-            q,
-            k,
-            gamma_q,
-            gamma_k,
-            epsilon,
-            q_out=q_out,
-            k_out=k_out,
-            out_dtype=out_dtype,
-            layout=layout,
-            q_cols_total=q_cols_total,
-            k_cols_total=k_cols_total,
-            k_replicas=k_replicas,
-            statistics=statistics,
-            cast_before_gamma=cast_before_gamma,
-        )
-        facts = call.facts
-        # Before the ranks are asked: code that one of them cannot compile is found here.
-        if not _is_one_launch(call, members):
-            local = _local_statistics(call)
-    except Exception as error:
-        if not shared:
-            raise
-        facts, failure = error_facts(error), error
-    if shared:
-        wrong = disagreement(exchange(facts, members))
-        if wrong is not None:
-            raise ValueError(wrong) from failure
-    assert call is not None, "a failure is raised on every rank"
-    if local is None:
-        found = qknorm_tvm.qk_rms_norm(
-            call.q,
-            call.k,
-            gamma_q,
-            gamma_k,
-            epsilon,
-            q_out=call.q_out,
-            k_out=call.k_out,
-            out_dtype=out_dtype,
-            cast_before_gamma=cast_before_gamma,
-        )
+    call = Call(
+        q, k, gamma_q, gamma_k, epsilon, q_out, k_out, out_dtype, layout,
+        q_cols_total, k_cols_total, k_replicas, statistics, cast_before_gamma,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _trace(call, group, validate)
+    members = _members(group, layout)
+    if validate and members.world_size > 1:
+        qk_var = _check_together(call, members)
     else:
-        found = qknorm_tvm.apply_qk_rms_norm(
-            call.q,
-            call.k,
-            reduce_checked(local, members, call.q_weight, call.k_weight),
-            gamma_q,
-            gamma_k,
-            epsilon,
-            q_out=call.q_out,
-            k_out=call.k_out,
-            out_dtype=out_dtype,
-            cast_before_gamma=cast_before_gamma,
-        )
+        call.check(members)
+        qk_var = _local_statistics(call, members)
+    if qk_var is not None:
+        _reduce(qk_var, members, call.q_weight, call.k_weight)
+    outputs = _normalise(call, qk_var)
     return (
-        found[0].view(q.shape) if q_out is None else q_out,
-        found[1].view(k.shape) if k_out is None else k_out,
+        outputs[0].view(q.shape) if q_out is None else q_out,
+        outputs[1].view(k.shape) if k_out is None else k_out,
     )
 
 
-def _is_one_launch(call: Call, members: Members) -> bool:
-    return members.world_size == 1 and call.facts.statistics == "fused"
+def _members(group: Any, layout: Any) -> Members:
+    # A layout says that one rank holds all columns. Without it, one of several may have forgotten
+    # to initialise the group.
+    alone = isinstance(layout, HeadLayout) and layout.world_size == 1
+    return members_of(group, may_be_alone=alone)
 
 
-def _local_statistics(call: Call) -> torch.Tensor:
-    if call.facts.statistics == "fused":
-        return qknorm_tvm.row_mean_of_squares_qk(call.q, call.k)
-    means = [x.float().pow(2).mean(-1) for x in (call.q, call.k)]
-    return torch.stack(means, dim=1)
+def _check_together(call: Call, members: Members) -> torch.Tensor | None:
+    """Check this rank's call, and that of all others; return the local statistics."""
+    qk_var = failure = None
+    try:
+        call.check(members)
+        qk_var = _local_statistics(call, members)
+        _try_normalise(call, qk_var)
+        report = call.report()
+    except Exception as error:
+        report, failure = Report(error=f"{type(error).__name__}: {error}"), error
+    wrong = disagreement(exchange(report, members))
+    if wrong is not None:
+        raise ValueError(wrong) from failure
+    return qk_var
+
+
+def _local_statistics(call: Call, members: Members) -> torch.Tensor | None:
+    """Return the mean squares of this rank's columns; None where the fused operation serves."""
+    if call.statistics == "torch":
+        return torch.stack([x.float().pow(2).mean(-1) for x in (call.q, call.k)], dim=1)
+    if members.world_size == 1:
+        return None
+    return qknorm_tvm.row_mean_of_squares_qk(call.q, call.k)
+
+
+def _normalise(call: Call, qk_var: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    options = {
+        "q_out": call.q_out,
+        "k_out": call.k_out,
+        "out_dtype": call.out_dtype,
+        "cast_before_gamma": call.cast_before_gamma,
+    }
+    scales = (call.gamma_q, call.gamma_k, call.epsilon)
+    if qk_var is None:
+        outputs = qknorm_tvm.qk_rms_norm(call.q, call.k, *scales, **options)
+    else:
+        outputs = qknorm_tvm.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
+    for out in call.outputs.values():  # so that autograd sees the write where it saved the tensor
+        torch.autograd.graph.increment_version(out)
+    return outputs
+
+
+def _try_normalise(call: Call, qk_var: torch.Tensor | None) -> None:
+    """Raise what the last step would: only it knows its code, and which memory may overlap."""
+    before = {name: out.clone() for name, out in call.outputs.items()}
+    _normalise(call, qk_var)
+    for name, out in call.outputs.items():
+        out.copy_(before[name])
+
+
+# ---- the all-reduce ---------------------------------------------------------------------------
+
+
+def reduce_row_mean_of_squares(
+    qk_var: torch.Tensor,
+    *,
+    group: Any = None,
+    q_weight: float | None = None,
+    k_weight: float | None = None,
+) -> torch.Tensor:
+    """Turn each rank's mean squares into those of the whole rows, in place, in one all-reduce.
+
+    ::
+
+        qk_var[:, 0] = sum over ranks of q_weight * qk_var[:, 0]      column 1 with k_weight
+
+    Statistics are weighted before they are summed. So weights that are powers of two, as those of
+    2, 4, 8 or 16 equal ranks, add no rounding, and a sum does not overflow where the mean would
+    not. On NCCL equal ranks use its own average, which does the same without a launch for it.
+
+    Parameters
+    ----------
+    qk_var : torch.Tensor, ``[M, 2]``, float32, contiguous
+        Mean of squares of this rank's columns of Q and of K, on a device that the group
+        communicates on. M is the same on every rank; with ``M == 0`` nothing is sent.
+    group : ProcessGroup, optional
+        By default the default group.
+    q_weight, k_weight : float, optional
+        What this rank's statistics count, over 0 and up to 1; over the ranks they add up to 1. For
+        columns that are on one rank only it is local columns / total columns; where ``n`` ranks
+        hold copies of the same ones, that / ``n``. By default 1 / number of ranks. Weights are
+        given on every rank or on none.
+
+    Returns
+    -------
+    torch.Tensor
+        `qk_var` itself, the same bits on every rank.
+
+    Raises
+    ------
+    RuntimeError
+        The process group is not initialised.
+    TypeError, ValueError
+        An argument is wrong, or requires a derivative; nothing was sent. The other ranks then wait
+        for this one until the group's timeout.
+    """
+    members = members_of(group)
+    _check_statistics(qk_var, members)
+    _check_weight("q_weight", q_weight)
+    _check_weight("k_weight", k_weight)
+    _reduce(qk_var, members, q_weight, k_weight)
+    return qk_var
+
+
+def _reduce(
+    qk_var: torch.Tensor, members: Members, q_weight: float | None, k_weight: float | None
+) -> None:
+    """Do the work of `reduce_row_mean_of_squares` on arguments known to be right."""
+    if qk_var.shape[0] == 0:
+        return
+    world = members.world_size
+    op = dist.ReduceOp.SUM
+    if q_weight is not None or k_weight is not None:
+        _scale(qk_var, q_weight or 1 / world, k_weight or 1 / world)
+    elif world > 1 and members.backends.get(qk_var.device.type) == "nccl":
+        op = dist.ReduceOp.AVG
+    elif world > 1:
+        # Not times the reciprocal, which is rounded for counts that are no power of two.
+        qk_var.div_(world)
+    if world > 1:
+        dist.all_reduce(qk_var, op=op, group=members.group)
+        torch.autograd.graph.increment_version(qk_var)
+
+
+def _scale(qk_var: torch.Tensor, q_weight: float, k_weight: float) -> None:
+    if q_weight == k_weight:
+        if q_weight != 1:
+            qk_var.mul_(q_weight)
+        return
+    # By column, not by a tensor of both: that would be copied to the device in every call.
+    qk_var[:, 0].mul_(q_weight)
+    qk_var[:, 1].mul_(k_weight)
+
+
+def _check_weight(name: str, weight: Any) -> None:
+    if weight is None:
+        return
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"{name} must be a float or None, got {type(weight).__name__}")
+    if not 0 < weight <= 1:
+        raise ValueError(f"{name} must be over 0 and at most 1, got {weight}")
+
+
+def _check_statistics(qk_var: Any, members: Members) -> None:
+    if not isinstance(qk_var, torch.Tensor):
+        raise TypeError(f"qk_var must be a torch.Tensor, got {type(qk_var).__name__}")
+    if qk_var.dtype != torch.float32:
+        raise TypeError(f"qk_var must be float32, got {str(qk_var.dtype).rpartition('.')[2]}")
+    if qk_var.dim() != 2 or qk_var.shape[1] != 2:
+        raise ValueError(f"qk_var must have shape (M, 2), got {tuple(qk_var.shape)}")
+    if not qk_var.is_contiguous():
+        raise ValueError(f"qk_var must be contiguous, got strides {qk_var.stride()}")
+    members.check_device("qk_var", qk_var)
+    check_no_derivative({"qk_var": qk_var})
+
+
+# ---- in a graph of torch.compile ----------------------------------------------------------------
+
+_OPERATOR = "tensor_parallel_qk_rms_norm"
+_library = torch.library.Library("qknorm_tvm", "FRAGMENT")
+_library.define(
+    f"{_OPERATOR}(Tensor q, Tensor k, Tensor gamma_q, Tensor gamma_k, float epsilon, *, "
+    "Tensor(a!) q_out, Tensor(b!) k_out, ScalarType? out_dtype, str group_name, int[]? layout, "
+    "int? q_cols_total, int? k_cols_total, int k_replicas, str statistics, bool cast_before_gamma, "
+    "bool validate) -> ()",
+    tags=(
+        torch.Tag.pt2_compliant_tag,
+        # Compilers may lay intermediate tensors out anew, column by column too, but not for this.
+        getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+    ),
+)
+
+
+def _trace(call: Call, group: Any, validate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the whole layer into the graph as one operator, which checks its arguments itself."""
+    outputs = []
+    for x, out, other in ((call.q, call.q_out, call.k_out), (call.k, call.k_out, call.q_out)):
+        dtype = call.out_dtype
+        if dtype is None:
+            dtype = x.dtype if other is None else other.dtype
+        elif not isinstance(dtype, torch.dtype):
+            dtype = getattr(torch, canonical_dtype("out_dtype", dtype))
+        # Packed row by row: empty_like would keep a slice's row stride.
+        outputs.append(x.new_empty(x.shape, dtype=dtype) if out is None else out)
+    heads = call.layout
+    if heads is not None:
+        heads = [getattr(heads, name) for name in _LAYOUT_FIELDS]
+    torch.ops.qknorm_tvm.tensor_parallel_qk_rms_norm.default(
+        call.q, call.k, call.gamma_q, call.gamma_k, call.epsilon, q_out=outputs[0],
+        k_out=outputs[1], out_dtype=None if call.out_dtype is None else dtype,
+        group_name="" if group is None else group.group_name, layout=heads,
+        q_cols_total=call.q_cols_total, k_cols_total=call.k_cols_total,
+        k_replicas=call.k_replicas, statistics=call.statistics,
+        cast_before_gamma=call.cast_before_gamma, validate=validate,
+    )  # fmt: skip
+    return outputs[0], outputs[1]
+
+
+_LAYOUT_FIELDS = tuple(field.name for field in dataclasses.fields(HeadLayout))
+
+
+def _group(name: str) -> Any:
+    # As the operators of torch's functional collectives find theirs.
+    return _resolve_process_group(name) if name else None
+
+
+def _operator(*arguments: Any, group_name: str, layout: list[int] | None, **options: Any) -> None:
+    heads = None if layout is None else HeadLayout(*layout)
+    qk_rms_norm(*arguments, group=_group(group_name), layout=heads, **options)
+
+
+def _fake(
+    *arguments: Any, group_name: str, layout: list[int] | None, validate: bool, **options: Any
+) -> None:
+    heads = None if layout is None else HeadLayout(*layout)
+    Call(*arguments, layout=heads, **options).check(_members(_group(group_name), heads))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl(_OPERATOR, _operator, _key)
+torch.library.register_fake(f"qknorm_tvm::{_OPERATOR}", _fake, lib=_library)

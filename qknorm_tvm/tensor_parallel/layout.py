@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 
-def _check_int(name: str, value: Any, low: int, what: str) -> None:
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Refuse what is no int from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be {what}, got {value}")
+    if value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {low if low == high else expected}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,8 @@ class HeadLayout:
 
     def __post_init__(self) -> None:
         for name in ("q_heads", "kv_heads", "head_dim", "world_size"):
-            _check_int(name, getattr(self, name), 1, "at least 1")
-        last = self.world_size - 1
-        _check_int("rank", self.rank, 0, f"from 0 to {last}")
-        if self.rank > last:
-            raise ValueError(f"rank must be from 0 to {last}, got {self.rank}")
+            check_int(name, getattr(self, name), 1)
+        check_int("rank", self.rank, 0, self.world_size - 1)
         if self.q_heads % self.kv_heads:
             raise ValueError(
                 f"q_heads must be a multiple of kv_heads ({self.kv_heads}), got {self.q_heads}"

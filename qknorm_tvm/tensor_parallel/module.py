@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .functional import qk_rms_norm
+from .group import members_of
 from .layout import HeadLayout
-from .process_group import members_of
 
 
 class TensorParallelQKNorm(torch.nn.Module):
@@ -28,8 +28,8 @@ class TensorParallelQKNorm(torch.nn.Module):
     epsilon : float
         Added to the mean squares, as float32.
     group : ProcessGroup, optional
-        The ranks that share the layer; by default the default group. It must exist when the module
-        is made.
+        The ranks that share the layer; by default the default group, which must exist when the
+        module is made, or this process alone where torch.distributed is not initialised.
     statistics, cast_before_gamma, validate
         See `qknorm_tvm.tensor_parallel.qk_rms_norm`.
     device : torch.device, optional
@@ -44,8 +44,6 @@ class TensorParallelQKNorm(torch.nn.Module):
 
     Raises
     ------
-    RuntimeError
-        The process group is not initialised.
     TypeError, ValueError
         The heads do not divide over the ranks, or an argument is wrong.
     """
@@ -67,7 +65,7 @@ class TensorParallelQKNorm(torch.nn.Module):
         device: Any = None,
     ):
         super().__init__()
-        members = members_of(group)
+        members = members_of(group, may_be_alone=True)
         self.layout = HeadLayout(q_heads, kv_heads, head_dim, members.world_size, members.rank)
         self.epsilon = epsilon
         self.group = group

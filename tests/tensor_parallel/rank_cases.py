@@ -390,6 +390,62 @@ def check_disagreement(device: str = "cpu") -> None:
     call()()
 
 
+def check_what_only_apply_refuses(device: str = "cpu") -> None:
+    """Outputs that overlap on one rank, or code that it cannot get: all raise, nothing is written.
+
+    Found after the all-reduce, the other ranks would have gone on.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    last = rank == world - 1
+    wrong = f"arguments must be right on every rank, got on rank {world - 1}: "
+    buffer = torch.arange(3 * 64, dtype=torch.float32, device=device).view(3, 64)
+    before = buffer.clone()
+    q, k = buffer[:, :32], buffer[:, 32:48]
+    gammas = [torch.ones(cols, device=device) for cols in (32, 16)]
+
+    def call(q_out: Any, k_out: Any) -> Callable[[], object]:
+        return lambda: tp.qk_rms_norm(q, k, *gammas, q_out=q_out, k_out=k_out, validate=True)
+
+    raises(
+        ValueError,
+        f"{wrong}ValueError: k_out must not overlap q_out, got tensors that share memory",
+        call(q, q[:, :16] if last else k),
+    )
+    check_same(buffer, before)
+    apply = qknorm_tvm.apply_qk_rms_norm
+
+    def no_compiler(*_: Any, **__: Any) -> None:
+        raise qknorm_tvm.BuildError("no compiler here")
+
+    try:
+        if last:
+            qknorm_tvm.apply_qk_rms_norm = no_compiler
+        raises(ValueError, f"{wrong}BuildError: no compiler here", call(q, k))
+    finally:
+        qknorm_tvm.apply_qk_rms_norm = apply
+    check_same(buffer, before)
+    wanted = tp.qk_rms_norm(q, k, *gammas)
+    call(q, k)()
+    check_same(q, wanted[0])
+    check_same(k, wanted[1])
+
+
+def check_compiled(backend: str = "aot_eager") -> None:
+    """The module in one graph, over the default group and over one that is given."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    case = Case(q_heads=2 * world, kv_heads=world, head_dim=16, rows=5)
+    q, k, gamma_q, gamma_k = case.whole_layer()
+    for group in (None, pairs[rank // 2]):
+        norm = tp.TensorParallelQKNorm(2 * world, world, 16, EPSILON, group=group)
+        norm.load_full(gamma_q, gamma_k)
+        arguments = q[:, norm.layout.q_slice], k[:, norm.layout.k_slice]
+        wanted = norm(*arguments)
+        found = torch.compile(norm, fullgraph=True, backend=backend)(*arguments)
+        for mine, other in zip(found, wanted, strict=True):
+            check_same(mine, other)
+
+
 def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
     """Return what to run with so many ranks, by name."""
     found: list[tuple[str, Callable[[], object]]] = []
@@ -419,5 +475,8 @@ def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
         ("module", check_module),
         ("subgroups", check_subgroups),
         ("disagreement", check_disagreement),
+        ("what only apply refuses", check_what_only_apply_refuses),
     ]
+    if world == 2:  # once: it takes seconds
+        found.append(("torch.compile", check_compiled))
     return found

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 import qknorm_tvm
 from qknorm_tvm import tensor_parallel as tp
-from qknorm_tvm.tensor_parallel.process_group import Members
-from qknorm_tvm.tensor_parallel.reduction import reduce_checked
+from qknorm_tvm.tensor_parallel.functional import _reduce
+from qknorm_tvm.tensor_parallel.group import Members
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -63,13 +63,26 @@ def check_same(found: Any, wanted: Any) -> None:
     [
         lambda: tp.qk_rms_norm(*inputs()),
         lambda: tp.qk_rms_norm(*inputs(), validate=True),
+        lambda: tp.qk_rms_norm(*inputs(), layout=tp.HeadLayout(4, 1, 16, 2, 0)),
         lambda: tp.reduce_row_mean_of_squares(torch.ones(1, 2)),
-        lambda: tp.TensorParallelQKNorm(4, 1, 16),
     ],
 )
 def test_without_a_process_group(call: Any) -> None:
+    """Nobody has said that this rank holds all columns: its own means may not be the rows'."""
     with pytest.raises(RuntimeError, match=r"got none: call torch.distributed.init_process_group"):
         call()
+
+
+def test_a_layout_of_one_rank_needs_no_process_group() -> None:
+    """A model of one process would have to start torch.distributed for its norms."""
+    q, k, *gammas = inputs()
+    norm = tp.TensorParallelQKNorm(4, 1, 16, EPSILON)
+    norm.load_full(*gammas)
+    check_same(norm(q, k), wanted())
+    for options in ({}, {"validate": True}, {"statistics": "torch"}):
+        tp.qk_rms_norm(q, k, *gammas, EPSILON, layout=tp.HeadLayout(4, 1, 16), **options)
+    with pytest.raises(ValueError, match=r"^q must have 64 columns by its layout, got 32"):
+        norm(q[:, :32], k)
 
 
 @pytest.mark.usefixtures("group")
@@ -274,6 +287,53 @@ def test_wrong_statistics(qk_var: Any, weights: Any, error: type, message: str) 
         tp.reduce_row_mean_of_squares(qk_var, **weights)
 
 
+# ---- derivatives ----------------------------------------------------------------------------
+
+
+def with_tangent(f: Any, q: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(q, q))
+
+
+DERIVATIVES = {
+    "grad": lambda f, q: torch.func.grad(f)(q),
+    "vjp": lambda f, q: torch.func.vjp(f, q)[1](torch.ones(())),
+    "jacrev": lambda f, q: torch.func.jacrev(f)(q),
+    "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
+    "jacfwd": lambda f, q: torch.func.jacfwd(f)(q),
+    "dual": lambda f, q: with_tangent(f, q),
+}
+CALLS = {
+    "layer": lambda q: tp.qk_rms_norm(q, *inputs()[1:])[0].float().sum(),
+    "statistics by torch": lambda q: tp.qk_rms_norm(q, *inputs()[1:], statistics="torch")[0].sum(),
+    "module": lambda q: tp.TensorParallelQKNorm(4, 1, 16)(q, inputs()[1])[0].sum(),
+    "reduction": lambda q: tp.reduce_row_mean_of_squares(q[:, :2].float().contiguous()).sum(),
+}
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives(derivative: str, name: str) -> None:
+    """There is none: 0, or a tangent that is dropped, is a wrong number without a word."""
+    with pytest.raises(ValueError, match=r"^(q|qk_var) must not (require grad|be differentiated)"):
+        DERIVATIVES[derivative](CALLS[name], inputs()[0])
+
+
+@pytest.mark.usefixtures("group")
+def test_writes_are_counted() -> None:
+    """A tensor saved for someone else's backward and written since: its gradient is wrong."""
+    q, k, *gammas = inputs()
+    for statistics in ("fused", "torch"):
+        q_out, k_out = q.float(), k.float()
+        w = torch.ones(Q_COLS, requires_grad=True)
+        loss = (w * q_out).sum()  # saves q_out
+        with torch.no_grad():
+            tp.qk_rms_norm(q, k, *gammas, q_out=q_out, k_out=k_out, statistics=statistics)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 # ---- how the ranks' means are joined --------------------------------------------------------
 
 
@@ -300,10 +360,10 @@ def test_one_all_reduce(
         lambda tensor, op, group: calls.append((op, tuple(tensor[0].tolist()), group)),
     )
     qk_var = torch.tensor([[8.0, 4.0]])
-    assert reduce_checked(qk_var, Members("group", 4, 0), *weights) is qk_var
+    _reduce(qk_var, Members("group", 4, 0), *weights)
     assert calls == [(getattr(dist.ReduceOp, op), sent, "group")]
     calls.clear()
-    reduce_checked(qk_var[:0], Members("group", 4, 0), *weights)
+    _reduce(qk_var[:0], Members("group", 4, 0), *weights)
     assert calls == [], "nothing to send"
 
 
@@ -362,3 +422,59 @@ def test_load_full_takes_both_or_none(norm: Any, gamma_k: Any, error: type, mess
     with pytest.raises(error, match=f"^{message}"):
         norm.load_full(torch.zeros(Q_COLS), gamma_k)
     assert torch.equal(norm.gamma_q, before)
+
+
+# ---- torch.compile --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_group", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(with_group: bool, backend: str, request: pytest.FixtureRequest) -> None:
+    """A model compiles in one graph, and for any number of rows once."""
+    torch._dynamo.reset()
+    q, k, *gammas = inputs()
+    group = request.getfixturevalue("group") if with_group else None
+    norm = tp.TensorParallelQKNorm(4, 1, 16, EPSILON, group=group)
+    norm.load_full(*gammas)
+
+    def attention_inputs(qkv: Any) -> Any:
+        q, k, v = qkv.split([Q_COLS, K_COLS, K_COLS], dim=-1)
+        q_out, k_out = norm(q, k)
+        return q_out * 2, k_out, v
+
+    compiled = torch.compile(attention_inputs, fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for rows in (6, 4):
+            qkv = torch.cat([q, k, k], 1)[:rows]
+            torch._dynamo.mark_dynamic(qkv, 0)
+            q_out, k_out, _ = compiled(qkv)
+            check_same((q_out / 2, k_out), [x[:rows] for x in wanted()])
+        with pytest.raises(Exception, match=r"q must have 64 columns by its layout, got 63"):
+            torch.compile(norm, fullgraph=True, backend=backend)(q[:, :63], k)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("group")
+def test_compiled_calls() -> None:
+    """The function itself, with all that it takes: outputs, totals, another type, in place."""
+    torch._dynamo.reset()
+    q, k, *gammas = inputs()
+    compiled = torch.compile(tp.qk_rms_norm, fullgraph=True, backend="aot_eager")
+    totals = {"q_cols_total": Q_COLS, "k_cols_total": K_COLS}
+    with torch.no_grad():
+        for options in (
+            {},
+            totals,
+            {"out_dtype": torch.float32},
+            {"out_dtype": "float32", "cast_before_gamma": True},
+            {"statistics": "torch", "layout": tp.HeadLayout(4, 1, 16), "validate": True},
+        ):
+            check_same(
+                compiled(q.view(2, 3, -1), k.view(2, 3, -1), *gammas, 1e-5, **options),
+                tp.qk_rms_norm(q.view(2, 3, -1), k.view(2, 3, -1), *gammas, 1e-5, **options),
+            )
+        mine = q.clone(), k.clone()
+        found = compiled(*mine, *gammas, EPSILON, q_out=mine[0], k_out=mine[1])
+        check_same(found, wanted())
+        check_same(mine, wanted())
+    torch._dynamo.reset()
