@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +20,10 @@ from safetensors.numpy import save_file
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm import compile as compile_specs
-from qknorm_tvm.bench import alternatives
+from qknorm_tvm.bench.cpu import OFFSETS, CpuWorkload
 from qknorm_tvm.bench.timing import Candidate, measure
+from qknorm_tvm.bench.torch_compile import torch_compile
+from qknorm_tvm.bench.workload import BENCHMARKS
 from qknorm_tvm.check import layouts, reference, sweep, verification
 from qknorm_tvm.check.inputs import Activations, generate, read_activations
 from qknorm_tvm.cli import main
@@ -393,17 +397,17 @@ def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> Non
     made: list[layouts.Placed] = []
     original = layouts.Placed
 
-    def recorded(*arguments: object) -> layouts.Placed:
-        made.append(original(*arguments))  # type: ignore[arg-type]
+    def recorded(*arguments: object, **how: object) -> layouts.Placed:
+        made.append(original(*arguments, **how))  # type: ignore[arg-type]
         return made[-1]
 
     case = verification.shape_case(module.specs[0], 5, 24, 8)
     report = verification.Report()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "Placed", recorded)
-        verification.run_case(Spoiling, case, [1], report)  # type: ignore[arg-type]
+        verification.run_case(Spoiling, case, verification.Cpu(), report)  # type: ignore[arg-type]
     assert not report.exact
-    assert report.groups["shapes and layouts"].spoilt == len(layouts.LAYOUTS)
+    assert report.groups["shapes and layouts"].stray_writes == len(layouts.LAYOUTS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -464,7 +468,8 @@ def test_bench_writes_csv_and_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["bench", *shape, *QUICK, "--csv", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     lines = list(csv.DictReader(out.open()))
-    names = [name for name in ("ours", *alternatives.ALL) if name != "torch.compile"]
+    candidates = BENCHMARKS["apply_qk_rms_norm"].candidates["cpu"]
+    names = [name for name in ("ours", *candidates) if name != "torch.compile"]
     assert [line["candidate"] for line in lines] == names * 2
     assert [line["candidate"] for line in found["timings"]] == names * 2
     first = lines[0]
@@ -540,8 +545,8 @@ def test_bench_fails_where_a_result_differs(
 
 def test_measure_takes_turns_and_reports_what_could_not_run() -> None:
     order: list[str] = []
-    quick = Candidate("quick", order.append, ("quick",))
-    other = Candidate("other", order.append, ("other",), exact=True)
+    quick = Candidate("quick", order.append, [("quick",)])
+    other = Candidate("other", order.append, [("other",)], exact=True)
     absent = Candidate("absent", None, note="not here")
     timings = measure([quick, other, absent], min_time=0.0)
     assert [t.name for t in timings] == ["quick", "other", "absent"]
@@ -549,24 +554,68 @@ def test_measure_takes_turns_and_reports_what_could_not_run() -> None:
     assert not timings[2].measured
     assert timings[2].note == "not here"
     switches = sum(a != b for a, b in itertools.pairwise(order))
-    assert switches >= 5
+    assert switches > 3  # one after the other: first calibration, then samples
+
+
+def test_measure_reports_the_slowest_of_several_addresses() -> None:
+    """A median of one lucky placement that hides what other addresses cost."""
+    slow = Candidate("slow", time.sleep, [(0.0,)] * 7 + [(3e-3,)])
+    (timing,) = measure([slow], min_time=0.0)
+    assert timing.samples >= 16
+    assert timing.worst >= 3e-3 > 10 * timing.median
+    (timing,) = measure([Candidate("alone", time.sleep, [(0.0,)])], min_time=0.0)
+    assert math.isnan(timing.worst)
+
+
+def _workload(spec: KernelSpec, module: Module, rows: int) -> CpuWorkload:
+    assert spec.q_cols is not None
+    assert spec.k_cols is not None
+    return CpuWorkload(spec, module, generate(rows, spec.q_cols, spec.k_cols, spec.in_dtype))
+
+
+def test_outputs_lie_at_every_offset_from_their_inputs(module: Module) -> None:
+    work = _workload(module.specs[0], module, 5)
+    assert len(OFFSETS) >= 8
+    for operand in "qk":
+        offsets = {
+            (tensors[f"{operand}_out"].ctypes.data - tensors[operand].ctypes.data) % 4096
+            for tensors in work.sets
+        }
+        assert offsets == set(OFFSETS)
+    assert work.ours().exact
+
+
+def test_a_wrong_result_at_one_offset_is_seen(module: Module) -> None:
+    """A check of one placement for timings of eight."""
+    work = _workload(module.specs[0], module, 5)
+    right = module.apply_qk_rms_norm
+    calls: list[int] = []
+
+    class Wrong:
+        @staticmethod
+        def apply_qk_rms_norm(*arguments: object) -> None:
+            calls.append(1)
+            if len(calls) != 5:
+                right(*arguments)
+
+    assert not work.ours(module=Wrong).exact  # type: ignore[arg-type]
+    assert len(calls) == len(OFFSETS)
 
 
 def test_a_copy_moves_as_many_bytes_where_dtypes_differ() -> None:
-    a = generate(6, 24, 8, "bfloat16")
-    outs = [np.zeros(x.shape, np.float32) for x in (a.q, a.k)]
-    copy = alternatives._copy(a, outs[0], outs[1], 1)
-    assert copy.function is not None
-    cells = dict(zip(copy.function.__code__.co_freevars, copy.function.__closure__, strict=True))
-    moved = sum(to.nbytes + x.nbytes for to, x in cells["pairs"].cell_contents)
-    assert moved == 6 * 32 * (2 + 4)
+    spec = KernelSpec(out_dtype="float32", q_cols=24, k_cols=8, target=host_cpu_target())
+    work = _workload(spec, compile_specs(spec).module, 6)
+    copy = work.candidate("copy")
+    assert len(copy.sets) == len(OFFSETS)
+    for (pairs,) in copy.sets:
+        assert sum(to.nbytes + x.nbytes for to, x in pairs) == 6 * 32 * (2 + 4) == work.bytes
 
 
 @pytest.mark.frameworks
 def test_torch_compile_is_bounded_in_time() -> None:
-    pytest.importorskip("torch")
-    a = generate(3, 23, 9, "float16")
-    candidate = alternatives._torch_compile(a, "bfloat16", lambda outputs: True, 0.01)
+    torch = pytest.importorskip("torch")
+    graph = BENCHMARKS["row_mean_of_squares_qk"].graph
+    candidate = torch_compile(graph, [(torch.ones(3, 23), torch.ones(3, 9))], bool, limit=0.01)
     assert candidate.function is None
     assert "compiled for over 0.01 s" in candidate.note
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..machine import cpu_name
-from .alternatives import COPY, OURS
 from .report import Row
+from .timing import COPY, OURS
 
 #: The least change that counts, whatever the quartiles say: where a process's memory happens to
-#: lie changes the ratios of two runs by some percent, of which the spread inside a run shows
-#: nothing.
+#: lie, beyond the offsets that take turns, changes the ratios of two runs by some percent, of which
+#: the spread inside a run shows nothing.
 LEAST_CHANGE = 0.05
 #: With more noise than this nothing can be said for a case: the run has to be repeated.
 MOST_NOISE = 0.2
@@ -92,26 +92,26 @@ class Comparison:
     @property
     def slower(self) -> list[Change]:
         """Cases that got slower beyond the noise."""
-        return [one for one in self.changes if one.verdict == "slower"]
+        return [change for change in self.changes if change.verdict == "slower"]
 
     @property
     def unclear(self) -> list[Change]:
         """Cases of which the runs say nothing."""
-        return [one for one in self.changes if one.verdict == "unclear"]
+        return [change for change in self.changes if change.verdict == "unclear"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""
         return {
             "cases": [
                 {
-                    "case": case_text(one.row),
-                    "old_ratio_to_copy": one.old.value,
-                    "new_ratio_to_copy": one.new.value,
-                    "change": one.change,
-                    "noise": one.noise,
-                    "verdict": one.verdict,
+                    "case": case_text(change.row),
+                    "old_ratio_to_copy": change.old.value,
+                    "new_ratio_to_copy": change.new.value,
+                    "change": change.change,
+                    "noise": change.noise,
+                    "verdict": change.verdict,
                 }
-                for one in self.changes
+                for change in self.changes
             ],
             "only_old": self.only_old,
             "only_new": self.only_new,
@@ -170,19 +170,19 @@ def _ratios(which: str, rows: Sequence[Row]) -> dict[tuple, tuple[Row, Ratio]]:
         return tuple(getattr(row, name) for name in _KEY if name != "note")
 
     copies = {case(row): row for row in rows if row.candidate == COPY and row.measured}
-    found: dict[tuple, tuple[Row, Ratio]] = {}
+    ratios: dict[tuple, tuple[Row, Ratio]] = {}
     for row in rows:
         if row.candidate != OURS or not row.measured or case(row) not in copies:
             continue
         key = (*case(row), row.note)
-        if key in found:
+        if key in ratios:
             raise ValueError(f"the {which} run must hold each case once, got two: {case_text(row)}")
         copy = copies[case(row)]
         spread = math.hypot(*((x.q3_us - x.q1_us) / 2 / x.median_us for x in (row, copy)))
-        found[key] = (row, Ratio(row.median_us / copy.median_us, spread))
-    if not found:
+        ratios[key] = (row, Ratio(row.median_us / copy.median_us, spread))
+    if not ratios:
         raise ValueError(f"the {which} run must hold timings of ours and of the copy, got none")
-    return found
+    return ratios
 
 
 def _nothing_in_common(old: Sequence[tuple], new: Sequence[tuple]) -> str:

@@ -1,4 +1,4 @@
-"""Timing on a GPU: chains of launches inside CUDA graphs, interleaved, results checked first.
+"""Candidates on a GPU: chains of launches inside CUDA graphs, results checked first.
 
 Inside a graph the host's part of a launch is gone, as it is where engines replay their decode
 steps. A chain of launches on the same buffers is what decode does: what fits L2 is there. Where a
@@ -8,32 +8,36 @@ call moves more bytes than L2 holds, buffers rotate, so that none of it is.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-import itertools
-import time
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..check import reference
+from ..call import cache
+from ..check.calls import call_arguments
 from ..check.inputs import Activations
-from ..check.reference_torch import apply_qk_rms_norm as torch_graph
 from ..check.reference_torch import to_torch
+from ..check.verification_cuda import expected_outputs
 from ..load.module import Module
-from ..spec import DTYPE_BYTES
-from . import alternatives
-from .timing import Candidate, CaseResult, Timing, case_bytes
-
-#: Names of candidates beyond those of `alternatives`.
-EMPTY, TWO_COPIES = "empty kernel", "two copies"
-ALL = (EMPTY, alternatives.COPY, TWO_COPIES, alternatives.TORCH, alternatives.TORCH_COMPILE)
-#: What is said below a table.
-METHOD = (
-    "µs: median of a launch in a chain inside a CUDA graph, candidates taking turns; buffers "
-    "beyond L2 rotate. copy: one torch copy_ of as many bytes as q and k together; two copies: of "
-    "q's and of k's. exact: equal to unfused torch on this GPU bit for bit."
+from ..spec import KernelSpec
+from .cpu import public_call
+from .timing import (
+    COPY,
+    EMPTY,
+    OURS,
+    TORCH,
+    TORCH_COMPILE,
+    TWO_COPIES,
+    TWO_LAUNCHES,
+    Candidate,
+    CannotRunError,
+    HostSampler,
+    Timing,
+    measure,
 )
+from .workload import Workload
 
 _CHAIN = 40
 _LARGE_CHAIN = 12
@@ -71,7 +75,7 @@ class EmptyKernel:
         if status:
             raise RuntimeError(f"the CUDA driver refused an empty kernel (error {status})")
 
-    def __call__(self, _: int) -> None:
+    def __call__(self) -> None:
         import torch
 
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -82,48 +86,6 @@ class EmptyKernel:
                 self._function, one, one, one, block, one, one, ctypes.c_uint(0), stream, none, none
             )
         )
-
-
-@dataclasses.dataclass
-class _Buffers:
-    """One set of tensors on the GPU."""
-
-    inputs: tuple[Any, Any, Any, Any, Any]  # q, k, qk_var, gamma_q, gamma_k
-    outputs: tuple[Any, Any]
-
-    def arguments(self, epsilon: float) -> tuple[Any, ...]:
-        q, k, var, gamma_q, gamma_k = self.inputs
-        return (*self.outputs, gamma_q, gamma_k, var, q, k, epsilon)
-
-
-def _misaligned(tensor: Any) -> Any:
-    """Copy a matrix to one whose rows start at every alignment: an odd row stride and offset."""
-    import torch
-
-    rows, cols = tensor.shape
-    stride = cols + 1 + cols % 2
-    memory = torch.empty(rows * stride + 1, dtype=tensor.dtype, device=tensor.device)
-    copy = memory[1:].as_strided((rows, cols), (stride, 1))
-    copy.copy_(tensor)
-    return copy
-
-
-def _buffers(a: Activations, out_dtype: str, count: int, misaligned: bool) -> list[_Buffers]:
-    import torch
-
-    host = [to_torch(np.ascontiguousarray(x)) for x in (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k)]
-    found = []
-    for _ in range(count):
-        inputs = [x.to("cuda", copy=True) for x in host]
-        outputs = [torch.empty_like(x, dtype=getattr(torch, out_dtype)) for x in inputs[:2]]
-        for out in outputs:  # nothing that could pass for a result
-            out.view(torch.uint8).fill_(0xA5)
-        if misaligned:
-            inputs[:2] = map(_misaligned, inputs[:2])
-            outputs = [_misaligned(x) for x in outputs]
-        q, k, var, gamma_q, gamma_k = inputs
-        found.append(_Buffers((q, k, var, gamma_q, gamma_k), (outputs[0], outputs[1])))
-    return found
 
 
 def capture(function: Callable[[int], Any], launches: int) -> Any:
@@ -149,66 +111,50 @@ def capture(function: Callable[[int], Any], launches: int) -> Any:
     return graph
 
 
-def measure_graphs(
-    candidates: Sequence[Candidate], *, launches: int, min_time: float
-) -> list[Timing]:
-    """Time candidates, whose functions take the number of the call, interleaved.
+class GraphSampler:
+    """Times a chain of launches inside a CUDA graph, which uses all sets of arguments in turn.
 
     Parameters
     ----------
-    candidates : sequence of Candidate
+    candidate : Candidate
     launches : int
         Calls in a graph.
-    min_time : float
-        Seconds that each gets at least; and at least 9 samples.
-
-    Returns
-    -------
-    list of Timing
-        In the order of the candidates; seconds a call.
     """
-    import torch
 
-    graphs: dict[int, Any] = {}
-    for i, candidate in enumerate(candidates):
-        if candidate.function is not None:
-            try:
-                graphs[i] = capture(candidate.function, launches)
-            except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-                torch.cuda.synchronize()
-                candidate.note = f"cannot be captured: {str(error).splitlines()[0][:80]}"
+    sets = 1
+    least = _LEAST_SAMPLES
 
-    def sample(i: int, replays: int) -> float:
+    def __init__(self, candidate: Candidate, *, launches: int):
+        import torch
+
+        function, sets = candidate.function, candidate.sets
+        assert function is not None
+        self._launches = launches
+        try:
+            self._graph = capture(lambda i: function(*sets[i % len(sets)]), launches)
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            torch.cuda.synchronize()
+            reason = str(error).splitlines()[0][:80]
+            raise CannotRunError(f"cannot be captured: {reason}") from None
+        once = min(self._sample(2) for _ in range(3)) * launches
+        self._replays = max(1, math.ceil(_SAMPLE_SECONDS / max(once, 1e-7)))
+        self.calls = self._replays * launches
+
+    def _sample(self, replays: int) -> float:
+        import torch
+
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graphs[i].replay()  # untimed: caches in this candidate's steady state, a queue that is full
+        self._graph.replay()  # untimed: caches in this candidate's steady state, a full queue
         first.record()
         for _ in range(replays):
-            graphs[i].replay()
+            self._graph.replay()
         last.record()
         last.synchronize()
-        return float(first.elapsed_time(last)) * 1e-3 / (replays * launches)
+        return float(first.elapsed_time(last)) * 1e-3 / (replays * self._launches)
 
-    replays, spent = {}, dict.fromkeys(graphs, 0.0)
-    samples: dict[int, list[float]] = {i: [] for i in range(len(candidates))}
-    for i in graphs:
-        once = min(sample(i, 2) for _ in range(3)) * launches
-        replays[i] = max(1, int(np.ceil(_SAMPLE_SECONDS / max(once, 1e-7))))
-    waiting = set(graphs)
-    while waiting:
-        i = min(waiting, key=spent.__getitem__)
-        start = time.perf_counter()
-        samples[i].append(sample(i, replays[i]))
-        spent[i] += time.perf_counter() - start
-        if spent[i] >= min_time and len(samples[i]) >= _LEAST_SAMPLES:
-            waiting.remove(i)
-    found = []
-    for i, one in enumerate(candidates):
-        quartiles = np.percentile(samples[i], [25, 50, 75]) if samples[i] else [float("nan")] * 3
-        q1, median, q3 = map(float, quartiles)
-        calls = replays.get(i, 0) * launches
-        count = len(samples[i])
-        found.append(Timing(one.name, median, q1, q3, count, calls, one.exact, one.note))
-    return found
+    def sample(self, turn: int) -> float:
+        """Return seconds a launch."""
+        return self._sample(self._replays)
 
 
 def rotation(moved: int) -> tuple[int, int]:
@@ -226,131 +172,159 @@ def rotation(moved: int) -> tuple[int, int]:
     return count, _LARGE_CHAIN if moved > 8 * cache else _CHAIN
 
 
-def compare(
-    module: Module,
-    activations: Activations,
-    *,
-    out_dtype: str,
-    min_time: float,
-    names: Sequence[str] = ALL,
-    misaligned: bool = False,
-    status: Callable[[str], None] = lambda text: None,
-) -> CaseResult:
-    """Check results on the GPU, then time ours and the alternatives.
+class CudaWorkload(Workload):
+    """An operation on tensors of the GPU, in as many sets as L2 asks for.
 
     Parameters
     ----------
-    module : Module
-        Holds a spec for the activations.
-    activations : Activations
-    out_dtype : str
-    min_time : float
-        Seconds for each candidate.
-    names : sequence of str
-        Some of `ALL`; ours is always first.
+    spec, module, activations, unique_rows
+        See `Workload`.
     misaligned : bool
-        Ours and torch get rows at every alignment; the copies stay aligned.
-    status : callable
-        Told what is going on.
-
-    Returns
-    -------
-    CaseResult
-        With 0 threads; `exact` of ours says whether it equals unfused torch, for a reproducible
-        module NumPy.
+        Rows of ours and torch start at every alignment; the copies stay aligned.
     """
-    import torch
 
-    a = activations
-    in_bytes, out_bytes = DTYPE_BYTES[a.dtype], DTYPE_BYTES[out_dtype]
-    moved = case_bytes(a.rows, a.q_cols, a.k_cols, in_bytes, out_bytes)
-    count, launches = rotation(moved)
-    status("copying to the GPU")
-    sets = _buffers(a, out_dtype, count, misaligned)
+    kind = "cuda"
 
-    def graph_of(i: int) -> tuple[Any, Any]:
-        return torch_graph(*sets[i % count].inputs, a.epsilon, getattr(torch, out_dtype))
+    def __init__(
+        self,
+        spec: KernelSpec,
+        module: Module,
+        activations: Activations,
+        unique_rows: int | None = None,
+        *,
+        misaligned: bool = False,
+    ):
+        super().__init__(spec, module, activations, unique_rows)
+        self._misaligned = misaligned
+        count, self._launches = rotation(self.bytes)
+        self.sets = [self._tensors() for _ in range(count)]
 
-    expected = graph_of(0)
-    if any(spec.reproducible for spec in module.specs):
-        arrays = (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k)
-        wanted = reference.apply_qk_rms_norm(*arrays, a.epsilon, out_dtype)
-        expected = tuple(to_torch(x).to("cuda") for x in wanted)  # type: ignore[assignment]
+    def _tensors(self) -> dict[str, Any]:
+        """Return one set of tensors by name."""
+        import torch
 
-    def is_exact(outputs: Sequence[Any]) -> bool:
-        return all(map(equal_bits, outputs, expected))
+        tensors = {
+            name: to_torch(np.ascontiguousarray(array)).to("cuda", copy=True)
+            for name, array in self.activations.tensors.items()
+        }
+        if self.operation.normalises:
+            dtype = getattr(torch, str(self.spec.out_dtype))
+            for operand in "qk":
+                tensors[f"{operand}_out"] = torch.empty_like(tensors[operand], dtype=dtype)
+        if self._misaligned:
+            for name in {"q", "k", "q_out", "k_out"} & set(tensors):
+                tensors[name] = _misaligned(tensors[name])
+        return tensors
 
-    arguments = [one.arguments(a.epsilon) for one in sets]
-    function = module.apply_qk_rms_norm
-    for each in arguments:
-        function(*each)
-    ours_exact = all(is_exact(one.outputs) for one in sets)
-    candidates = [
-        Candidate(
-            alternatives.OURS,
-            lambda i: function(*arguments[i % count]),
-            (),
-            ours_exact,
-            "rows at every alignment" if misaligned else "",
-        )
-    ]
-    for name in names:
-        status(name)
+    def _reference(self, a: Activations) -> Sequence[Any]:
+        return [to_torch(x).to("cuda") for x in expected_outputs(self.spec, a)]
+
+    def _differ(self, actual: Any, expected: Any) -> bool:
+        return not equal_bits(actual, expected)
+
+    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any], op: str) -> tuple:
+        arguments = call_arguments(op, tensors, self.activations.epsilon)
+        for name in self.operation.outputs:
+            tensors[name].fill_(-77)  # nothing that could pass for a result
+        function(*arguments)
+        return arguments
+
+    def _torch_tensors(self) -> list[dict[str, Any]]:
+        return self.sets
+
+    def ours(self, name: str = OURS, module: Module | None = None) -> Candidate:
+        """Return the module's entry point as a candidate, checked with every set of tensors."""
+        candidate = super().ours(name, module)
+        candidate.note = "rows at every alignment" if self._misaligned else ""
+        return candidate
+
+    def candidate(self, name: str) -> Candidate:
+        """Return one of the candidates of `Benchmark.candidates`, its result checked."""
+        if name in (TORCH, TORCH_COMPILE):
+            return self.torch(name)
         if name == EMPTY:
-            candidates.append(Candidate(EMPTY, EmptyKernel()))
-        elif name in (alternatives.COPY, TWO_COPIES):
-            cols = [a.q_cols + a.k_cols] if name == alternatives.COPY else [a.q_cols, a.k_cols]
-            candidates.append(copies(name, a.rows, cols, moved, count))
-        elif name == alternatives.TORCH:
-            candidates.append(Candidate(name, graph_of, (), is_exact(graph_of(0))))
-        elif name == alternatives.TORCH_COMPILE:
-            given = [(*one.inputs, a.epsilon, getattr(torch, out_dtype)) for one in sets]
-            candidates.append(compiled(torch_graph, given, is_exact))
-    status("timing")
-    timings = measure_graphs(candidates, launches=launches, min_time=min_time)
-    return CaseResult(a.rows, a.q_cols, a.k_cols, a.dtype, out_dtype, 0, moved, timings)
+            return Candidate(EMPTY, EmptyKernel())
+        if name == TWO_LAUNCHES:
+            return self._two_launches()
+        assert name in (COPY, TWO_COPIES), name
+        return self._copies(name)
 
+    def _copies(self, name: str) -> Candidate:
+        """Return one copy, or q's and k's, that read and write as many bytes as ours together."""
+        import torch
 
-def copies(name: str, rows: int, cols: Sequence[int], moved: int, count: int) -> Candidate:
-    """Return copies, one for each of `cols`, that read and write `moved` bytes together."""
-    import torch
-
-    half = moved // (2 * rows * sum(cols))
-    pairs = [
-        [
-            tuple(torch.ones(rows * one * half, dtype=torch.uint8, device="cuda") for _ in "io")
-            for one in cols
+        a = self.activations
+        cols = [a.q_cols + a.k_cols] if name == COPY else [a.q_cols, a.k_cols]
+        sizes = [self.bytes * part // (2 * (a.q_cols + a.k_cols)) for part in cols]
+        sets = [
+            [
+                tuple(torch.ones(size, dtype=torch.uint8, device="cuda") for _ in "io")
+                for size in sizes
+            ]
+            for _ in self.sets
         ]
-        for _ in range(count)
-    ]
 
-    def copy(i: int) -> None:
-        for source, to in pairs[i % count]:
-            to.copy_(source)
+        def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
+            for source, to in pairs:
+                to.copy_(source)
 
-    return Candidate(name, copy)
+        return Candidate(name, copy, [(pairs,) for pairs in sets])
+
+    def _two_launches(self) -> Candidate:
+        """Return statistics and apply in two launches, as the ranks of a group run them."""
+        steps = ("row_mean_of_squares_qk", "apply_qk_rms_norm")
+        if not {spec.op for spec in self.module.specs}.issuperset(steps):
+            note = f"needs a module that also holds {' and '.join(steps)}"
+            return Candidate(TWO_LAUNCHES, None, note=note)
+        statistics, apply = (getattr(self.module, op) for op in steps)
+        epsilon = self.activations.epsilon
+        sets = [tuple(call_arguments(op, x, epsilon) for op in steps) for x in self.sets]
+
+        def both(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
+            statistics(*first)
+            apply(*second)
+
+        both(*sets[0])
+        outputs = [self.sets[0][name] for name in self.operation.outputs]
+        return Candidate(TWO_LAUNCHES, both, sets, self.is_exact(outputs))
+
+    def host_calls(self) -> list[Candidate]:
+        """Return calls of the module and of the API, and torch's copy_."""
+        import torch
+
+        tensors, epsilon = self.sets[0], self.activations.epsilon
+        cache.use(self.module)
+        source = torch.ones(self.bytes // 2, dtype=torch.uint8, device="cuda")
+        arguments = call_arguments(self.spec.op, tensors, epsilon)
+        return [
+            Candidate("module", getattr(self.module, self.spec.op), [arguments]),
+            Candidate("API", public_call(tensors, epsilon)),
+            Candidate("torch copy_", torch.empty_like(source).copy_, [(source,)]),
+        ]
+
+    def measure(self, candidates: Sequence[Candidate], min_time: float) -> list[Timing]:
+        """Time chains of launches inside CUDA graphs."""
+        sampler = functools.partial(GraphSampler, launches=self._launches)
+        return measure(candidates, min_time=min_time, sampler=sampler)
 
 
-def compiled(
-    graph: Callable[..., Any],
-    arguments: Sequence[tuple[Any, ...]],
-    is_exact: Callable[[Sequence[Any]], bool] | None = None,
-) -> Candidate:
-    """Return torch.compile's version of a graph, which takes turns with lists of arguments."""
+def host_sampler(candidate: Candidate) -> HostSampler:
+    """Return what times the host's part of a call; the GPU is waited for between samples."""
     import torch
 
-    name = alternatives.TORCH_COMPILE
-    start = time.perf_counter()
-    try:
-        torch.compiler.reset()
-        # Shapes fixed: the best that it can do.
-        made: Any = torch.compile(graph, dynamic=False)
-        outputs = made(*arguments[0])
-        exact = None if is_exact is None else is_exact(outputs)
-    except Exception as error:
-        return Candidate(name, None, note=f"failed: {str(error).splitlines()[0][:100]}")
-    note = f"compiled in {time.perf_counter() - start:.1f} s"
-    return Candidate(name, lambda i: made(*arguments[i % len(arguments)]), (), exact, note)
+    return HostSampler(candidate, finish=torch.cuda.synchronize)
+
+
+def _misaligned(tensor: Any) -> Any:
+    """Copy a matrix to one whose rows start at every alignment: an odd row stride and offset."""
+    import torch
+
+    rows, cols = tensor.shape
+    stride = cols + 1 + cols % 2
+    memory = torch.empty(rows * stride + 1, dtype=tensor.dtype, device=tensor.device)
+    copy = memory[1:].as_strided((rows, cols), (stride, 1))
+    copy.copy_(tensor)
+    return copy
 
 
 def equal_bits(actual: Any, expected: Any) -> bool:
@@ -360,72 +334,6 @@ def equal_bits(actual: Any, expected: Any) -> bool:
     bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
     same = actual.contiguous().view(bits) == expected.contiguous().view(bits)
     return bool((same | (actual.isnan() & expected.isnan())).all())
-
-
-def host_costs(module: Module, activations: Activations, *, min_time: float) -> list[Timing]:
-    """Time what a call costs the host: of the module, of the public API, and of torch's copy_.
-
-    The GPU works on behind it; it is waited for between samples.
-
-    Parameters
-    ----------
-    module : Module
-        Holds a spec for the activations, with equal in and out dtypes.
-    activations : Activations
-        Few rows, or the host waits for the queue.
-    min_time : float
-        Seconds for each way to call.
-
-    Returns
-    -------
-    list of Timing
-    """
-    import torch
-
-    from ..call import api
-
-    (one,) = _buffers(activations, activations.dtype, 1, False)
-    q, k, var, gamma_q, gamma_k = one.inputs
-    q_out, k_out = one.outputs
-    half = DTYPE_BYTES[activations.dtype]
-    source = torch.ones(
-        activations.rows * (activations.q_cols + activations.k_cols) * half,
-        dtype=torch.uint8,
-        device="cuda",
-    )
-    to = torch.empty_like(source)
-
-    def public() -> None:
-        api.apply_qk_rms_norm(
-            q, k, var, gamma_q, gamma_k, activations.epsilon, q_out=q_out, k_out=k_out
-        )
-
-    arguments = one.arguments(activations.epsilon)
-    ways = [
-        Candidate("module", lambda: module.apply_qk_rms_norm(*arguments)),
-        Candidate("API", public),
-        Candidate("torch copy_", lambda: to.copy_(source)),
-    ]
-    samples: list[list[float]] = [[] for _ in ways]
-    calls = 50
-    deadline = time.perf_counter() + min_time * len(ways)
-    for turn in itertools.count():
-        for way, found in zip(ways, samples, strict=True):
-            assert way.function is not None
-            start = time.perf_counter_ns()
-            for _ in range(calls):
-                way.function()
-            took = (time.perf_counter_ns() - start) * 1e-9 / calls
-            torch.cuda.synchronize()
-            if turn >= 3:  # the first are warm-up
-                found.append(took)
-        if turn >= 3 + _LEAST_SAMPLES and time.perf_counter() > deadline:
-            break
-    timings = []
-    for way, found in zip(ways, samples, strict=True):
-        q1, median, q3 = map(float, np.percentile(found, [25, 50, 75]))
-        timings.append(Timing(way.name, median, q1, q3, len(found), calls, None, ""))
-    return timings
 
 
 def device_facts() -> dict[str, str]:

@@ -6,6 +6,7 @@ They are drawn from rows alone, whatever the device; nothing is shown on a scree
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 import textwrap
@@ -14,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QKNormError
-from .alternatives import COPY, JAX, NUMBA, NUMPY, OURS, SCALAR, TORCH, TORCH_COMPILE
-from .cuda import EMPTY, TWO_COPIES
 from .report import Group, Row, candidates_of, groups_of
+from .timing import COPY, EMPTY, NUMPY, OURS, SCALAR, TORCH, TORCH_COMPILE, TWO_COPIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +34,6 @@ _STYLES = {
     TORCH_COMPILE: ("#0072B2", "^", "-"),
     TORCH: ("#56B4E9", "v", "-"),
     NUMPY: ("#009E73", "D", "-"),
-    NUMBA: ("#CC79A7", "P", "-"),
-    JAX: ("#9467BD", "X", "-"),
 }
 _OTHER = ("#999999", "x", "-")
 #: Bandwidths further apart than this go on a logarithmic axis: on a GPU they span three decades.
@@ -206,7 +204,7 @@ def roof_picture(groups: dict[Group, list[Row]]) -> Figure:
         panels[0].set_yscale("log")
         panels[0].set_ylim(low / 2, high * 4)
     else:
-        panels[0].set_ylim(0, high * 1.25)  # room for the legend
+        panels[0].set_ylim(0, high * 1.25)  # the legend's space
     handles, _ = panels[0].get_legend_handles_labels()
     labels = ["roof: a copy of the same bytes", "ours (% of the roof)"][: len(handles)]
     panels[0].legend(handles, labels, loc="upper left", frameon=False)
@@ -236,12 +234,12 @@ def pictures(rows: Sequence[Row]) -> dict[str, tuple[str, Any]]:
     groups = groups_of(rows)
     for group, members in groups.items():
         roofs.setdefault((group.dtypes, group.where, group.device), {})[group] = members
-    found: dict[str, tuple[str, Any]] = {}
+    figures: dict[str, tuple[str, Any]] = {}
 
     def add(name: str, title: str, figure: Figure) -> None:
         name = re.sub(r"\W+", "-", name)
-        unique = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in found)
-        found[unique] = (title, figure)
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        figures[next(n for n in names if n not in figures)] = (title, figure)
 
     for (dtypes, where, _), members_of in roofs.items():
         title = f"GB/s over M against a copy: {dtypes}, {where}"
@@ -249,7 +247,7 @@ def pictures(rows: Sequence[Row]) -> dict[str, tuple[str, Any]]:
     for group, members in groups.items():
         title = f"All alternatives: {group.title}"
         add(f"alternatives {group.title}", title, alternatives_picture(group, members))
-    return found
+    return figures
 
 
 def write_pictures(folder: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:

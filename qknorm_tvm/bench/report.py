@@ -11,14 +11,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .alternatives import COPY, OURS
-from .cuda import EMPTY
-from .timing import BYTES_FORMULA, CaseResult, Timing
+from .timing import BYTES_FORMULA, COPY, EMPTY, HOST_ROWS, OURS, CaseResult, Timing
 
 #: Files of a report, besides its pictures.
 CSV_NAME, PAGE_NAME = "results.csv", "README.md"
+#: What is said below a table, by kind of device.
+METHODS = {
+    "cpu": "µs: median of a call, interleaved; quartiles: of the samples; worst: the median with "
+    "outputs at the slowest of 8 offsets from their inputs in a page; / copy, / ours: ratios of "
+    "medians; exact: equal to the unfused NumPy graph bit for bit.",
+    "cuda": "µs: median of a launch in a chain inside a CUDA graph, candidates taking turns; "
+    "buffers beyond L2 rotate. copy: one torch copy_ of as many bytes as q and k together; two "
+    "copies: of q's and of k's. exact: equal to unfused torch on this GPU bit for bit.",
+}
 #: Columns that files written by earlier versions lack.
-_LATER = ("share_of_copy", "command", "date")
+_LATER = ("share_of_copy", "command", "date", "worst_us")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Row:
 
     Units are in the names. What was not measured is NaN, or None, and an empty cell in the file;
     0 threads mean a GPU. `share_of_copy` is the part of the copy's bandwidth in the same case that
-    the candidate reaches.
+    the candidate reaches, `worst_us` the median at the slowest of several relative addresses.
     """
 
     q_cols: int
@@ -56,6 +63,7 @@ class Row:
     share_of_copy: float = math.nan
     command: str = ""
     date: str = ""
+    worst_us: float = math.nan
 
     @property
     def measured(self) -> bool:
@@ -71,12 +79,12 @@ class Row:
 
     def cells(self) -> dict[str, Any]:
         """Return column -> value for CSV and JSON: None for what was not measured."""
-        found = dataclasses.asdict(self)
-        for name, value in found.items():
+        cells = dataclasses.asdict(self)
+        for name, value in cells.items():
             if isinstance(value, float) and math.isnan(value):
-                found[name] = None
-        found["threads"] = self.threads or None
-        return found
+                cells[name] = None
+        cells["threads"] = self.threads or None
+        return cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +150,7 @@ def rows_of(result: CaseResult, facts: Mapping[str, str]) -> list[Row]:
             median_us=figure(timing.median * 1e6, 4),
             q1_us=figure(timing.q1 * 1e6, 4),
             q3_us=figure(timing.q3 * 1e6, 4),
+            worst_us=figure(timing.worst * 1e6, 4),
             samples=timing.samples,
             calls_per_sample=timing.calls,
             bytes_per_call=result.bytes,
@@ -189,7 +198,7 @@ def read_csv(path: Path) -> list[Row]:
             raise ValueError(f"{path} must be a CSV file: {error}") from None
     if not lines:
         raise ValueError(f"{path} must hold timings, got none")
-    found = []
+    rows = []
     for number, line in enumerate(lines, start=2):
         values = {}
         for name in COLUMNS:
@@ -197,8 +206,8 @@ def read_csv(path: Path) -> list[Row]:
                 values[name] = _value(line.get(name) or "", types_of[name])
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {name} {error}") from None
-        found.append(Row(**values))
-    return found
+        rows.append(Row(**values))
+    return rows
 
 
 def _value(text: str, kind: Any) -> Any:
@@ -219,10 +228,10 @@ def _value(text: str, kind: Any) -> Any:
 
 def groups_of(rows: Iterable[Row]) -> dict[Group, list[Row]]:
     """Return the rows of each table or picture, in the order of the file."""
-    found: dict[Group, list[Row]] = {}
+    groups: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.group, []).append(row)
-    return found
+        groups.setdefault(row.group, []).append(row)
+    return groups
 
 
 def candidates_of(rows: Iterable[Row]) -> list[str]:
@@ -233,10 +242,12 @@ def candidates_of(rows: Iterable[Row]) -> list[str]:
 # ---- the page ----------------------------------------------------------------------------------
 
 
-def _microseconds(value: float) -> str:
-    from ..cli.output import microseconds
-
-    return microseconds(value * 1e-6)
+def microseconds(seconds: float) -> str:
+    """Format a time in µs with three or four digits."""
+    value = seconds * 1e6
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -247,39 +258,45 @@ def _table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 def _group_table(rows: Sequence[Row]) -> list[str]:
     names = candidates_of(rows)
     by_m: dict[int, dict[str, Row]] = {}
-    for one in rows:
-        by_m.setdefault(one.rows, {})[one.candidate] = one
+    for row in rows:
+        by_m.setdefault(row.rows, {})[row.candidate] = row
     lines = []
-    for m, found in by_m.items():
-        cells = [f"{m:,}"]
-        for name in names:
-            row = found.get(name)
-            if row is None or not row.measured:
-                cells.append("-")
-                continue
-            time = _microseconds(row.median_us)
-            spread = f" ({_microseconds(row.q1_us)}-{_microseconds(row.q3_us)})"
-            wrong = ", not exact" if row.exact is False else ""
-            cells.append((f"**{time}**" if name == OURS else time) + spread + wrong)
-        ours = found[OURS]
-        share = ours.share_of_copy
-        cells.append(f"{ours.bandwidth_GB_per_s:.1f}")
-        cells.append("-" if math.isnan(share) else f"{share:.0%}")
-        lines.append(cells)
+    for m, by_name in by_m.items():
+        ours = by_name[OURS]
+        share = "-" if math.isnan(ours.share_of_copy) else f"{ours.share_of_copy:.0%}"
+        times = [_time_cell(by_name.get(name)) for name in names]
+        lines.append([f"{m:,}", *times, f"{ours.bandwidth_GB_per_s:.1f}", share])
     headers = ["M", *names, "ours, GB/s", "ours, of the copy's bandwidth"]
     return _table(headers, lines)
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    seen: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
+def _time_cell(row: Row | None) -> str:
+    if row is None or not row.measured:
+        return "-"
+    median, q1, q3 = (microseconds(us * 1e-6) for us in (row.median_us, row.q1_us, row.q3_us))
+    worst = "" if math.isnan(row.worst_us) else f", worst {microseconds(row.worst_us * 1e-6)}"
+    wrong = ", not exact" if row.exact is False else ""
+    return (f"**{median}**" if row.candidate == OURS else median) + f" ({q1}-{q3}{worst}){wrong}"
+
+
+def notes_of(timings: Iterable[tuple[int, str, str, bool]]) -> list[str]:
+    """Return what candidates say, each note once, with the M that it is about.
+
+    Parameters
+    ----------
+    timings : iterable of (M, candidate, note, measured)
+    """
+    all_rows: set[int] = set()
+    by_note: dict[tuple[str, str], dict[int, None]] = {}
+    for m, candidate, note, measured in timings:
+        all_rows.add(m)
         # What each compilation took is of no interest below a table of many.
-        if row.note and not (row.measured and row.note.startswith("compiled in")):
-            seen.setdefault((row.candidate, row.note), []).append(f"{row.rows:,}")
-    count = len({row.rows for row in rows})
+        if note and not (measured and note.startswith("compiled in")):
+            by_note.setdefault((candidate, note), {})[m] = None
     return [
-        f"* {name}: {note}" + ("" if len(ms) == count else f" (M = {', '.join(ms)})")
-        for (name, note), ms in seen.items()
+        f"{candidate}: {note}"
+        + ("" if len(ms) == len(all_rows) else f" (M = {', '.join(f'{m:,}' for m in ms)})")
+        for (candidate, note), ms in by_note.items()
     ]
 
 
@@ -311,17 +328,17 @@ def page(
     lines.append("")
     for title, file in pictures:
         lines += [f"![{title}]({file})", ""]
+    worst = ", worst of several relative addresses" if first.threads else ""
     for group, members in groups_of(rows).items():
-        lines += [f"## {group.title}", "", "µs a call, median (quartiles):", ""]
+        lines += [f"## {group.title}", "", f"µs a call, median (quartiles{worst}):", ""]
         lines += [*_group_table(members), ""]
-        notes = _notes(members)
-        lines += [*notes, ""] if notes else []
+        notes = notes_of((row.rows, row.candidate, row.note, row.measured) for row in members)
+        lines += [*(f"* {note}" for note in notes), ""] if notes else []
     measured = [timing for timing in host_timings if timing.measured]
     if measured:
-        cells = [
-            (t.name, *(_microseconds(x * 1e6) for x in (t.median, t.q1, t.q3))) for t in measured
-        ]
-        lines += [f"## One call from Python, M = {1 if first.threads else 16}", ""]
+        cells = [(t.name, *(microseconds(x) for x in (t.median, t.q1, t.q3))) for t in measured]
+        m = HOST_ROWS["cpu" if first.threads else "cuda"]
+        lines += [f"## One call from Python, M = {m}", ""]
         lines += [*_table(("", "µs", "first quartile", "third quartile"), cells), ""]
     lines += [
         "## How to read it",

@@ -1,24 +1,41 @@
-"""Timing: candidates interleaved in one process, and the figures that come out of it."""
+"""Timing: candidates that take turns in one process, and the figures that come out of it.
+
+One loop, `measure`, serves every device. How a candidate is sampled is a `Sampler`'s business:
+`HostSampler` times runs of calls by the clock, `qknorm_tvm.bench.cuda.GraphSampler` replays CUDA
+graphs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+#: Names of candidates, of which comparisons and pictures know more than the name.
+OURS, COPY, NUMPY, TORCH = "ours", "copy", "NumPy", "torch"
+TORCH_COMPILE, SCALAR, FLOOR = "torch.compile", "scalar", "floor"
+EMPTY, TWO_COPIES, TWO_LAUNCHES = "empty kernel", "two copies", "two launches"
 
 #: How bandwidth is computed, for people.
 BYTES_FORMULA = (
     "bytes = M*(Nq+Nk)*(in_bytes+out_bytes); gamma and qk_var, which caches hold, are not counted"
 )
+#: M where calls from Python are timed: few rows, or the host waits for a GPU's queue.
+HOST_ROWS = {"cpu": 1, "cuda": 16}
 #: A sample is a run of calls that takes at least this long: the clock costs some 50 ns.
 _SAMPLE_SECONDS = 500e-6
 _MOST_CALLS = 20_000
 _LEAST_SAMPLES = 5
+
+
+class CannotRunError(Exception):
+    """A candidate that cannot be sampled here; the message says why."""
 
 
 @dataclasses.dataclass
@@ -30,8 +47,10 @@ class Candidate:
     name : str
         ``"ours"``, ``"copy"``, ...
     function : callable or None
-        Called with `arguments`; None when it cannot be run here, and `note` says why.
-    arguments : tuple
+        What is called; None when it cannot be run here, and `note` says why.
+    sets : sequence of tuple
+        Sets of arguments, which take turns: a sample of the host uses one, so that what is
+        measured does not hang on one choice of addresses; a chain of launches on a GPU uses all.
     exact : bool or None
         Whether its result equals the reference bit for bit; None where that means nothing.
     note : str
@@ -40,14 +59,17 @@ class Candidate:
 
     name: str
     function: Callable[..., Any] | None
-    arguments: tuple[Any, ...] = ()
+    sets: Sequence[tuple[Any, ...]] = ((),)
     exact: bool | None = None
     note: str = ""
 
 
 @dataclasses.dataclass
 class Timing:
-    """What was measured of one candidate; times are seconds a call, NaN when it was not run."""
+    """What was measured of one candidate; times are seconds a call, NaN when it was not run.
+
+    `worst` is the median with the slowest set of arguments, NaN where there is only one.
+    """
 
     name: str
     median: float
@@ -57,6 +79,7 @@ class Timing:
     calls: int
     exact: bool | None
     note: str
+    worst: float = math.nan
 
     @property
     def measured(self) -> bool:
@@ -66,7 +89,7 @@ class Timing:
 
 @dataclasses.dataclass
 class CaseResult:
-    """The timings of one shape, with what they were taken on.
+    """The timings of one shape, with what they were taken on; 0 threads mean a GPU.
 
     `bytes` is what one call reads and writes, see `BYTES_FORMULA`. `timings` begins with ours.
     """
@@ -101,7 +124,7 @@ class CaseResult:
     @property
     def exact(self) -> bool:
         """Whether ours equals the reference."""
-        return all(t.exact is not False for t in self.timings if t.name in ("ours", "scalar"))
+        return all(t.exact is not False for t in self.timings if t.name in (OURS, SCALAR))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields; `from_dict` reads them back."""
@@ -110,89 +133,138 @@ class CaseResult:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CaseResult:
         """Build a result from `to_dict`'s."""
-        return cls(**{**fields, "timings": [Timing(**one) for one in fields["timings"]]})
+        return cls(**{**fields, "timings": [Timing(**timing) for timing in fields["timings"]]})
 
 
-def case_bytes(rows: int, q_cols: int, k_cols: int, in_bytes: int, out_bytes: int) -> int:
-    """Return the bytes that one call reads and writes, by `BYTES_FORMULA`."""
-    return rows * (q_cols + k_cols) * (in_bytes + out_bytes)
+class Sampler(Protocol):
+    """How one candidate is timed.
+
+    Attributes
+    ----------
+    calls : int
+        Calls in a sample.
+    sets : int
+        How many sets of arguments samples use in turn.
+    least : int
+        The fewest samples that say something.
+    """
+
+    calls: int
+    sets: int
+    least: int
+
+    def sample(self, turn: int) -> float:
+        """Return seconds a call, over `calls` of them after as many that are not timed."""
 
 
-def _sample(candidate: Candidate, calls: int) -> float:
-    """Return seconds a call, over some calls in a row."""
-    function, arguments = candidate.function, candidate.arguments
-    assert function is not None
-    repeat = itertools.repeat(None, calls)
-    start = time.perf_counter_ns()
-    for _ in repeat:
-        function(*arguments)
-    return (time.perf_counter_ns() - start) / calls * 1e-9
+class HostSampler:
+    """Times runs of calls by the clock.
+
+    Parameters
+    ----------
+    candidate : Candidate
+    settle : float
+        Seconds of calls before each sample that are not timed. Several threads need some: those of
+        the runtime that ran before spin for a while yet, and the system has to move a woken thread
+        to a processor of its own.
+    finish : callable
+        Called after each run: waits for what the calls have started.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        *,
+        settle: float = 0.0,
+        finish: Callable[[], Any] = lambda: None,
+    ):
+        assert candidate.function is not None
+        self._function, self._arguments = candidate.function, candidate.sets
+        self._settle, self._finish = settle, finish
+        self.sets = len(candidate.sets)
+        self.least = max(_LEAST_SAMPLES, 2 * self.sets)
+        once = min(self._run(0, 1) for _ in range(3))
+        if once < _SAMPLE_SECONDS:  # short: ask more precisely
+            once = min(self._run(0, 10) for _ in range(3))
+        self.calls = min(_MOST_CALLS, max(1, math.ceil(_SAMPLE_SECONDS / max(once, 1e-9))))
+
+    def _run(self, turn: int, calls: int) -> float:
+        function, arguments = self._function, self._arguments[turn % self.sets]
+        repeat = itertools.repeat(None, calls)
+        start = time.perf_counter_ns()
+        for _ in repeat:
+            function(*arguments)
+        seconds = (time.perf_counter_ns() - start) / calls * 1e-9
+        self._finish()
+        return seconds
+
+    def sample(self, turn: int) -> float:
+        """Return seconds a call; caches and threads are in this candidate's own steady state."""
+        start = time.perf_counter()
+        self._run(turn, self.calls)
+        while time.perf_counter() - start < self._settle:
+            self._run(turn, self.calls)
+        return self._run(turn, self.calls)
 
 
 def measure(
-    candidates: Sequence[Candidate], *, min_time: float, settle: float = 0.0
+    candidates: Sequence[Candidate],
+    *,
+    min_time: float,
+    sampler: Callable[[Candidate], Sampler] = HostSampler,
 ) -> list[Timing]:
     """Time candidates, interleaved.
 
     Whoever has had the least time so far is next, so that all see the same ups and downs of the
-    machine, and a slow one does not hold up the others. Before each sample the candidate runs as
-    often without being timed, so that caches and threads are in its own steady state.
+    machine, and a slow one does not hold up the others.
 
     Parameters
     ----------
     candidates : sequence of Candidate
         Those without a function come back unmeasured.
     min_time : float
-        Seconds that each gets at least; and at least 5 samples.
-    settle : float
-        Seconds of calls before each sample that are not timed. Several threads need some: those of
-        the runtime that ran before spin for a while yet, and the system has to move a woken thread
-        to a processor of its own.
+        Seconds that each gets at least; and at least its sampler's `Sampler.least` samples.
+    sampler : callable
+        Makes a candidate's sampler. A `CannotRunError` becomes the candidate's note.
 
     Returns
     -------
     list of Timing
         In the order of the candidates; median and quartiles over samples.
     """
-    runnable = [i for i, c in enumerate(candidates) if c.function is not None]
-    calls = dict.fromkeys(runnable, 1)
+    samplers: dict[int, Sampler] = {}
     samples: dict[int, list[float]] = {i: [] for i in range(len(candidates))}
-    spent = dict.fromkeys(runnable, 0.0)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for i in runnable:
-            once = min(_sample(candidates[i], 1) for _ in range(3))
-            if once < _SAMPLE_SECONDS:  # short: ask more precisely
-                once = min(_sample(candidates[i], 10) for _ in range(3))
-            calls[i] = min(_MOST_CALLS, max(1, int(np.ceil(_SAMPLE_SECONDS / max(once, 1e-9)))))
-        waiting = set(runnable)
+        for i, candidate in enumerate(candidates):
+            if candidate.function is not None:
+                try:
+                    samplers[i] = sampler(candidate)
+                except CannotRunError as error:
+                    candidate.note = str(error)
+        spent = dict.fromkeys(samplers, 0.0)
+        waiting = set(samplers)
         while waiting:
             i = min(waiting, key=spent.__getitem__)
             start = time.perf_counter()
-            _sample(candidates[i], calls[i])
-            while time.perf_counter() - start < settle:
-                _sample(candidates[i], calls[i])
-            samples[i].append(_sample(candidates[i], calls[i]))
+            samples[i].append(samplers[i].sample(len(samples[i])))
             spent[i] += time.perf_counter() - start
-            if spent[i] >= min_time and len(samples[i]) >= _LEAST_SAMPLES:
+            if spent[i] >= min_time and len(samples[i]) >= samplers[i].least:
                 waiting.remove(i)
     finally:
         if collecting:
             gc.enable()
-    return [_timing(c, samples[i], calls.get(i, 0)) for i, c in enumerate(candidates)]
+    return [_timing(c, samples[i], samplers.get(i)) for i, c in enumerate(candidates)]
 
 
-def _timing(candidate: Candidate, samples: list[float], calls: int) -> Timing:
-    quartiles = np.percentile(samples, [25, 50, 75]) if samples else [float("nan")] * 3
+def _timing(candidate: Candidate, samples: list[float], sampler: Sampler | None) -> Timing:
+    quartiles = np.percentile(samples, [25, 50, 75]) if samples else [math.nan] * 3
     q1, median, q3 = map(float, quartiles)
+    calls, sets = (sampler.calls, sampler.sets) if sampler else (0, 1)
+    worst = math.nan
+    if sets > 1:
+        worst = max(float(np.median(samples[i::sets])) for i in range(sets))
     return Timing(
-        candidate.name,
-        median,
-        q1,
-        q3,
-        len(samples),
-        calls,
-        candidate.exact,
-        candidate.note,
+        candidate.name, median, q1, q3, len(samples), calls, candidate.exact, candidate.note, worst
     )

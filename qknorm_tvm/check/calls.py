@@ -12,27 +12,34 @@ from ..operations import OPERATIONS
 from .inputs import Activations
 
 
+def call_arguments(op: str, tensors: Mapping[str, Any], epsilon: float) -> tuple[Any, ...]:
+    """Return an entry point's arguments in its order, from tensors of any framework by name."""
+    operation = OPERATIONS[op]
+    values = tuple(tensors[name] for name in operation.tensors)
+    return (*values, float(epsilon)) if operation.has_epsilon else values
+
+
 def operation_arguments(
     op: str, arrays: Mapping[str, npt.NDArray], epsilon: float
 ) -> tuple[Any, ...]:
-    """Return what a module's entry point of an operation takes for arrays by name.
+    """Return what a module's entry point of an operation takes for NumPy arrays by name.
 
     Nothing is copied; the arrays must outlive the calls. The last argument, 1, says that 16-bit
     integers are bfloat16.
     """
     operation = OPERATIONS[op]
-    views = [
-        adapter_of(name, arrays[name]).view(name, arrays[name], writable=name in operation.outputs)
+    views = {
+        name: adapter_of(name, arrays[name]).view(
+            name, arrays[name], writable=name in operation.outputs
+        )
         for name in operation.tensors
-    ]
-    return (*views, float(epsilon), 1) if operation.has_epsilon else (*views, 1)
+    }
+    return (*call_arguments(op, views, epsilon), 1)
 
 
 def module_arguments(
     activations: Activations, q_out: npt.NDArray, k_out: npt.NDArray
 ) -> tuple[Any, ...]:
     """Return what a module's ``apply_qk_rms_norm`` takes; see `operation_arguments`."""
-    a = activations
-    arrays = {"q_out": q_out, "k_out": k_out, "qk_var": a.qk_var, "q": a.q, "k": a.k}
-    arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
-    return operation_arguments("apply_qk_rms_norm", arrays, a.epsilon)
+    arrays = {**activations.tensors, "q_out": q_out, "k_out": k_out}
+    return operation_arguments("apply_qk_rms_norm", arrays, activations.epsilon)

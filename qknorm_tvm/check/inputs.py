@@ -47,6 +47,11 @@ class Activations:
     notes: tuple[str, ...] = ()
 
     @property
+    def tensors(self) -> dict[str, npt.NDArray]:
+        """The arrays by name."""
+        return {name: getattr(self, name) for name in (*_NAMES, "qk_var")}
+
+    @property
     def rows(self) -> int:
         """M."""
         return int(self.q.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ class Placed:
     ----------
     activations : Activations
         The inputs, as views of memory of their own.
-    q_out, k_out : ndarray
+    q_out, k_out, qk_var_out : ndarray
         The outputs; before the call they hold no result, unless in place.
 
     Parameters
@@ -79,18 +80,27 @@ class Placed:
             gamma_q=_moved(original.gamma_q, offset("float32")),
             gamma_k=_moved(original.gamma_k, offset("float32")),
         )
+        # Statistics as an output, between guards.
+        self._statistics = np.full(original.rows * 8 + 2 * _LINE, _CANARY, np.uint8)
+        self.qk_var_out = self._statistics[_LINE:-_LINE].view(np.float32).reshape(-1, 2)
 
-    def intact(self) -> bool:
-        """Whether inputs and all memory around the outputs are as before; ends their use."""
+    def arrays(self, outputs: Sequence[str]) -> dict[str, npt.NDArray]:
+        """Return all tensors by name; `qk_var` is one to be written where it is an output."""
+        arrays = {**self.activations.tensors, "q_out": self.q_out, "k_out": self.k_out}
+        return {**arrays, "qk_var": self.qk_var_out} if "qk_var" in outputs else arrays
+
+    def guards_intact(self) -> bool:
+        """Overwrite the outputs, and return whether inputs and all other memory are as before."""
         names = ["qk_var", "gamma_q", "gamma_k"] + ([] if self._in_place else ["q", "k"])
         for name in names:
             if not _same_bits(getattr(self.activations, name), getattr(self._original, name)):
                 return False
-        for out in (self.q_out, self.k_out):
+        for out in (self.q_out, self.k_out, self.qk_var_out):
             out.view(f"u{out.itemsize}")[...] = np.frombuffer(
                 bytes([_CANARY]) * out.itemsize, f"u{out.itemsize}"
             )
-        return bool((self._outputs == _CANARY).all())
+        memories = (self._outputs, self._statistics)
+        return all(bool((memory == _CANARY).all()) for memory in memories)
 
 
 def _projections(

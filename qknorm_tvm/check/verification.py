@@ -1,20 +1,21 @@
 """Bit-exactness: the cases, the memory layouts, and the comparison with the unfused graphs.
 
 ``qknorm-tvm verify`` and the tests share this. A `Case` is one set of inputs; a *check* is one call
-on it, in one layout, with one number of threads. Outputs must equal `qknorm_tvm.check.reference`
-bit for bit (a NaN for a NaN), and memory that is not an output must stay as it was.
+on it, in one layout, with one number of threads. Outputs must equal what the `Device` expects bit
+for bit (a NaN for a NaN), and memory that is not an output must stay as it was.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..load.module import Module
-from ..operations import OPERATIONS
 from ..spec import DTYPE_BYTES, KernelSpec
 from ..targets import adds_fused
 from . import reference
@@ -90,29 +91,35 @@ class Case:
 
     Parameters
     ----------
+    spec : KernelSpec
+        What is called; its columns may be open.
     group : str
-        What it is about: a line of the summary.
+        What the case is about: a line of the summary.
     description : str
         Which case of the group.
-    out_dtype : str
-        Element type of the outputs.
     layouts : tuple of str
         Some of `qknorm_tvm.check.layouts.LAYOUTS`.
     make : callable
         Makes the inputs; cases are many and their arrays large.
-    op : str
-        The operation that is called.
-    cast_before_gamma : bool
-        The spec's.
     """
 
+    spec: KernelSpec
     group: str
     description: str
-    out_dtype: str
     layouts: tuple[str, ...]
     make: Callable[[], Activations]
-    op: str = "apply_qk_rms_norm"
-    cast_before_gamma: bool = False
+
+    @property
+    def out_dtype(self) -> str:
+        """Element type of the outputs."""
+        return str(self.spec.out_dtype)
+
+
+def _group(spec: KernelSpec, topic: str) -> str:
+    """Return a heading: operations and orders of rounding apart."""
+    if spec.op != "apply_qk_rms_norm":
+        return f"{spec.op}: {topic}"
+    return f"cast_before_gamma: {topic}" if spec.cast_before_gamma else topic
 
 
 def all_patterns(dtype: str) -> npt.NDArray:
@@ -160,17 +167,26 @@ def pattern_case(spec: KernelSpec, q_cols: int, k_cols: int, gamma: int) -> Case
             special_gamma(kinds[1], k_cols),
         )
 
+    topic = f"every {spec.in_dtype} pattern" if spec.in_bytes == 2 else "float32 patterns"
     return Case(
-        f"every {spec.in_dtype} pattern" if spec.in_bytes == 2 else "float32 patterns",
+        spec,
+        _group(spec, topic),
         f"{spec.in_dtype} -> {spec.out_dtype}, columns {q_cols} and {k_cols}, gamma_q {kinds[0]}, "
         f"gamma_k {kinds[1]}",
-        str(spec.out_dtype),
         ("packed",),
         make,
     )
 
 
-def shape_case(spec: KernelSpec, rows: int, q_cols: int, k_cols: int, *, seed: int = 0) -> Case:
+def shape_case(
+    spec: KernelSpec,
+    rows: int,
+    q_cols: int,
+    k_cols: int,
+    *,
+    seed: int = 0,
+    topic: str = "shapes and layouts",
+) -> Case:
     """Return a case of one shape in every layout: normal data, with special values strewn in.
 
     Where rows are added up, every other row has none: one infinity makes a row's sum infinite,
@@ -190,11 +206,13 @@ def shape_case(spec: KernelSpec, rows: int, q_cols: int, k_cols: int, *, seed: i
         a.qk_var[3::4] = rng.choice(VARIANCES, a.qk_var[3::4].shape)
         return a
 
+    # Statistics have no output like q or k, which could be in place.
+    in_place = spec.operation.normalises
     return Case(
-        "shapes and layouts",
+        spec,
+        _group(spec, topic),
         f"{spec.in_dtype} -> {spec.out_dtype}, M {rows}, columns {q_cols} and {k_cols}",
-        str(spec.out_dtype),
-        layouts_for(spec.in_dtype, str(spec.out_dtype)),
+        layouts_for(spec.in_dtype, str(spec.out_dtype)) if in_place else LAYOUTS[:4],
         make,
     )
 
@@ -225,29 +243,19 @@ def cases_for(spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
             yield shape_case(spec, rows, q_cols, k_cols)
 
 
-def of_operation(spec: KernelSpec, case: Case) -> Case:
-    """Return a case as one of the spec's operation, under a heading of its own."""
-    group = case.group
-    if spec.op != "apply_qk_rms_norm":
-        group = f"{spec.op}: {case.group}"
-    elif spec.cast_before_gamma:
-        group = f"cast_before_gamma: {case.group}"
-    layouts = case.layouts if spec.operation.normalises else LAYOUTS[:4]
-    return dataclasses.replace(
-        case, group=group, layouts=layouts, op=spec.op, cast_before_gamma=spec.cast_before_gamma
-    )
-
-
 @dataclasses.dataclass
 class Tally:
-    """Counts of one group: checks made, elements compared, and what differed."""
+    """Counts of one group: checks made, elements compared, and what differed.
+
+    `elements` were compared with NumPy, `torch_elements` with torch.
+    """
 
     checks: int = 0
     elements: int = 0
     from_numpy: int = 0
-    from_torch: int = 0
-    spoilt: int = 0
     torch_elements: int = 0
+    from_torch: int = 0
+    stray_writes: int = 0
 
 
 @dataclasses.dataclass
@@ -275,109 +283,185 @@ class Report:
             self.first_difference = difference
 
 
-def run_case(module: Module, case: Case, threads: Sequence[int], report: Report) -> None:
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What outputs must be.
+
+    Parameters
+    ----------
+    outputs : tuple of ndarray
+        In the order of the operation's.
+    by_torch : bool
+        Whether torch computed them, not NumPy.
+    once : bool
+        Whether the first call of a case is compared, and no other.
+    """
+
+    outputs: tuple[npt.NDArray, ...]
+    by_torch: bool = False
+    once: bool = False
+
+
+class Device(abc.ABC):
+    """Where cases run: their memory, calls and references.
+
+    Attributes
+    ----------
+    by_element : bool
+        Misaligned arrays are off by one element, not by one byte.
+    threads : sequence of int
+        Numbers of threads to call with; 0: there is no such choice.
+    """
+
+    by_element = False
+    threads: Sequence[int] = (0,)
+
+    def cases(self, module: Module, spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
+        """Generate the cases of a spec that the module holds."""
+        return cases_for(spec, thorough=thorough)
+
+    @abc.abstractmethod
+    def expected(self, module: Module, spec: KernelSpec, inputs: Activations) -> list[Expected]:
+        """Return what outputs are compared with."""
+
+    @abc.abstractmethod
+    def call(
+        self, module: Module, op: str, arrays: Mapping[str, npt.NDArray], epsilon: float
+    ) -> None:
+        """Call an operation on NumPy arrays by name, and wait for its outputs."""
+
+
+class Cpu(Device):
+    """This CPU: compared with NumPy's graph, and once a case with torch's.
+
+    Parameters
+    ----------
+    threads : sequence of int
+        Numbers of threads to try.
+    """
+
+    def __init__(self, threads: Sequence[int] = (1,)):
+        self.threads = threads
+
+    def expected(self, module: Module, spec: KernelSpec, inputs: Activations) -> list[Expected]:
+        expected = [Expected(expected_outputs(module, spec, inputs))]
+        # torch sums in another order: it is beside what takes its statistics from the caller.
+        if spec.op == "apply_qk_rms_norm" and torch_or_none() is not None:
+            by_torch = torch_outputs(
+                inputs, str(spec.out_dtype), "cpu", cast_before_gamma=spec.cast_before_gamma
+            )
+            # Once: a second look at each layout could not find more.
+            expected.append(Expected(by_torch, by_torch=True, once=True))
+        return expected
+
+    def call(
+        self, module: Module, op: str, arrays: Mapping[str, npt.NDArray], epsilon: float
+    ) -> None:
+        getattr(module, op)(*operation_arguments(op, arrays, epsilon))
+
+
+def run_case(module: Module, case: Case, device: Device, report: Report) -> None:
     """Make all checks of a case and add them to a report.
 
     Parameters
     ----------
     module : Module
-        A CPU module that holds a spec for the case.
+        Holds the case's spec.
     case : Case
-    threads : sequence of int
-        Numbers of threads to try.
+    device : Device
+        The module's kind.
     report : Report
         Changed.
     """
-    set_threads = module.library.get_function("qknorm_set_num_threads")
-    inputs = case.make()
-    outputs = OPERATIONS[case.op].outputs
-    expected = _expected(module, inputs, case)
-    # torch sums in another order: it is beside what takes its statistics from the caller.
-    by_torch = _torch_outputs(inputs, case) if case.op == "apply_qk_rms_norm" else None
+    inputs, spec = case.make(), case.spec
+    expected = device.expected(module, spec, inputs)
     tally = report.groups.setdefault(case.group, Tally())
-    for layout in case.layouts:
-        for count in threads:
-            set_threads(count)
-            placed = Placed(inputs, case.out_dtype, layout)
-            a, guarded = placed.activations, Guarded(inputs.qk_var.shape)
-            arrays = {"q_out": placed.q_out, "k_out": placed.k_out, "q": a.q, "k": a.k}
-            arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
-            arrays["qk_var"] = guarded.array if "qk_var" in outputs else a.qk_var
-            getattr(module, case.op)(*operation_arguments(case.op, arrays, inputs.epsilon))
-            tally.checks += 1
-            where = f"{case.description}; {layout}, {count} thread{'s' * (count > 1)}"
-            for name, wanted in zip(outputs, expected, strict=True):
-                tally.elements += wanted.size
-                wrong = reference.differing(arrays[name], wanted)
-                tally.from_numpy += wrong
-                if wrong:
-                    told = describe_difference(name, inputs, arrays[name], wanted)
-                    report.note(f"{where}: {told}")
-            # The graphs are compared with each other once a case; a second look at each layout
-            # could not find more.
-            if by_torch is not None and layout == case.layouts[0] and count == threads[0]:
-                for name, wanted in zip(outputs, by_torch, strict=True):
-                    tally.torch_elements += wanted.size
-                    wrong = reference.differing(arrays[name], wanted)
-                    tally.from_torch += wrong
-                    if wrong:
-                        told = describe_difference(name, inputs, arrays[name], wanted)
-                        report.note(f"{where}, against torch: {told}")
-            if not (placed.intact() and guarded.intact()):
-                tally.spoilt += 1
-                report.note(f"{where}: memory that is no output was written to")
-    set_threads(0)
+    calls = list(itertools.product(case.layouts, device.threads))
+    for layout, threads in calls:
+        where = f"{case.description}; {layout}"
+        if threads:
+            module.library.get_function("qknorm_set_num_threads")(threads)
+            where += f", {threads} thread{'s' * (threads > 1)}"
+        placed = Placed(inputs, case.out_dtype, layout, by_element=device.by_element)
+        arrays = placed.arrays(spec.operation.outputs)
+        device.call(module, spec.op, arrays, inputs.epsilon)
+        tally.checks += 1
+        for wanted in expected:
+            if wanted.once and (layout, threads) != calls[0]:
+                continue
+            outputs = {name: arrays[name] for name in spec.operation.outputs}
+            difference = _compare(outputs, wanted, inputs, tally)
+            if difference:
+                report.note(f"{where}{', against torch' * wanted.by_torch}: {difference}")
+        if not placed.guards_intact():
+            tally.stray_writes += 1
+            report.note(f"{where}: memory that is no output was written to")
+    if any(device.threads):
+        module.library.get_function("qknorm_set_num_threads")(0)
 
 
-class Guarded:
-    """An array of float32 with guards around it.
+def _compare(
+    outputs: Mapping[str, npt.NDArray], expected: Expected, inputs: Activations, tally: Tally
+) -> str:
+    """Count what differs from the expected outputs; returns the first difference, or ``""``."""
+    first = ""
+    for (name, actual), wanted in zip(outputs.items(), expected.outputs, strict=True):
+        different = reference.differing(actual, wanted)
+        if expected.by_torch:
+            tally.torch_elements += wanted.size
+            tally.from_torch += different
+        else:
+            tally.elements += wanted.size
+            tally.from_numpy += different
+        if different and not first:
+            first = describe_difference(name, inputs, actual, wanted)
+    return first
+
+
+def expected_outputs(module: Module, spec: KernelSpec, a: Activations) -> tuple[npt.NDArray, ...]:
+    """Return what a CPU module's outputs must be, by NumPy.
 
     Parameters
     ----------
-    shape : tuple of int
+    module : Module
+        Its active level decides how squares are added.
+    spec : KernelSpec
+    a : Activations
+
+    Returns
+    -------
+    tuple of ndarray
+        In the order of the operation's outputs.
     """
-
-    def __init__(self, shape: tuple[int, ...]):
-        self._memory = np.full(int(np.prod(shape)) + 32, -77.0, np.float32)
-        self.array = self._memory[16:-16].reshape(shape)
-
-    def intact(self) -> bool:
-        """Whether the guards are as they were."""
-        return bool((self._memory[:16] == -77).all() and (self._memory[-16:] == -77).all())
-
-
-def _expected(module: Module, a: Activations, case: Case) -> tuple[npt.NDArray, ...]:
     qk_var = a.qk_var
-    if case.op != "apply_qk_rms_norm":
-        qk_var = expected_statistics(module, a)
-    if not OPERATIONS[case.op].normalises:
+    if spec.op != "apply_qk_rms_norm":
+        level = next(x for x in module.metadata["levels"] if x["name"] == module.active_level)
+        fused = adds_fused(level["name"], level["features"])
+        qk_var = reference.row_mean_of_squares_qk(a.q, a.k, fused=fused)
+    if not spec.operation.normalises:
         return (qk_var,)
     return reference.apply_qk_rms_norm(
-        a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, case.out_dtype,
-        cast_before_gamma=case.cast_before_gamma,
+        a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, str(spec.out_dtype),
+        cast_before_gamma=spec.cast_before_gamma,
     )  # fmt: skip
 
 
-def expected_statistics(module: Module, a: Activations) -> npt.NDArray:
-    """Return what ``row_mean_of_squares_qk`` of a module's active level must compute."""
-    level = next(x for x in module.metadata["levels"] if x["name"] == module.active_level)
-    fused = adds_fused(level["name"], level["features"])
-    return reference.row_mean_of_squares_qk(a.q, a.k, fused=fused)
+def torch_outputs(
+    a: Activations, out_dtype: str, device: str, *, cast_before_gamma: bool = False
+) -> tuple[npt.NDArray, ...]:
+    """Return the outputs of the unfused graph in torch on a device, given the statistics."""
+    import torch
 
-
-def _torch_outputs(inputs: Activations, case: Case) -> tuple[npt.NDArray, ...] | None:
-    torch = torch_or_none()
-    if torch is None:
-        return None
-    a = inputs
-    q, k, qk_var, gamma_q, gamma_k = (
-        to_torch(np.ascontiguousarray(x)) for x in (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k)
+    inputs = {
+        name: to_torch(np.ascontiguousarray(array)).to(device) for name, array in a.tensors.items()
+    }
+    outputs = torch_graph(
+        **inputs,
+        epsilon=a.epsilon,
+        out_dtype=getattr(torch, out_dtype),
+        cast_before_gamma=cast_before_gamma,
     )
-    out = torch_graph(
-        q, k, qk_var, gamma_q, gamma_k, a.epsilon, getattr(torch, case.out_dtype),
-        cast_before_gamma=case.cast_before_gamma,
-    )  # fmt: skip
-    return tuple(to_numpy(x) for x in out)
+    return tuple(to_numpy(x.cpu()) for x in outputs)
 
 
 def describe_difference(name: str, a: Activations, actual: npt.NDArray, wanted: npt.NDArray) -> str:
@@ -435,9 +519,11 @@ def default_specs(target: str) -> tuple[tuple[KernelSpec, ...], ...]:
     )
 
 
-def iterate(modules: Iterable[Module], *, thorough: bool = False) -> Iterator[tuple[Module, Case]]:
+def iterate(
+    modules: Iterable[Module], device: Device, *, thorough: bool = False
+) -> Iterator[tuple[Module, Case]]:
     """Generate every case of every spec of some modules."""
     for module in modules:
         for spec in module.specs:
-            for case in cases_for(spec, thorough=thorough):
-                yield module, of_operation(spec, case)
+            for case in device.cases(module, spec, thorough=thorough):
+                yield module, case

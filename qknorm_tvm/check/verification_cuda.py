@@ -1,13 +1,14 @@
-"""Bit-exactness on a GPU: the cases of `verification`, with unfused torch beside it.
+"""Bit-exactness on a GPU: where the cases of `verification` run, with unfused torch beside it.
 
-What a case is, its layouts and the guards around outputs are the CPU's: the memory of a
-`Placed` case goes to the GPU as it is, and comes back after the call.
+What a case is, its layouts, the guards around outputs and the comparison are `verification`'s. The
+memory of a case goes to the GPU as it is, and comes back after the call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,10 @@ import numpy.typing as npt
 from ..load.module import Module
 from ..spec import KernelSpec
 from . import reference
+from .calls import call_arguments
 from .inputs import Activations
-from .layouts import PADDED, Placed
-from .reference_torch import apply_qk_rms_norm as torch_graph
-from .reference_torch import to_numpy, to_torch
-from .verification import (
-    Case,
-    Guarded,
-    Report,
-    Tally,
-    cases_for,
-    describe_difference,
-    of_operation,
-    shape_case,
-)
+from .layouts import PADDED
+from .verification import Case, Device, Expected, cases_for, shape_case, torch_outputs
 
 #: Beyond this many elements a case of a switch between kernels says nothing more.
 _MOST_ELEMENTS = 12_000_000
@@ -74,33 +65,43 @@ class OnDevice:
             owner[...] = copy.cpu().numpy()
 
 
-def torch_outputs(
-    a: Activations, out_dtype: str, device: str, *, cast_before_gamma: bool = False
-) -> tuple[npt.NDArray, ...]:
-    """Return the outputs of the unfused graph in torch on a device."""
-    import torch
+class Cuda(Device):
+    """A GPU: compared with what `expected_outputs` says.
 
-    inputs = (a.q, a.k, a.qk_var, a.gamma_q, a.gamma_k)
-    q, k, var, gamma_q, gamma_k = (to_torch(np.ascontiguousarray(x)).to(device) for x in inputs)
-    outputs = torch_graph(
-        q, k, var, gamma_q, gamma_k, a.epsilon, getattr(torch, out_dtype),
-        cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-    return tuple(to_numpy(x.cpu()) for x in outputs)
-
-
-def cuda_cases(module: Module, spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
-    """Generate the CPU's cases for a spec, and the rows at which the module changes kernels.
-
-    Each in rows that start at whole vectors too, whatever their columns.
+    Parameters
+    ----------
+    device : str
+        torch's name for it.
     """
-    for case in _cases(module, spec, thorough):
-        yield dataclasses.replace(case, layouts=(*case.layouts, PADDED))
+
+    by_element = True
+
+    def __init__(self, device: str = "cuda"):
+        self._device = device
+
+    def cases(self, module: Module, spec: KernelSpec, *, thorough: bool = False) -> Iterator[Case]:
+        """Generate the CPU's cases for a spec, and the rows at which the module changes kernels.
+
+        Each in rows that start at whole vectors too, whatever their columns.
+        """
+        switches = _switch_cases(module, spec)
+        for case in itertools.chain(cases_for(spec, thorough=thorough), switches):
+            yield dataclasses.replace(case, layouts=(*case.layouts, PADDED))
+
+    def expected(self, module: Module, spec: KernelSpec, inputs: Activations) -> list[Expected]:
+        outputs = expected_outputs(spec, inputs, self._device)
+        return [Expected(outputs, by_torch=not _by_numpy(spec))]
+
+    def call(
+        self, module: Module, op: str, arrays: Mapping[str, npt.NDArray], epsilon: float
+    ) -> None:
+        memory = OnDevice(self._device)
+        tensors = {name: memory.tensor(array) for name, array in arrays.items()}
+        getattr(module, op)(*call_arguments(op, tensors, epsilon))
+        memory.fetch()
 
 
-def _cases(module: Module, spec: KernelSpec, thorough: bool) -> Iterator[Case]:
-    for case in cases_for(spec, thorough=thorough):
-        yield of_operation(spec, case)
+def _switch_cases(module: Module, spec: KernelSpec) -> Iterator[Case]:
     q_cols, k_cols = spec.q_cols or 1537, spec.k_cols or 257
     starts = {
         int(code["min_rows"])
@@ -110,61 +111,12 @@ def _cases(module: Module, spec: KernelSpec, thorough: bool) -> Iterator[Case]:
     }
     for rows in sorted({rows for start in starts - {1} for rows in (start - 1, start)}):
         if rows * (q_cols + k_cols) <= _MOST_ELEMENTS:
-            case = shape_case(spec, rows, q_cols, k_cols)
-            case = dataclasses.replace(case, group="where kernels change")
-            yield of_operation(spec, case)
+            yield shape_case(spec, rows, q_cols, k_cols, topic="where kernels change")
 
 
-def run_case(
-    module: Module, spec: KernelSpec, case: Case, report: Report, device: str = "cuda"
-) -> None:
-    """Make all checks of a case and add them to a report.
-
-    Parameters
-    ----------
-    module : Module
-        Holds `spec`.
-    spec : KernelSpec
-        Reproducible ones, and statistics, are compared with NumPy, whose bits they promise; others
-        with the unfused torch graph on the same device, given those statistics.
-    case : Case
-    report : Report
-        Changed.
-    device : str
-    """
-    inputs = case.make()
-    operation = spec.operation
-    # Torch has no part in a sum of another order.
-    from_numpy = spec.reproducible or not operation.normalises
-    expected = expected_outputs(spec, inputs, device)
-    tally = report.groups.setdefault(case.group, Tally())
-    for layout in case.layouts:
-        placed = Placed(inputs, case.out_dtype, layout, by_element=True)
-        guarded, there = Guarded(inputs.qk_var.shape), OnDevice(device)
-        a = placed.activations
-        arrays = {"q_out": placed.q_out, "k_out": placed.k_out, "q": a.q, "k": a.k}
-        arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
-        arrays["qk_var"] = guarded.array if "qk_var" in operation.outputs else a.qk_var
-        given = [there.tensor(arrays[name]) for name in operation.tensors]
-        epsilon = [a.epsilon] if operation.has_epsilon else []
-        getattr(module, spec.op)(*given, *epsilon)
-        there.fetch()
-        tally.checks += 1
-        where = f"{case.description}; {layout}"
-        for name, wanted in zip(operation.outputs, expected, strict=True):
-            wrong = reference.differing(arrays[name], wanted)
-            if from_numpy:
-                tally.elements += wanted.size
-                tally.from_numpy += wrong
-            else:
-                tally.torch_elements += wanted.size
-                tally.from_torch += wrong
-            if wrong:
-                told = describe_difference(name, inputs, arrays[name], wanted)
-                report.note(f"{where}: {told}")
-        if not (placed.intact() and guarded.intact()):
-            tally.spoilt += 1
-            report.note(f"{where}: memory that is no output was written to")
+def _by_numpy(spec: KernelSpec) -> bool:
+    # Reproducible specs and statistics promise NumPy's bits.
+    return spec.reproducible or not spec.operation.normalises
 
 
 def expected_outputs(
@@ -190,19 +142,9 @@ def expected_outputs(
             return (qk_var,)
         inputs = dataclasses.replace(inputs, qk_var=qk_var)
     out_dtype, cast = str(spec.out_dtype), spec.cast_before_gamma
-    if not spec.reproducible:
+    if not _by_numpy(spec):
         return torch_outputs(inputs, out_dtype, device, cast_before_gamma=cast)
     return reference.apply_qk_rms_norm(
         inputs.q, inputs.k, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, inputs.epsilon,
         out_dtype, cast_before_gamma=cast,
     )  # fmt: skip
-
-
-def iterate(
-    modules: Iterable[Module], *, thorough: bool = False
-) -> Iterator[tuple[Module, KernelSpec, Case]]:
-    """Generate every case of every spec of some modules."""
-    for module in modules:
-        for spec in module.specs:
-            for case in cuda_cases(module, spec, thorough=thorough):
-                yield module, spec, case

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ from .options import Numbers, Shapes, check_device, debug_option, device_option,
 
 if TYPE_CHECKING:
     from ..bench.compare import Comparison
-    from ..bench.host_costs import ColdCosts
     from ..bench.report import Row
-    from ..bench.timing import CaseResult, Timing
+    from ..bench.timing import Timing
     from ..load.module import Module
     from ..spec import KernelSpec
+    from .measure import Measured
 
 #: What --report measures where nothing else is asked for: minutes, not a quarter of an hour.
 _REPORT_ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -59,8 +58,7 @@ _PLACES = ("csv_file", "as_json", "report", "compare", "against")
               metavar="FILE", help="Also write the timings there.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Also write CSV, pictures and a page there; more values of M, and every "
-              "alternative that is installed.")  # fmt: skip
+              help="Also write CSV, pictures and a page there; more values of M.")  # fmt: skip
 @click.option("--compare", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               metavar="OLD.csv",
               help="Only: time its cases again and say what got slower.")  # fmt: skip
@@ -105,7 +103,8 @@ def bench(
     once for each; buffers beyond L2 rotate.
 
     Each sample is a run of calls after as many that warm up; candidates take turns. Where torch is
-    not installed, its lines say so.
+    not installed, its lines say so. On CPUs outputs take turns in lying at 8 offsets from their
+    inputs within a page, on which time depends; worst is the median at the slowest.
 
     --compare looks at the ratio of ours to the copy in the same run, and calls slower what is
     beyond the quartiles of both runs, and beyond 5 %.
@@ -129,13 +128,13 @@ def bench(
     if against is not None:
         return _compare_files(compare, against, as_json)
     check_device(device)
-    from ..bench import alternatives
     from ..bench.report import read_csv, rows_of, write_csv, write_report
+    from ..bench.timing import COPY, TORCH_COMPILE
+    from ..bench.workload import BENCHMARKS
     from ..machine import load_warning
     from ..spec import KernelSpec
-    from ..targets import host_cpu_target
-    from .cuda import gpu_target, measure_cuda
-    from .export import check_folder
+    from .measure import measure
+    from .modules import compile_module, load_modules, module_of, target_for
     from .options import parse_config
 
     on_gpu = device == "cuda"
@@ -145,16 +144,9 @@ def bench(
         raise click.UsageError("--threads and --cold are for --device cpu")
     if cold and (report or compare):
         raise click.UsageError("--cold excludes --report and --compare")
-    if csv_file is not None:
-        check_folder(csv_file)
-    if report is not None:
-        from ..bench.plots import need_matplotlib
-
-        need_matplotlib()
-        if not report.parent.is_dir():
-            raise click.UsageError(f"{report}: the folder {report.parent} does not exist")
+    _check_places(csv_file, report)
     old = read_csv(compare) if compare is not None else []
-    names = [*alternatives.ALL, *(alternatives.more_installed() if report else ())]
+    candidates = list(BENCHMARKS["apply_qk_rms_norm"].candidates[device])
     if old:
         from ..bench.compare import cases_of
 
@@ -165,64 +157,82 @@ def bench(
         out_dtype = out_dtype or given["out_dtype"]
         threads = threads or given["threads"]
         if report is None:  # what the comparison needs, and no more
-            names, torch_compile, host = [alternatives.COPY], False, False
+            candidates, host = [COPY], False
     elif report is not None:
         rows = rows if _is_given(ctx, "rows") else _REPORT_ROWS
         min_time = min_time if _is_given(ctx, "min_time") else _REPORT_MIN_TIME
     if not torch_compile:
-        names = [name for name in names if name != alternatives.TORCH_COMPILE]
+        candidates = [name for name in candidates if name != TORCH_COMPILE]
     specs = [
         KernelSpec(
             in_dtype=dtype,
             out_dtype=out_dtype or dtype,
             q_cols=q_cols,
             k_cols=k_cols,
-            target=gpu_target(target) if on_gpu else target or host_cpu_target(),
+            target=target_for(device, target),
         )
         for dtype in dict.fromkeys(dtypes)
         for q_cols, k_cols in shapes
     ]
-    if not on_gpu and specs[0].parsed_target.kind != "cpu":
-        raise click.UsageError(f"--target must be a CPU's for --device cpu, got {target}")
     busy = load_warning()
     if cold:
         return _cold(specs[0], as_json, busy)
-    config = parse_config(pairs, device)
-    if on_gpu:
-        results, host_timings, module_facts = measure_cuda(
-            specs, rows, files, config, min_time, torch_compile, host, misaligned
-        )
-    else:
-        results, host_timings, module_facts = _measured(
-            specs, rows, threads, config, min_time, names, host
-        )
+    config, modules = parse_config(pairs, device), load_modules(files, device)
+
+    def module_for(spec: KernelSpec) -> Module:
+        # Apart: what a module's search among several specs takes is not every module's.
+        return module_of(modules, spec) if modules else compile_module([spec], config)
+
+    measured = measure(
+        specs,
+        rows,
+        module_for=module_for,
+        names=lambda spec: candidates,
+        min_time=min_time,
+        threads=threads,
+        misaligned=misaligned,
+        host=host,
+    )
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run_facts = {**module_facts, "command": _command(ctx), "date": now}
-    lines = [row for _, result in results for row in rows_of(result, run_facts)]
+    run_facts = {**measured.facts, "command": _command(ctx), "date": now}
+    lines = [row for _, result in measured.cases for row in rows_of(result, run_facts)]
     written = []
     if csv_file is not None:
         write_csv(csv_file, lines)
         written.append(csv_file)
     if report is not None:
-        written += write_report(report, lines, host_timings=host_timings, warning=busy)
+        written += write_report(report, lines, host_timings=measured.host_timings, warning=busy)
     comparison = None
     if old:
         from ..bench.compare import compare as compare_runs
 
         comparison = compare_runs(old, lines)
     if as_json:
-        click.echo(_as_json(lines, host_timings, busy, comparison))
+        click.echo(_as_json(lines, measured.host_timings, busy, comparison))
     else:
         if comparison is None:
-            _print(results, host_timings, module_facts, busy)
+            _print(measured, busy)
         else:
             _print_comparison(comparison, busy)
         for file in written:
             click.echo(f"wrote {file}")
-    exact = all(result.exact for _, result in results)
-    if not exact and comparison is not None and not as_json:
-        click.echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
-    return 0 if exact and not (comparison and comparison.slower) else 1
+        if comparison is not None and not measured.exact:
+            click.echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
+    return 0 if measured.exact and not (comparison and comparison.slower) else 1
+
+
+def _check_places(csv_file: Path | None, report: Path | None) -> None:
+    """Refuse places that cannot be written to before time is spent on measuring."""
+    from .export import check_folder
+
+    if csv_file is not None:
+        check_folder(csv_file)
+    if report is not None:
+        from ..bench.plots import need_matplotlib
+
+        need_matplotlib()
+        if not report.parent.is_dir():
+            raise click.UsageError(f"{report}: the folder {report.parent} does not exist")
 
 
 def _is_given(ctx: click.Context, name: str) -> bool:
@@ -251,8 +261,8 @@ def _command(ctx: click.Context) -> str:
         if option.is_flag:
             words.append(option.opts[0] if value else option.secondary_opts[0])
             continue
-        for one in value if option.multiple else [value]:
-            words += [option.opts[0], text(one)]
+        for item in value if option.multiple else [value]:
+            words += [option.opts[0], text(item)]
     if ctx.params["report"] is not None:
         words += ["--report", "DIR"]
     if ctx.params["compare"] is not None:
@@ -280,17 +290,17 @@ def _print_comparison(comparison: Comparison, busy: str) -> None:
     printer = console()
     for line in filter(None, (busy, *comparison.differences)):
         printer.print(line)
-    groups = itertools.groupby(comparison.changes, lambda one: one.row.group)
+    groups = itertools.groupby(comparison.changes, lambda change: change.row.group)
     for group, changes in groups:
         made = table("M", "old / copy", "new / copy", "change", "noise", "", left=(5,))
         made.title = group.title
-        for one in changes:
+        for change in changes:
             made.add_row(
-                f"{one.row.rows:,}",
-                *(f"{ratio.value:.2f}" for ratio in (one.old, one.new)),
-                f"{one.change:+.1%}",
-                f"{one.noise:.1%}",
-                one.verdict.upper() if one.verdict == "slower" else one.verdict,
+                f"{change.row.rows:,}",
+                *(f"{ratio.value:.2f}" for ratio in (change.old, change.new)),
+                f"{change.change:+.1%}",
+                f"{change.noise:.1%}",
+                change.verdict.upper() if change.verdict == "slower" else change.verdict,
             )
         printer.print(made)
     printer.print(METHOD)
@@ -302,81 +312,10 @@ def _print_comparison(comparison: Comparison, busy: str) -> None:
     if comparison.unclear:
         count = plural(len(comparison.unclear), "case")
         printer.print(f"too much noise to tell: {count}; measure again on a quiet machine")
-    found = plural(len(comparison.slower), "case") if comparison.slower else "nothing"
-    printer.print(f"slower beyond the noise: {found} of {len(comparison.changes)}")
-    for one in comparison.slower:
-        printer.print(f"  {one.text}", soft_wrap=True)
-
-
-def _measured(
-    specs: list[KernelSpec],
-    rows: tuple[int, ...],
-    threads: tuple[int, ...] | None,
-    config: Any,
-    min_time: float,
-    names: Sequence[str],
-    host: bool,
-) -> tuple[list[tuple[KernelSpec, CaseResult]], list[Timing], dict[str, str]]:
-    from ..bench import alternatives
-    from ..check.inputs import generate
-    from ..machine import usable_processors
-    from .output import console, plural
-
-    results: list[tuple[KernelSpec, CaseResult]] = []
-    host_timings: list[Timing] = []
-    facts: dict[str, str] = {}
-    with console(stderr=True).status("compiling") as status:
-        from ..call.compiled import compile
-        from ..schedules.cpu_config import CpuConfig
-
-        for spec in specs:
-            # Apart: what a module's search among several specs takes is not every module's.
-            ours = compile(spec, config=config)
-            scalar = (
-                compile(spec, config=CpuConfig(vector=1, row_tile=1)).module
-                if alternatives.SCALAR in names
-                else None
-            )
-            facts = facts or _facts(ours.module)
-            if host and spec is specs[0] and spec.in_dtype == spec.out_dtype:
-                from ..bench.host_costs import host_costs
-
-                status.update("cost of a call")
-                host_timings = host_costs(ours.module, spec, min_time=min_time)
-            for count, m in itertools.product(threads or sorted({1, usable_processors()}), rows):
-                assert spec.q_cols is not None
-                assert spec.k_cols is not None
-                columns = f"{spec.q_cols}/{spec.k_cols} {spec.in_dtype}"
-                where = f"{columns}, {plural(count, 'thread')}, M = {m}"
-                status.update(where)
-                result = alternatives.compare(
-                    ours.module,
-                    generate(m, spec.q_cols, spec.k_cols, spec.in_dtype),
-                    out_dtype=str(spec.out_dtype),
-                    threads=count,
-                    min_time=min_time,
-                    names=names,
-                    scalar=scalar,
-                    status=lambda text, where=where: status.update(  # type: ignore[misc]
-                        f"{where}: {text}"
-                    ),
-                )
-                results.append((spec, result))
-    return results, host_timings, facts
-
-
-def _facts(module: Module) -> dict[str, str]:
-    from ..machine import cpu_name, library_versions
-    from .inspect_file import config_text
-
-    level = next(x for x in module.metadata["levels"] if x["name"] == module.active_level)
-    code = level["code"][0]
-    return {
-        "device": cpu_name(),
-        "target": module.active_level,
-        "config": f"{config_text(code['config'])} ({code['source']})",
-        "versions": ", ".join(f"{k} {v}" for k, v in library_versions().items()),
-    }
+    slower = plural(len(comparison.slower), "case") if comparison.slower else "nothing"
+    printer.print(f"slower beyond the noise: {slower} of {len(comparison.changes)}")
+    for change in comparison.slower:
+        printer.print(f"  {change.text}", soft_wrap=True)
 
 
 def _as_json(
@@ -388,54 +327,50 @@ def _as_json(
         else {"call": t.name, "note": t.note}
         for t in host_timings
     ]
-    found: dict[str, Any] = {"timings": [row.cells() for row in lines], "host": host}
-    found["warning"] = busy
+    answer: dict[str, Any] = {"timings": [row.cells() for row in lines], "host": host}
+    answer["warning"] = busy
     if comparison is not None:
-        found["comparison"] = comparison.to_dict()
-    return json.dumps(found, indent=2)
+        answer["comparison"] = comparison.to_dict()
+    return json.dumps(answer, indent=2)
 
 
-def _print(
-    results: list[tuple[KernelSpec, CaseResult]],
-    host_timings: list[Timing],
-    module_facts: dict[str, str],
-    busy: str,
-) -> None:
+def _print(measured: Measured, busy: str) -> None:
+    from ..bench.timing import HOST_ROWS
     from .output import console, facts, microseconds, plural, table, timing_notes, timing_table
 
     printer = console()
-    printer.print(facts(module_facts.items()))
+    printer.print(facts(measured.facts.items()))
     if busy:
         printer.print(f"\n{busy}")
     printer.print()
-    for (spec, threads), group in itertools.groupby(results, lambda x: (x[0], x[1].threads)):
+    cases = measured.cases
+    for (spec, threads), group in itertools.groupby(cases, lambda x: (x[0], x[1].threads)):
         title = spec.text + (f", {plural(threads, 'thread')}" if threads else "")
         printer.print(timing_table([result for _, result in group], title=title))
-    for line in timing_notes([result for _, result in results]):
+    for line in timing_notes([result for _, result in cases]):
         printer.print(line)
-    if host_timings:
+    if measured.host_timings:
         printer.print()
-        m = 1 if results[0][1].threads else 16
+        m = HOST_ROWS[cases[0][0].parsed_target.kind]
         calls = table(f"One call from Python, M = {m}, outputs given", "µs", "quartiles")
-        for timing in host_timings:
-            spread = f"{microseconds(timing.q1)}-{microseconds(timing.q3)}"
-            calls.add_row(
-                timing.name,
-                microseconds(timing.median) if timing.measured else timing.note,
-                spread if timing.measured else "",
-            )
+        for timing in measured.host_timings:
+            cells = (timing.note, "")
+            if timing.measured:
+                spread = f"{microseconds(timing.q1)}-{microseconds(timing.q3)}"
+                cells = (microseconds(timing.median), spread)
+            calls.add_row(timing.name, *cells)
         printer.print(calls)
 
 
 def _cold(spec: KernelSpec, as_json: bool, busy: str) -> int:
     import dataclasses
 
-    from ..bench.host_costs import cold_costs
+    from ..bench.cold_costs import cold_costs
     from ..machine import cpu_name
     from .output import console, facts, size
 
     with console(stderr=True).status("fresh processes, one after the other"):
-        cold: ColdCosts = cold_costs(spec)
+        cold = cold_costs(spec)
     if as_json:
         click.echo(json.dumps({"spec": spec.text, **dataclasses.asdict(cold), "warning": busy}))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -12,9 +13,23 @@ import click
 from .options import Numbers, Shapes, check_device, debug_option, device_option, dtype_choice
 
 if TYPE_CHECKING:
-    from ..bench.timing import CaseResult, Timing
+    from ..bench.timing import CaseResult
+    from ..load.module import Module
+    from ..spec import KernelSpec
+    from .measure import Measured
 
 _OPS = ("row_mean_of_squares_qk", "qk_rms_norm")
+_CPU_METHOD = (
+    "Times in µs. worst: with outputs at the slowest of 8 offsets from their inputs in a page. "
+    "/floor: ours over the floor. torch, compile: unfused torch's and torch.compile's time over "
+    "ours."
+)
+_CUDA_METHOD = (
+    "µs: median of a launch in a chain inside a CUDA graph, candidates taking turns; buffers "
+    "beyond L2 rotate. copy: one torch copy_ that reads and writes, together, as many bytes as the "
+    "operation. two launches: statistics, then apply. exact: statistics equal to NumPy in the "
+    "stated order, outputs to unfused torch given those."
+)
 
 
 @click.command(short_help="Time the statistics, and the fused layer.")
@@ -63,137 +78,122 @@ def bench_layer(
     Candidates take turns in one process. Exit status: 0, or 1 when a result is not exact.
     """
     check_device(device)
-    if device == "cuda":
-        if threads:
-            raise click.UsageError("--threads is for --device cpu")
-        from .cuda import measure_layer_cuda
-
-        found, about = measure_layer_cuda(ops, shapes, dtype, rows, files, min_time, torch_compile)
-        if as_json:
-            click.echo(json.dumps(_as_dicts(found), indent=2))
-        else:
-            _print_cuda(found, about)
-        return 0 if all(one.exact for _, one in found) else 1
-    if files:
+    on_gpu = device == "cuda"
+    if on_gpu and threads:
+        raise click.UsageError("--threads is for --device cpu")
+    if not on_gpu and files:
         raise click.UsageError("--module is for --device cuda")
-    from ..bench.layer import compare_layer
-    from ..check.inputs import generate
-    from ..machine import load_warning, usable_processors
+    from ..bench.timing import TORCH_COMPILE
+    from ..bench.workload import BENCHMARKS
+    from ..operations import OPERATIONS
     from ..spec import KernelSpec
-    from ..targets import host_cpu_target
-    from .output import console, plural
+    from .measure import measure
+    from .modules import compile_module, load_modules, module_of, target_for
 
-    results: list[tuple[str, CaseResult]] = []
-    counts = threads or sorted({1, usable_processors()})
-    with console(stderr=True).status("compiling") as status:
-        from ..call.compiled import compile
+    target, given = target_for(device, None), load_modules(files, device)
+    specs = [
+        KernelSpec(op=op, in_dtype=dtype, q_cols=q_cols, k_cols=k_cols, target=target)
+        for op, (q_cols, k_cols) in itertools.product(dict.fromkeys(ops), shapes)
+    ]
 
-        for op, (q_cols, k_cols) in itertools.product(dict.fromkeys(ops), shapes):
-            spec = KernelSpec(
-                op=op, in_dtype=dtype, q_cols=q_cols, k_cols=k_cols, target=host_cpu_target()
-            )
-            compiled = compile(spec)
-            for count, m in itertools.product(counts, rows):
-                where = f"{op} {q_cols}/{k_cols}, {plural(count, 'thread')}, M = {m}"
-                result = compare_layer(
-                    op,
-                    compiled.module,
-                    generate(m, q_cols, k_cols, dtype),
-                    threads=count,
-                    min_time=min_time,
-                    torch_compile=torch_compile,
-                    status=lambda text, where=where: status.update(  # type: ignore[misc]
-                        f"{where}: {text}"
-                    ),
-                )
-                results.append((op, result))
-    if as_json:
-        click.echo(json.dumps(_as_dicts(results), indent=2))
-    else:
-        _print(results, load_warning())
-    return 0 if all(one.exact for _, one in results) else 1
+    @functools.cache
+    def all_operations(spec: KernelSpec) -> Module:
+        return compile_module([spec.replace(op=op, out_dtype=None) for op in OPERATIONS])
 
+    def module_for(spec: KernelSpec) -> Module:
+        if given:
+            return module_of(given, spec)
+        if not on_gpu:
+            return compile_module([spec])
+        # For two launches beside one.
+        return all_operations(spec.replace(op="qk_rms_norm", out_dtype=None))
 
-def _as_dicts(results: list[tuple[str, CaseResult]]) -> list[dict[str, Any]]:
-    return [{"op": op, **one.to_dict()} for op, one in results]
+    def names(spec: KernelSpec) -> list[str]:
+        candidates = BENCHMARKS[spec.op].candidates[device]
+        return [name for name in candidates if torch_compile or name != TORCH_COMPILE]
 
-
-def _print_cuda(results: list[tuple[str, CaseResult]], about: dict[str, str]) -> None:
-    from ..bench.layer_cuda import METHOD
-    from .output import console, facts, microseconds, ratio, table
-
-    printer = console()
-    printer.print(facts(about.items()))
-    key: Any = lambda x: (x[0], x[1].q_cols, x[1].k_cols, x[1].in_dtype)  # noqa: E731
-    for (op, q_cols, k_cols, dtype), group in itertools.groupby(results, key):
-        cases = [result for _, result in group]
-        names = [timing.name for timing in cases[0].timings]
-        others = [name for name in names if name != "ours"]
-        made = table(
-            "M", "ours", "quartiles", "GB/s", *others, "/empty", "/copy", "exact",
-            title=f"{op} {q_cols}/{k_cols} {dtype}",
-        )  # fmt: skip
-        for result in cases:
-            ours = result.timings[0]
-
-            def shown(name: str, result: CaseResult = result) -> str:
-                timing: Timing | None = result.timing(name)
-                return microseconds(timing.median) if timing else ""
-
-            made.add_row(
-                f"{result.rows:,}",
-                microseconds(ours.median),
-                f"{microseconds(ours.q1)}-{microseconds(ours.q3)}",
-                f"{result.bandwidth(ours):.0f}",
-                *map(shown, others),
-                ratio(result.ratio(ours, "empty kernel")),
-                ratio(result.ratio(ours, "copy")),
-                "yes" if all(t.exact is not False for t in result.timings) else "NO",
-            )
-        printer.print(made)
-    printer.print(METHOD)
-
-
-def _print(results: list[tuple[str, CaseResult]], busy: str) -> None:
-    from ..machine import cpu_name, library_versions
-    from .output import console, facts, microseconds, plural, ratio, table
-
-    printer = console()
-    versions = ", ".join(f"{k} {v}" for k, v in library_versions().items())
-    printer.print(facts([("device", cpu_name()), ("versions", versions)]))
-    if busy:
-        printer.print(f"\n{busy}")
-    key: Any = lambda x: (x[0], x[1].q_cols, x[1].k_cols, x[1].in_dtype, x[1].threads)  # noqa: E731
-    for (op, q_cols, k_cols, dtype, threads), group in itertools.groupby(results, key):
-        made = table(
-            "M", "ours", "quartiles", "GB/s", "floor", "/floor", "torch", "compile", "exact",
-            title=f"{op} {q_cols}/{k_cols} {dtype}, {plural(threads, 'thread')}",
-        )  # fmt: skip
-        for _, result in group:
-            ours = result.timings[0]
-            floor = result.timing("floor")
-
-            def times(name: str, result: CaseResult = result) -> str:
-                timing = result.timing(name)
-                return ratio(result.ratio(timing, "ours")) if timing else ""
-
-            made.add_row(
-                f"{result.rows:,}",
-                microseconds(ours.median),
-                f"{microseconds(ours.q1)}-{microseconds(ours.q3)}",
-                f"{result.bandwidth(ours):.1f}",
-                microseconds(floor.median) if floor else "",
-                ratio(result.ratio(ours, "floor")),
-                times("torch"),
-                times("torch.compile"),
-                "yes" if ours.exact else "NO",
-            )
-        printer.print(made)
-    printer.print(
-        "Times in µs. /floor: ours over the floor. torch, compile: unfused torch's and "
-        "torch.compile's time over ours."
+    measured = measure(
+        specs, rows, module_for=module_for, names=names, min_time=min_time, threads=threads
     )
-    for note in dict.fromkeys(
-        f"{t.name}: {t.note}" for _, r in results for t in r.timings if t.note
-    ):
-        printer.print(note)
+    if as_json:
+        cases = [{"op": spec.op, **result.to_dict()} for spec, result in measured.cases]
+        click.echo(json.dumps(cases, indent=2))
+    else:
+        _print(measured, on_gpu)
+    return 0 if measured.exact else 1
+
+
+def _print(measured: Measured, on_gpu: bool) -> None:
+    from ..bench.report import notes_of
+    from ..machine import load_warning
+    from .output import console, facts, plural, table
+
+    printer = console()
+    shown = measured.facts if on_gpu else {x: measured.facts[x] for x in ("device", "versions")}
+    printer.print(facts(shown.items()))
+    if not on_gpu and load_warning():
+        printer.print(f"\n{load_warning()}")
+    groups = itertools.groupby(measured.cases, lambda case: (case[0], case[1].threads))
+    for (spec, threads), cases in groups:
+        title = f"{spec.op} {spec.q_cols}/{spec.k_cols} {spec.in_dtype}"
+        title += f", {plural(threads, 'thread')}" if threads else ""
+        lines = [(_cuda_cells if on_gpu else _cpu_cells)(result) for _, result in cases]
+        made = table(*lines[0], title=title)
+        for cells in lines:
+            made.add_row(*cells.values())
+        printer.print(made)
+    printer.print(_CUDA_METHOD if on_gpu else _CPU_METHOD)
+    if not on_gpu:
+        timings = [
+            (r.rows, t.name, t.note, t.measured) for _, r in measured.cases for t in r.timings
+        ]
+        for note in notes_of(timings):
+            printer.print(note)
+
+
+def _common_cells(result: CaseResult, digits: int) -> dict[str, Any]:
+    from .output import microseconds
+
+    ours = result.timings[0]
+    return {
+        "M": f"{result.rows:,}",
+        "ours": microseconds(ours.median),
+        "quartiles": f"{microseconds(ours.q1)}-{microseconds(ours.q3)}",
+        "worst": microseconds(ours.worst),
+        "GB/s": f"{result.bandwidth(ours):.{digits}f}",
+    }
+
+
+def _cuda_cells(result: CaseResult) -> dict[str, str]:
+    """Return header -> cell: times of all candidates."""
+    from ..bench.timing import COPY, EMPTY
+    from .output import microseconds, ratio
+
+    ours, *others = result.timings
+    cells = _common_cells(result, digits=0)
+    del cells["worst"]
+    cells |= {t.name: microseconds(t.median) if t.measured else "" for t in others}
+    cells["/empty"] = ratio(result.ratio(ours, EMPTY))
+    cells["/copy"] = ratio(result.ratio(ours, COPY))
+    cells["exact"] = "yes" if all(t.exact is not False for t in result.timings) else "NO"
+    return cells
+
+
+def _cpu_cells(result: CaseResult) -> dict[str, str]:
+    """Return header -> cell: ours and the floor, and the others' times over ours."""
+    from ..bench.timing import FLOOR, OURS, TORCH, TORCH_COMPILE
+    from .output import microseconds, ratio
+
+    def over_ours(name: str) -> str:
+        timing = result.timing(name)
+        return ratio(result.ratio(timing, OURS)) if timing else ""
+
+    ours, floor = result.timings[0], result.timing(FLOOR)
+    return {
+        **_common_cells(result, digits=1),
+        "floor": microseconds(floor.median) if floor else "",
+        "/floor": ratio(result.ratio(ours, FLOOR)),
+        "torch": over_ours(TORCH),
+        "compile": over_ours(TORCH_COMPILE),
+        "exact": "yes" if ours.exact else "NO",
+    }

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.timing import BYTES_FORMULA, CaseResult, Timing
+from ..bench.report import METHODS, microseconds, notes_of
+from ..bench.timing import BYTES_FORMULA, COPY, EMPTY, OURS, CaseResult, Timing
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -60,14 +61,6 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     return made
 
 
-def microseconds(seconds: float) -> str:
-    """Format a time in µs with three or four digits."""
-    value = seconds * 1e6
-    if math.isnan(value):
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-
-
 def ratio(value: float) -> str:
     """Format a ratio."""
     return "-" if math.isnan(value) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
@@ -85,59 +78,42 @@ def plural(count: int, noun: str) -> str:
 
 def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
     """Return the timings of several shapes: a line each candidate, blocks by shape."""
-    on_gpu = any(not result.threads for result in results)
-    ratios = ("/ empty", "/ copy") if on_gpu else ("/ copy", "/ ours")
-    made = table("M", "", "µs", "quartiles", "GB/s", *ratios, "exact", left=(1,))
-    made.title = title
+    headers = ["M", "", "µs", "quartiles", "worst", "GB/s", "/ copy", "/ ours", "exact"]
+    if _on_gpu(results):
+        headers = ["M", "", "µs", "quartiles", "GB/s", "/ empty", "/ copy", "exact"]
+    made = table(*headers, title=title, left=(1,))
     made.columns[1].no_wrap = True  # names
     for result in results:
         for index, timing in enumerate(result.timings):
+            cells = _figures(result, timing) if timing.measured else ["-"] * (len(headers) - 2)
             made.add_row(
                 f"{result.rows:,}" if index == 0 else "",
                 Text(timing.name, style="bold" if index == 0 else ""),
-                *_figures(result, timing),
+                *cells,
                 end_section=index + 1 == len(result.timings),
             )
     return made
 
 
+def _on_gpu(results: Sequence[CaseResult]) -> bool:
+    return any(not result.threads for result in results)
+
+
 def _figures(result: CaseResult, timing: Timing) -> list[str]:
-    if not timing.measured:
-        return ["-"] * 6
-    to = ("copy", "ours") if result.threads else ("empty kernel", "copy")
-    exact = {None: "", True: "yes", False: "NO"}[timing.exact]
+    to = (COPY, OURS) if result.threads else (EMPTY, COPY)
+    worst = "" if math.isnan(timing.worst) else microseconds(timing.worst)
     return [
         microseconds(timing.median),
         f"{microseconds(timing.q1)}-{microseconds(timing.q3)}",
+        *([worst] if result.threads else []),
         f"{result.bandwidth(timing):.1f}",
         *(ratio(result.ratio(timing, name)) for name in to),
-        exact,
+        {None: "", True: "yes", False: "NO"}[timing.exact],
     ]
 
 
 def timing_notes(results: Sequence[CaseResult]) -> list[str]:
     """Return what must be said below a timing table, each note once."""
-    on_gpu = any(not result.threads for result in results)
-    method = (
-        "µs: median of a call, interleaved; quartiles: of the samples; / copy, / ours: ratios of "
-        "medians; exact: equal to the unfused NumPy graph bit for bit."
-    )
-    if on_gpu:
-        from ..bench.cuda import METHOD
-
-        method = METHOD
-    notes = [
-        method,
-        f"GB/s: {BYTES_FORMULA}.",
-    ]
-    seen: dict[tuple[str, str], list[str]] = {}
-    for result in results:
-        for timing in result.timings:
-            # What each compilation took is of no interest below a table of many.
-            if timing.note and not (timing.measured and timing.note.startswith("compiled in")):
-                seen.setdefault((timing.name, timing.note), []).append(f"{result.rows:,}")
-    for (name, note), rows in seen.items():
-        rows = list(dict.fromkeys(rows))
-        everywhere = len(rows) == len({result.rows for result in results})
-        notes.append(f"{name}: {note}" + ("" if everywhere else f" (M = {', '.join(rows)})"))
-    return notes
+    timings = ((r.rows, t.name, t.note, t.measured) for r in results for t in r.timings)
+    method = METHODS["cuda" if _on_gpu(results) else "cpu"]
+    return [method, f"GB/s: {BYTES_FORMULA}.", *notes_of(timings)]

@@ -88,21 +88,18 @@ def run(
         torch_compile=torch_compile,
     )
     from ..spec import KernelSpec
-    from ..targets import host_cpu_target
-    from .cuda import gpu_target, need_compiler, report_run
+    from .modules import need_compiler, target_for
 
     spec = KernelSpec(
         in_dtype=request["dtype"],
         out_dtype=given["out_dtype"] or request["dtype"],
         q_cols=request["q_cols"],
         k_cols=request["k_cols"],
-        target=gpu_target(target) if device == "cuda" else target or host_cpu_target(),
+        target=target_for(device, target),
     )
-    if device == "cpu" and spec.parsed_target.kind != "cpu":
-        raise click.UsageError(f"--target must be a CPU's for --device cpu, got {spec.target}")
     if module_file is not None and not module_file.is_file():
         raise click.UsageError(f"{module_file}: no such file")
-    request.update(out_dtype=spec.out_dtype)
+    request.update(spec=spec.text)
 
     from .output import console
 
@@ -115,11 +112,8 @@ def run(
         request["module"] = str(path.absolute())
         from .fresh import call_fresh_process
 
-        job = "cuda:prove" if device == "cuda" else "run:prove"
-        found = call_fresh_process(request, status.update, job)
-    if device == "cuda":
-        return report_run(spec, path, seconds, found)
-    return _report(spec, path, seconds, found)
+        answer = call_fresh_process(request, status.update)
+    return _report(spec, path, seconds, answer)
 
 
 def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -172,106 +166,101 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     return output, time.perf_counter() - start
 
 
-def _report(spec: KernelSpec, path: Path, seconds: float | None, found: dict[str, Any]) -> int:
-    from ..bench.timing import CaseResult
-    from ..load.module_file import read_metadata
-    from ..machine import cpu_name, load_warning
-    from .inspect_file import config_text
+def _report(spec: KernelSpec, path: Path, seconds: float | None, answer: dict[str, Any]) -> int:
+    from ..bench.timing import TORCH, CaseResult
+    from ..machine import load_warning, usable_processors
     from .output import console, facts, plural, size, table, timing_notes, timing_table
 
     printer = console()
+    on_gpu = spec.parsed_target.kind == "cuda"
     how = "given" if seconds is None else f"compiled in {seconds:.1f} s"
-    metadata = read_metadata(path)
-    level = next(one for one in metadata["levels"] if one["name"] == found["level"])
-    code = level["code"][0]
-    printer.print(
-        facts(
-            [
-                ("spec", spec.text),
-                ("machine", f"{cpu_name()}, {found['threads']} of {found['usable']} processors"),
-                ("target", f"{spec.target}; runs its {found['level']} code"),
-                ("config", f"{config_text(code['config'])} ({code['source']})"),
-                ("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())),
-                ("inputs", "; ".join([found["source"], *found["notes"]])),
-                ("module", f"{how}, {size(path.stat().st_size)}"),
-            ]
-        )
-    )
+    how += f", {size(path.stat().st_size)}"
+    about, threads = answer["facts"], answer["threads"]
+    machine = f"{about['device']}, {threads} of {usable_processors()} processors"
+    lines = {
+        "spec": spec.text,
+        **({"device": about["device"]} if on_gpu else {"machine": machine}),
+        "target": f"{spec.target}; runs its {about['target']} code",
+        "config": about["config"],
+        "versions": about["versions"],
+        "inputs": "; ".join([answer["source"], *answer["notes"]]),
+        "module": f"{how}, code for {about['target']}" if on_gpu else how,
+    }
+    if on_gpu:
+        del lines["target"], lines["config"]
+    printer.print(facts(lines.items()))
     printer.print(f"module    {path}", soft_wrap=True)
-    results = [CaseResult.from_dict(one) for one in found["results"]]
     printer.print()
-    proof = table("M", "elements", "NumPy graph", "torch graph", title=_proof_title(found))
-    for result, torch_equal in zip(results, found["torch_equal"], strict=True):
-        proof.add_row(
-            f"{result.rows:,}",
-            f"{result.rows * (result.q_cols + result.k_cols):,}",
-            "equal" if result.exact else "DIFFERS",
-            {True: "equal", False: "DIFFERS", None: "not installed"}[torch_equal],
-        )
+    results = [CaseResult.from_dict(fields) for fields in answer["results"]]
+    compiler = "with" if answer["compiler_loaded"] else "without"
+    title = f"Outputs, bit for bit, in a fresh process {compiler} the compiler"
+    graphs = ["torch graph on this GPU"] if on_gpu else ["NumPy graph", "torch graph"]
+    proof = table("M", "elements", *graphs, title=title)
+    exact = True
+    for result in results:
+        equal: list[bool | None] = [result.exact]
+        if not on_gpu:
+            by_torch = result.timing(TORCH)
+            # Both are compared with NumPy: torch equals ours where both equal that.
+            equal.append(None if by_torch is None else bool(result.exact and by_torch.exact))
+        exact = exact and False not in equal
+        elements = result.rows * (result.q_cols + result.k_cols)
+        words = {True: "equal", False: "DIFFERS", None: "not installed"}
+        proof.add_row(f"{result.rows:,}", f"{elements:,}", *(words[x] for x in equal))
     printer.print(proof)
-    printer.print(timing_table(results, title=f"Time, {plural(found['threads'], 'thread')}"))
-    for line in [*timing_notes(results), load_warning()]:
+    title = "Time in a CUDA graph" if on_gpu else f"Time, {plural(threads, 'thread')}"
+    printer.print(timing_table(results, title=title))
+    for line in [*timing_notes(results), "" if on_gpu else load_warning()]:
         if line:
             printer.print(line)
-    exact = all(r.exact for r in results) and False not in found["torch_equal"]
     if not exact:
         printer.print("\nNOT EXACT: outputs differ from the unfused graph, see the tables above")
     return 0 if exact else 1
-
-
-def _proof_title(found: dict[str, Any]) -> str:
-    compiler = "with" if found["compiler_loaded"] else "without"
-    return f"Outputs, bit for bit, in a fresh process {compiler} the compiler"
 
 
 def prove(request: dict[str, Any], event: Any) -> dict[str, Any]:
     """Check and time a module: the part of ``run`` that the fresh process does."""
     import sys
 
-    from ..bench import alternatives
+    from ..bench.harness import compare, workload
+    from ..bench.timing import SCALAR, TORCH_COMPILE, TWO_COPIES
+    from ..bench.workload import BENCHMARKS
     from ..check.inputs import generate, read_activations
     from ..load.module import load
-    from ..machine import library_versions, usable_processors
+    from ..spec import KernelSpec
+    from .modules import facts_of
 
+    spec = KernelSpec.from_text(request["spec"])
+    kind = spec.parsed_target.kind
+    check_device(kind)
     module = load(request["module"])
-    if request["threads"]:
-        alternatives.set_num_threads(module, request["threads"])
-    threads = int(module.library.get_function("qknorm_get_num_threads")())
-    names = [alternatives.COPY, alternatives.NUMPY, alternatives.TORCH]
-    names += [alternatives.TORCH_COMPILE] if request["torch_compile"] else []
-    results, torch_equal = [], []
-    notes: tuple[str, ...] = ()
-    source = ""
+    options = {}
+    if kind == "cpu":
+        library = module.library
+        options["threads"] = request["threads"] or library.get_function("qknorm_get_num_threads")()
+    left_out = {SCALAR, TWO_COPIES} | ({TORCH_COMPILE} if not request["torch_compile"] else set())
+    names = [name for name in BENCHMARKS[spec.op].candidates[kind] if name not in left_out]
+    results = []
     for rows in request["rows"]:
+        event(f"M = {rows}")
         if request["input"]:
             a = read_activations(request["input"])
         else:
-            a = generate(
-                rows, request["q_cols"], request["k_cols"], request["dtype"], seed=request["seed"]
-            )
+            columns = request["q_cols"], request["k_cols"]
+            a = generate(rows, *columns, request["dtype"], seed=request["seed"])
         a = dataclasses.replace(a, epsilon=request["epsilon"])
-        source, notes = a.source, a.notes
-        result = alternatives.compare(
-            module,
-            a,
-            out_dtype=request["out_dtype"],
-            threads=threads,
+        result = compare(
+            workload(spec, module, a, **options),
+            names,
             min_time=request["min_time"],
-            names=names,
             status=lambda text, rows=rows: event(f"M = {rows}: {text}"),  # type: ignore[misc]
         )
         results.append(result.to_dict())
-        by_torch = result.timing(alternatives.TORCH)
-        # Both are compared with NumPy: torch equals ours where both equal that.
-        torch_equal.append(None if by_torch is None else bool(result.exact and by_torch.exact))
     return {
-        "level": module.active_level,
-        "threads": threads,
-        "usable": usable_processors(),
-        "versions": library_versions(),
+        "facts": facts_of(module),
+        "threads": options.get("threads", 0),
         "compiler_loaded": "tvm" in sys.modules,
-        "source": source,
-        "notes": list(notes),
+        "source": a.source,
+        "notes": list(a.notes),
         "results": results,
-        "torch_equal": torch_equal,
     }

@@ -67,70 +67,56 @@ def verify(
         if device != "cpu":
             raise click.UsageError("--float32-sweep is for --device cpu")
         return _sweep(targets)
-    start = time.perf_counter()
-    if device == "cuda":
-        from . import cuda
+    if device == "cuda" and len(targets) > 1:
+        raise click.UsageError("--target may be given once for --device cuda")
+    from .modules import load_modules
 
-        if len(targets) > 1:
-            raise click.UsageError("--target may be given once for --device cuda")
-        modules = cuda.load_modules(files) or cuda.compile_for_verify(*targets or (None,))
-        report = cuda.verify_cuda(modules, thorough)
-    else:
-        modules = [_loaded(file) for file in files] or _compiled(targets, thorough)
-        report = _verified(modules, thorough)
+    start = time.perf_counter()
+    modules = load_modules(files, device) or _compiled(device, targets, thorough)
+    report = _verified(modules, device, thorough)
     return _print_report(report, modules, time.perf_counter() - start, device)
 
 
-def _loaded(file: Path) -> Module:
-    from ..load.module import load
+def _levels(device: str, targets: tuple[str, ...], thorough: bool) -> list[str]:
+    from ..targets import X86_LEVELS, host_features, host_machine
+    from .modules import target_for
 
-    module = load(file)
-    if module.metadata.get("kind") != "cpu":
-        raise click.UsageError(f"{file} is for {module.metadata['target']}, not for --device cpu")
-    return module
-
-
-def _levels(targets: tuple[str, ...], thorough: bool) -> list[str]:
-    from ..targets import X86_LEVELS, host_cpu_target, host_features, host_machine, parse_target
-
-    for target in targets:
-        if parse_target(target).kind != "cpu":
-            raise click.UsageError(f"--target must be a CPU's for --device cpu, got {target}")
     if targets:
-        return list(dict.fromkeys(targets))
-    if thorough and host_machine() == "x86_64":
+        return list(dict.fromkeys(target_for(device, target) for target in targets))
+    if thorough and device == "cpu" and host_machine() == "x86_64":
         return [name for name, needed in X86_LEVELS.items() if host_features().issuperset(needed)]
-    return [host_cpu_target()]
+    return [target_for(device, None)]
 
 
-def _compiled(targets: tuple[str, ...], thorough: bool) -> list[Module]:
+def _compiled(device: str, targets: tuple[str, ...], thorough: bool) -> list[Module]:
     from ..check.verification import default_specs
+    from .modules import compile_module
     from .output import console
 
     modules = []
     with console(stderr=True).status("importing TVM") as status:
-        from ..call.compiled import compile
-
-        for target in _levels(targets, thorough):
+        for target in _levels(device, targets, thorough):
             for specs in default_specs(target):
                 status.update(f"compiling {len(specs)} specs for {target}")
-                modules.append(compile(list(specs)).module)
+                modules.append(compile_module(specs))
     return modules
 
 
-def _verified(modules: list[Module], thorough: bool) -> Report:
-    from ..check import verification
+def _verified(modules: list[Module], device: str, thorough: bool) -> Report:
+    from ..check import verification, verification_cuda
     from ..machine import usable_processors
     from .output import console
 
-    threads = sorted({1, usable_processors()})
+    where: verification.Device = verification_cuda.Cuda()
+    if device == "cpu":
+        where = verification.Cpu(sorted({1, usable_processors()}))
     report = verification.Report()
-    cases = list(verification.iterate(modules, thorough=thorough))
+    cases = list(verification.iterate(modules, where, thorough=thorough))
     with progress_bar(console(stderr=True)) as progress:
         task = progress.add_task("verifying", total=len(cases))
         for module, case in cases:
             progress.update(task, description=case.description)
-            verification.run_case(module, case, threads, report)
+            verification.run_case(module, case, where, report)
             progress.advance(task)
     return report
 
@@ -171,7 +157,7 @@ def _print_report(report: Report, modules: list[Module], seconds: float, device:
             f"{max(tally.elements, tally.torch_elements):,}",
             f"{tally.from_numpy:,}" if tally.elements else "not compared",
             *([f"{tally.from_torch:,}"] if has_torch else []),
-            f"{tally.spoilt:,}",
+            f"{tally.stray_writes:,}",
         )
     printer.print(counts)
     if on_gpu:
@@ -180,11 +166,18 @@ def _print_report(report: Report, modules: list[Module], seconds: float, device:
         printer.print("torch's graph is compared once for each set of inputs, NumPy's every call.")
     else:
         printer.print("torch is not installed: compared with NumPy's graph alone.")
-    if report.exact:
+    return _print_verdict(report.first_difference)
+
+
+def _print_verdict(first_difference: str | None) -> int:
+    from .output import console
+
+    printer = console()
+    if first_difference is None:
         printer.print("EXACT: every output equals the unfused float32 graph bit for bit.")
         return 0
     printer.print("NOT EXACT. First difference:")
-    printer.print(report.first_difference, soft_wrap=True)
+    printer.print(first_difference, soft_wrap=True)
     return 1
 
 
@@ -198,15 +191,12 @@ def _sweep(targets: tuple[str, ...]) -> int:
     from ..check import sweep
     from ..check.reference_torch import torch_or_none
     from ..machine import cpu_name, usable_processors
+    from .modules import compile_module
     from .output import console, facts
 
-    printer, progress_printer = console(), console(stderr=True)
-    (target,) = _levels(targets, False)[:1]
+    progress_printer = console(stderr=True)
     with progress_printer.status("compiling"):
-        from ..call.compiled import compile
-
-        compiled = compile(list(sweep.sweep_specs(target)))
-        module = compiled.module
+        module = compile_module(sweep.sweep_specs(_levels("cpu", targets, False)[0]))
     start = time.perf_counter()
     with progress_bar(progress_printer) as progress:
         task = progress.add_task("float32 patterns", total=1 << 32)
@@ -217,21 +207,13 @@ def _sweep(targets: tuple[str, ...]) -> int:
         )
     pairs = "; ".join(f"{var:g}, {gamma:g}" for two in sweep.PAIRS for var, gamma in two)
     by = "torch's rounding" if torch_or_none() else "NumPy's rounding"
-    printer.print(
-        facts(
-            [
-                ("machine", cpu_name()),
-                ("code run", module.active_level),
-                ("inputs", f"all {1 << 32:,} float32 patterns; mean square, gamma: {pairs}"),
-                ("outputs", f"{', '.join(sweep.OUT_DTYPES)}; float16 expected by {by}"),
-                ("compared", f"{result.compared:,} elements, {result.different:,} differ"),
-                ("took", f"{time.perf_counter() - start:.0f} s"),
-            ]
-        )
-    )
-    if result.different == 0:
-        printer.print("EXACT: every output equals the unfused float32 graph bit for bit.")
-        return 0
-    printer.print("NOT EXACT. First difference:")
-    printer.print(result.first_difference, soft_wrap=True)
-    return 1
+    lines = {
+        "machine": cpu_name(),
+        "code run": module.active_level,
+        "inputs": f"all {1 << 32:,} float32 patterns; mean square, gamma: {pairs}",
+        "outputs": f"{', '.join(sweep.OUT_DTYPES)}; float16 expected by {by}",
+        "compared": f"{result.compared:,} elements, {result.different:,} differ",
+        "took": f"{time.perf_counter() - start:.0f} s",
+    }
+    console().print(facts(lines.items()))
+    return _print_verdict(result.first_difference)

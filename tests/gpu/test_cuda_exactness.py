@@ -10,7 +10,8 @@ from module_list import DTYPES, FIXED, PAIRINGS
 
 from qknorm_tvm import Module
 from qknorm_tvm.check import verification_cuda
-from qknorm_tvm.check.verification import Report
+from qknorm_tvm.check.verification import Report, run_case
+from qknorm_tvm.check.verification_cuda import Cuda
 
 GetModule = Callable[[str], Module]
 
@@ -18,8 +19,8 @@ GetModule = Callable[[str], Module]
 def _verify(module: Module, wanted: Callable[..., bool] = lambda spec: True) -> Report:
     report = Report()
     for spec in filter(wanted, module.specs):
-        for case in verification_cuda.cuda_cases(module, spec):
-            verification_cuda.run_case(module, spec, case, report)
+        for case in Cuda().cases(module, spec):
+            run_case(module, case, Cuda(), report)
     return report
 
 
@@ -67,14 +68,14 @@ def test_a_difference_would_be_seen(get_module: GetModule) -> None:
     """A comparison that compares nothing."""
     module = get_module("single")
     (spec,) = module.specs
-    case = next(iter(verification_cuda.cuda_cases(module, spec)))
+    case = next(Cuda().cases(module, spec))
     broken = verification_cuda.torch_outputs
     try:
         verification_cuda.torch_outputs = lambda a, *rest, **how: tuple(
             -x for x in broken(a, *rest, **how)
         )
         report = Report()
-        verification_cuda.run_case(module, spec, case, report)
+        run_case(module, case, Cuda(), report)
     finally:
         verification_cuda.torch_outputs = broken
     assert not report.exact

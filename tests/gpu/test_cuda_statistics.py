@@ -15,10 +15,11 @@ from test_cuda_streams import _capture
 
 import qknorm_tvm
 from qknorm_tvm import Module
-from qknorm_tvm.check import reference, verification_cuda
+from qknorm_tvm.check import reference
 from qknorm_tvm.check.reference_torch import row_mean_of_squares_qk as torch_mean
 from qknorm_tvm.check.reference_torch import to_numpy
-from qknorm_tvm.check.verification import Report
+from qknorm_tvm.check.verification import Report, run_case
+from qknorm_tvm.check.verification_cuda import Cuda
 
 GetModule = Callable[[str], Module]
 OPS = ("row_mean_of_squares_qk", "qk_rms_norm")
@@ -47,8 +48,8 @@ def _statistics(module: Module, q: Any, k: Any) -> Any:
 def _verify(module: Module, wanted: Callable[..., bool]) -> Report:
     report = Report()
     for spec in filter(wanted, module.specs):
-        for case in verification_cuda.cuda_cases(module, spec):
-            verification_cuda.run_case(module, spec, case, report)
+        for case in Cuda().cases(module, spec):
+            run_case(module, case, Cuda(), report)
     assert report.groups
     return report
 
