@@ -7,7 +7,8 @@
  * Each checks every argument before anything is launched or written, returns at once for no rows,
  * picks the spec that fits the arguments and the generated function that fits this machine, the
  * number of rows and the layout, and calls it. So a caller from C++ gets the same checks and the
- * same choices as one from Python. It allocates nothing.
+ * same choices as one from Python. It allocates nothing, computes in the default floating-point
+ * mode whatever the caller's is, and leaves the caller's mode and flags as they were.
  *
  * tables.h, written by the exporter for each module, defines qkn_specs, qkn_levels, QKN_NUM_SPECS,
  * QKN_NUM_LEVELS, QKN_CUDA, QKN_METADATA (JSON) and QKN_HAS_<operation>.
@@ -603,7 +604,10 @@ PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIA
   EXPORT int __tvm_ffi_##function(void* self, const TVMFFIAny* args, int32_t num_args,          \
                                   TVMFFIAny* result) {                                          \
     (void)self;                                                                                 \
-    return enter(op, args, num_args, result);                                                   \
+    qkn_environment caller = qkn_enter_environment();                                           \
+    int failed = enter(op, args, num_args, result);                                             \
+    qkn_leave_environment(caller);                                                              \
+    return failed;                                                                              \
   }
 
 #if QKN_HAS_apply_qk_rms_norm

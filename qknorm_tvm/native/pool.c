@@ -87,6 +87,8 @@ static inline void run_task(qkn_task task, int index, int num_tasks, void* closu
 
 /* Claim and run tasks until none is left; `member` is this thread's place in the team. */
 static void draw_tasks(int member) {
+  /* A worker starts in the mode of the thread that started it; OpenMP's have one of their own. */
+  qkn_environment own = qkn_enter_environment();
   /* These two may be an earlier launch's: they only say where to begin to look. */
   int num_tasks = atomic_load_explicit(&pool.num_tasks, memory_order_relaxed);
   int team = atomic_load_explicit(&pool.team, memory_order_relaxed);
@@ -102,6 +104,7 @@ static void draw_tasks(int member) {
     run_task(pool.task, index, total, pool.closure);
     atomic_fetch_sub_explicit(&pool.remaining, 1, memory_order_release);
   }
+  qkn_leave_environment(own);
 }
 
 static void* work(void* argument) {
@@ -307,7 +310,8 @@ static void own_set_num_threads(int threads) {
   atomic_store(&pool.num_threads, threads < 1 ? default_num_threads() : threads);
 }
 
-/* The pool of the module that was loaded first serves all of them. It is found under this name in
+/* The pool of the module that was loaded first serves all of them, of those whose pools promise the
+ * same: version 2 runs tasks in the default floating-point mode. It is found under this name in
  * tvm-ffi's table of global functions; the module is linked so that it is never unloaded. */
 static const pool_api own_api = {own_parallel, own_get_num_threads, own_set_num_threads};
 static _Atomic(const pool_api*) shared_api;
@@ -321,7 +325,7 @@ static int give_api(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIA
 }
 
 static const pool_api* find_api(void) {
-  static const char kName[] = "qknorm_tvm.thread_pool.v1";
+  static const char kName[] = "qknorm_tvm.thread_pool.v2";
   TVMFFIByteArray name = {kName, sizeof kName - 1};
   TVMFFIObjectHandle function = NULL;
   const pool_api* found = &own_api;
