@@ -263,7 +263,7 @@ from qknorm_tvm import KernelSpec, cache
 spec = KernelSpec.from_text(sys.argv[2])
 build.compile = lambda spec: SimpleNamespace(path=Path(sys.argv[1]))
 key = cache.cache_directory() / cache.cache_key(spec)
-cache.load = lambda path: None
+cache.load_file = lambda file: None
 print("ready", flush=True)
 while True:
     key.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from support import (
 )
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, ModuleFileError, load, module_file, reference
+from qknorm_tvm import KernelSpec, ModuleFileError, load, module_file, reference, runtime
 from qknorm_tvm.build import place
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target
 
@@ -344,6 +344,128 @@ def test_foreign_section_of_the_same_name(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ModuleFileError, match=r"its .qknorm section is another's"):
         load(path)
+
+
+# ---- the file that was checked is the one that runs ----------------------------------------------
+
+
+def _two_graphs() -> tuple[Path, Path]:
+    """Two files for the same calls that differ in the graph: where gamma multiplies."""
+    spec = KernelSpec(in_dtype="bfloat16", q_cols=33, k_cols=7)
+    late = spec.replace(cast_before_gamma=True)
+    return compiled("before-cast", spec), compiled("after-cast", late)
+
+
+def _check_graph(call: Callable[..., object], *, cast_before_gamma: bool) -> None:
+    case = make_case(64, 33, 7)
+    tensors, alive = ffi_tensors(case.tensors)
+    call(*tensors, case.epsilon)
+    wanted = reference.apply_qk_rms_norm(
+        case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k, case.epsilon, "bfloat16",
+        cast_before_gamma=cast_before_gamma,
+    )  # fmt: skip
+    wrong = sum(map(reference.differing, (case.q_out, case.k_out), wanted))
+    assert wrong == 0, f"{wrong} wrong elements"
+    del alive
+
+
+@pytest.mark.parametrize("how", ["exported again", "written over"])
+def test_path_that_was_loaded_before_is_loaded_as_it_is_now(how: str, tmp_path: Path) -> None:
+    """The new file's metadata with the old one's code, which the loader knows by its path."""
+    target = tmp_path / "module.so"
+    plain, late = _two_graphs()
+    place(plain, target)
+    old = load(target)
+    _check_graph(old.apply_qk_rms_norm, cast_before_gamma=False)
+    if how == "exported again":
+        place(late, target)
+    else:
+        target.write_bytes(late.read_bytes())
+    new = load(target)
+    assert [spec.cast_before_gamma for spec in new.specs] == [True]
+    _check_graph(new.apply_qk_rms_norm, cast_before_gamma=True)
+    _check_graph(old.apply_qk_rms_norm, cast_before_gamma=False)
+    target.unlink()
+    place(plain, target)
+    _check_graph(load(target).apply_qk_rms_norm, cast_before_gamma=False)
+    _check_graph(new.apply_qk_rms_norm, cast_before_gamma=True)
+
+
+def test_use_of_a_path_exported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`use` of a new file whose calls are served by the code of the one before."""
+    monkeypatch.setattr("qknorm_tvm.cache._given", [])
+    monkeypatch.setattr("qknorm_tvm.cache._loaded", {})
+    target = tmp_path / "module.so"
+    for path, late in zip(_two_graphs(), (False, True), strict=True):
+        place(path, target)
+        qknorm_tvm.use(load(target))
+        case = make_case(64, 33, 7)
+        arguments = (case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
+        outputs = qknorm_tvm.apply_qk_rms_norm(*arguments, cast_before_gamma=late)
+        wanted = reference.apply_qk_rms_norm(
+            *arguments, case.epsilon, "bfloat16", cast_before_gamma=late
+        )
+        assert sum(map(reference.differing, outputs, wanted)) == 0
+    qknorm_tvm.api.forget_entries()
+
+
+def test_file_replaced_after_it_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file's code, put in place between the check and the load."""
+    target = tmp_path / "module.so"
+    plain, late = _two_graphs()
+    place(plain, target)
+    check = runtime._check_specs
+
+    def check_then_replace(path: Path, metadata: dict) -> None:
+        check(path, metadata)
+        place(late, target)
+
+    monkeypatch.setattr(runtime, "_check_specs", check_then_replace)
+    _check_graph(load(target).apply_qk_rms_norm, cast_before_gamma=False)
+
+
+def test_loading_leaves_no_file_open_and_no_copy(tmp_path: Path) -> None:
+    """A descriptor or a folder left for each file that is loaded."""
+    paths = [tmp_path / f"{i}.so" for i in range(40)]
+    for path in paths:
+        shutil.copyfile(smallest(), path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    run_python(
+        """
+        import os, sys
+        from qknorm_tvm import load
+        load(sys.argv[1])
+        before = len(os.listdir("/proc/self/fd"))
+        modules = [load(path) for path in sys.argv[1:] * 3]
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not os.listdir(os.environ["TMPDIR"])
+        assert len({id(module.library) for module in modules}) == len(sys.argv) - 1
+        """,
+        *map(str, paths),
+        env={"TMPDIR": str(temporary)},
+    )
+
+
+def test_without_files_in_memory_a_private_copy_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel set up with vm.memfd_noexec=2, which refuses them."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    target = tmp_path / "module.so"
+    for path, late in zip(_two_graphs(), (False, True), strict=True):
+        place(path, target)
+        _check_graph(load(target).apply_qk_rms_norm, cast_before_gamma=late)
+    assert not os.listdir(temporary)
 
 
 # ---- export --------------------------------------------------------------------------------------
