@@ -606,6 +606,63 @@ def test_raw_set_num_threads_refuses(large: Path) -> None:
             function(*arguments)
 
 
+@pytest.mark.parametrize("threads", [-(2**32) + 5, -(2**63), -1, 0])
+def test_raw_set_num_threads_of_none_is_the_default(threads: int) -> None:
+    """A number cut to 32 bits: -4294967291 was 5."""
+    library = load(smallest()).library
+    set_threads = library.get_function("qknorm_set_num_threads")
+    get_threads = library.get_function("qknorm_get_num_threads")
+    set_threads(0)
+    default = get_threads()
+    try:
+        set_threads(7)
+        set_threads(threads)
+        assert get_threads() == default
+    finally:
+        set_threads(0)
+
+
+_LARGE_CALLS = """
+import os, sys
+import numpy as np, tvm_ffi
+module = tvm_ffi.load_module(sys.argv[1])
+module.qknorm_set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+bits = [np.zeros((2048, n), np.uint16) for n in (1536, 256, 1536, 256)]
+ones = [np.ones(s, np.float32) for s in (1536, 256, (2048, 2))]
+for _ in range(10):
+    module.apply_qk_rms_norm(bits[0], bits[1], *ones, bits[2], bits[3], 1e-6, 1)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def _preloaded(folder: Path, source: str) -> dict[str, str]:
+    (folder / "preload.c").write_text(source)
+    library = folder / "preload.so"
+    command = ["gcc", "-shared", "-fPIC", str(folder / "preload.c"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library), "QKNORM_TVM_OPENMP": "0"}
+
+
+def test_threads_start_beside_large_thread_local_storage(large: Path, tmp_path: Path) -> None:
+    """A stack of 256 kB that thread-local storage fills: one thread, without a word."""
+    env = _preloaded(tmp_path, "__thread char storage[1 << 20]; char* get(void){return storage;}")
+    assert run_python(_LARGE_CALLS, str(large), env=env).stdout.strip() == "2"
+
+
+def test_threads_that_cannot_be_had_are_said_once(large: Path, tmp_path: Path) -> None:
+    """A process that may start no thread: serial without a word, and tried again at each call."""
+    env = _preloaded(
+        tmp_path,
+        "#include <errno.h>\n#include <stdio.h>\n"
+        'int pthread_create() { fputs("tried;", stderr); return EAGAIN; }',
+    )
+    done = run_python(_LARGE_CALLS, str(large), env={**env, "OPENBLAS_NUM_THREADS": "1"})
+    assert done.stdout.strip() == "0"
+    assert done.stderr.count("tried;") == 1
+    assert done.stderr.count("qknorm-tvm: 1 of 3 threads could be started") == 1
+
+
 def test_child_of_a_fork_computes(large: Path) -> None:
     """A child that waits for threads which only the parent has."""
     run_python(

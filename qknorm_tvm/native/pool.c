@@ -53,6 +53,7 @@ typedef struct {
   atomic_int team; /* threads among which the tasks are shared out */
   pthread_mutex_t busy;
   int num_workers;         /* threads started; guarded by busy */
+  int most_workers;        /* that the system let start; 0: it has refused none; guarded by busy */
   atomic_int num_threads;  /* threads to use, the caller included; 0: not decided yet */
 } pool_state;
 
@@ -157,13 +158,24 @@ static openmp_parallel find_openmp(void) {
 static void after_fork_in_child(void) {
   openmp_forbidden = 1;
   pool.num_workers = 0;
+  pool.most_workers = 0;
   atomic_store(&pool.sleepers, 0);
   atomic_store(&pool.remaining, 0);
   for (int i = 0; i < kMaxTasks; ++i) atomic_store(&pool.waiting[i], 0);
   pthread_mutex_init(&pool.busy, NULL);
 }
 
+/* What a task needs, beside what the system takes of a thread's stack for itself: the process's
+ * thread-local storage lies there, which may be any size. 0: not known, take the default size. */
+static size_t stack_size(const pthread_attr_t* attributes) {
+  size_t (*least)(const pthread_attr_t*) = (size_t (*)(const pthread_attr_t*))(intptr_t)dlsym(
+      RTLD_DEFAULT, "__pthread_get_minstack");
+  return least ? least(attributes) + (256 << 10) : 0;
+}
+
 static void start_workers(int wanted) {
+  if (pool.most_workers && wanted > pool.most_workers - 1) wanted = pool.most_workers - 1;
+  if (pool.num_workers >= wanted) return;
   sigset_t all, old;
   sigfillset(&all); /* signals are for the program's own threads */
   pthread_sigmask(SIG_SETMASK, &all, &old);
@@ -172,10 +184,17 @@ static void start_workers(int wanted) {
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, 256 << 10);
+    size_t size = stack_size(&attributes);
+    if (size) pthread_attr_setstacksize(&attributes, size);
     int failed = pthread_create(&thread, &attributes, work, (void*)(intptr_t)pool.num_workers);
     pthread_attr_destroy(&attributes);
-    if (failed) break; /* fewer threads, same result */
+    if (failed) { /* fewer threads, same result; not tried again at each call */
+      pool.most_workers = pool.num_workers + 1;
+      fprintf(stderr,
+              "qknorm-tvm: %d of %d threads could be started (%s): large calls are slower\n",
+              pool.num_workers + 1, wanted + 1, strerror(failed));
+      break;
+    }
     ++pool.num_workers;
   }
   pthread_sigmask(SIG_SETMASK, &old, NULL);
