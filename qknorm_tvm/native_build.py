@@ -210,9 +210,9 @@ def compile_entry(
 
 
 def exported_symbols() -> str:
-    """Return the linker's script for what a module shows: its entry points alone."""
+    """Return the linker's script for what a module shows: its entry points, and its pool."""
     names = "; ".join(f"__tvm_ffi_{op}" for op in OPS)
-    return f"{{ global: {names}; __tvm_ffi_qknorm_*; local: *; }};\n"
+    return f"{{ global: {names}; __tvm_ffi_qknorm_*; qknorm_tvm_thread_pool_v*; local: *; }};\n"
 
 
 def _stand_in_for_tvm_ffi(directory: Path, compiler: str) -> Path:

@@ -27,6 +27,7 @@ from support import (
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, ModuleFileError, load, module_file, reference, runtime
 from qknorm_tvm.build import place
+from qknorm_tvm.cli import app
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target
 
 LARGE = KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)
@@ -334,6 +335,33 @@ def test_metadata_that_cannot_be_read(metadata: bytes, message: str, tmp_path: P
     path = _with_metadata(tmp_path / "other.so", metadata)
     with pytest.raises(ModuleFileError, match=message):
         load(path)
+
+
+def test_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    """A read that waits for ever for somebody who writes."""
+    os.mkfifo(tmp_path / "module.so")
+    with pytest.raises(ModuleFileError, match="it is no regular file"):
+        module_file.read_metadata(tmp_path / "module.so")
+
+
+def test_deep_metadata_is_refused(tmp_path: Path) -> None:
+    """A RecursionError from the depths of the reader."""
+    path = _with_metadata(tmp_path / "deep.so", b"[" * 200_000)
+    with pytest.raises(ModuleFileError, match="its metadata is no JSON"):
+        module_file.read_metadata(path)
+
+
+def test_inspect_sends_no_control_sequence_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Metadata of a file of unknown origin that retitles the terminal, or worse."""
+    metadata = module_file.read_metadata(smallest())
+    metadata["versions"] = {"\x1b]0;title\x07": "\x9b31m"}
+    path = _with_metadata(tmp_path / "hostile.so", json.dumps(metadata).encode())
+    assert app.main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "title" in printed
+    assert not set(printed) & {"\x1b", "\x07", "\x9b"}
 
 
 def test_foreign_section_of_the_same_name(tmp_path: Path) -> None:

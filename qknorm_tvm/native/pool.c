@@ -330,53 +330,28 @@ static void own_set_num_threads(int threads) {
 }
 
 /* The pool of the module that was loaded first serves all of them, of those whose pools promise the
- * same: version 2 runs tasks in the default floating-point mode. It is found under this name in
- * tvm-ffi's table of global functions; the module is linked so that it is never unloaded. */
+ * same: version 2 runs tasks in the default floating-point mode. A symbol of this kind is one in a
+ * process, however its modules are loaded (they are never unloaded), and each module's constructor
+ * tries to put its own pool there: so it is decided before a module can be called. */
+__asm__(
+    ".pushsection .bss.qknorm_tvm_thread_pool_v2, \"aw\", %nobits\n"
+    ".globl qknorm_tvm_thread_pool_v2\n"
+    ".type qknorm_tvm_thread_pool_v2, %gnu_unique_object\n"
+    ".size qknorm_tvm_thread_pool_v2, 8\n"
+    ".balign 8\n"
+    "qknorm_tvm_thread_pool_v2: .zero 8\n"
+    ".popsection\n");
+extern __attribute__((visibility("default"))) _Atomic(const pool_api*) qknorm_tvm_thread_pool_v2;
+
 static const pool_api own_api = {own_parallel, own_get_num_threads, own_set_num_threads};
-static _Atomic(const pool_api*) shared_api;
 
-static int give_api(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  (void)self, (void)args, (void)num_args;
-  result->type_index = kTVMFFIOpaquePtr;
-  result->zero_padding = 0;
-  result->v_ptr = (void*)&own_api;
-  return 0;
-}
-
-static const pool_api* find_api(void) {
-  static const char kName[] = "qknorm_tvm.thread_pool.v2";
-  TVMFFIByteArray name = {kName, sizeof kName - 1};
-  TVMFFIObjectHandle function = NULL;
-  const pool_api* found = &own_api;
-  if (TVMFFIFunctionCreate(NULL, give_api, NULL, &function) == 0) {
-    /* Without override: fails where another module was first. */
-    if (TVMFFIFunctionSetGlobal(&name, function, 0) != 0) {
-      TVMFFIObjectHandle error = NULL;
-      TVMFFIErrorMoveFromRaised(&error);
-      if (error) TVMFFIObjectDecRef(error);
-    }
-    TVMFFIObjectDecRef(function);
-  }
-  function = NULL;
-  if (TVMFFIFunctionGetGlobal(&name, &function) == 0 && function) {
-    TVMFFIAny result;
-    memset(&result, 0, sizeof result);
-    if (TVMFFIFunctionCall(function, NULL, 0, &result) == 0 &&
-        result.type_index == kTVMFFIOpaquePtr) {
-      found = (const pool_api*)result.v_ptr;
-    }
-    TVMFFIObjectDecRef(function);
-  }
-  return found;
+__attribute__((constructor)) static void offer_pool(void) {
+  const pool_api* none = NULL;
+  atomic_compare_exchange_strong(&qknorm_tvm_thread_pool_v2, &none, &own_api);
 }
 
 static inline const pool_api* api(void) {
-  const pool_api* known = atomic_load_explicit(&shared_api, memory_order_acquire);
-  if (!known) {
-    known = find_api();
-    atomic_store_explicit(&shared_api, known, memory_order_release);
-  }
-  return known;
+  return atomic_load_explicit(&qknorm_tvm_thread_pool_v2, memory_order_acquire);
 }
 
 void qkn_parallel(qkn_task task, void* closure, int num_tasks) {
