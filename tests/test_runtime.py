@@ -27,7 +27,7 @@ from support import (
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, ModuleFileError, load, module_file, reference, runtime
 from qknorm_tvm.build import place
-from qknorm_tvm.cli import app
+from qknorm_tvm.cli import main
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target
 
 LARGE = KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)
@@ -346,7 +346,7 @@ def test_fifo_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_deep_metadata_is_refused(tmp_path: Path) -> None:
     """A RecursionError from the depths of the reader."""
-    path = _with_metadata(tmp_path / "deep.so", b"[" * 200_000)
+    path = _with_metadata(tmp_path / "deep.so", b"[" * 1600)
     with pytest.raises(ModuleFileError, match="its metadata is no JSON"):
         module_file.read_metadata(path)
 
@@ -356,9 +356,9 @@ def test_inspect_sends_no_control_sequence_to_the_terminal(
 ) -> None:
     """Metadata of a file of unknown origin that retitles the terminal, or worse."""
     metadata = module_file.read_metadata(smallest())
-    metadata["versions"] = {"\x1b]0;title\x07": "\x9b31m"}
+    metadata["versions"] = {"\x1b]0;title\x07": "\x9b3"}
     path = _with_metadata(tmp_path / "hostile.so", json.dumps(metadata).encode())
-    assert app.main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "title" in printed
     assert not set(printed) & {"\x1b", "\x07", "\x9b"}
