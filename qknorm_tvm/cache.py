@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 import stat
-import tempfile
 import threading
 import warnings
 from importlib import resources
@@ -132,8 +131,7 @@ def _load_or_build(spec: KernelSpec) -> Module:
             stacklevel=4,
         )
         compiled = compile(spec)
-        keep = Path(tempfile.mkdtemp(prefix="qknorm-tvm-")) / "module.so"
-        return load_file(read_module(place(compiled.path, keep)))
+        return load_file(read_module(compiled.path))
     path = directory / cache_key(spec)
     file = _usable(path, spec)
     if file is None:
