@@ -27,6 +27,7 @@ from support import (
 
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, load
+from qknorm_tvm.spec import MAX_COLS
 
 ROWS, Q_COLS, K_COLS = 4, 32, 16
 SPEC = KernelSpec(in_dtype="float32", q_cols=Q_COLS, k_cols=K_COLS)
@@ -719,6 +720,49 @@ def test_strides_that_mean_nothing_are_ignored(module: Module, rows: int) -> Non
     ]
     raw_call(module, *tensors, good.epsilon)
     assert good.q_out.tobytes() == expected[0].tobytes()
+
+
+@pytest.mark.parametrize("name", ["q_out", "k_out", "qk_var", "q", "k"])
+@pytest.mark.parametrize("stride", [1 << 62, (1 << 62) + 32, 1 << 61, (1 << 63) - 1])
+def test_strides_beyond_the_address_space_are_refused(
+    stride: int, name: str, module: Module
+) -> None:
+    """A row's place that wraps round to another's: what is written twice, and passed as apart."""
+    wrong = case()
+    before = [one.tobytes() for one in wrong.tensors]
+    tensors = [
+        RawTensor(one, strides=[stride, 1]) if this == name else one
+        for this, one in zip(NAMES, wrong.tensors, strict=True)
+    ]
+    message = (
+        f"^{name} must lie within the address space, got {ROWS} rows of row stride {stride} at 0x"
+    )
+    with pytest.raises(ValueError, match=message):
+        raw_call(module, *tensors, wrong.epsilon)
+    assert [one.tobytes() for one in wrong.tensors] == before
+
+
+def test_address_that_wraps_is_refused(module: Module) -> None:
+    wrong = case()
+    wrong.q = RawTensor(wrong.q, address=(1 << 64) - 64)
+    with pytest.raises(ValueError, match=r"^q must lie within the address space, got 4 rows"):
+        raw_call(module, *wrong.tensors, wrong.epsilon)
+
+
+def test_open_columns_end_where_fixed_ones_do() -> None:
+    """More columns than the documents, and a spec, allow."""
+    module = load(compiled("open-float32", KernelSpec(in_dtype="float32")))
+    many = MAX_COLS + 1
+    wide, gamma = np.ones((0, many), np.float32), np.broadcast_to(np.float32(1), many)
+    few, narrow_gamma, qk_var = np.ones((0, 3), np.float32), array(3), np.ones((0, 2), np.float32)
+    gamma = RawTensor(gamma, strides=[1])
+    for name, arguments in {
+        "q": (wide, few, gamma, narrow_gamma, qk_var, wide, few),
+        "k": (few, wide, narrow_gamma, gamma, qk_var, few, wide),
+    }.items():
+        message = f"^{name} must have at most {MAX_COLS} columns, got {many}$"
+        with pytest.raises(ValueError, match=message):
+            raw_call(module, *arguments, 1e-6)
 
 
 def test_no_rows_need_no_data(module: Module) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import environment, make_case, run_python
+from support import compiled, environment, make_case, run_python
 
 import qknorm_tvm
-from qknorm_tvm import KernelSpec, ModuleFileError
+from qknorm_tvm import KernelSpec, Module, ModuleFileError, load
 from qknorm_tvm.call import cache
 from qknorm_tvm.check import reference
 from qknorm_tvm.operations import OPERATIONS
@@ -164,6 +166,30 @@ def test_link_is_judged_by_what_it_leads_to(folder: Path, built: bytes, tmp_path
     assert not cache._usable(path, _spec())
 
 
+def test_folder_swapped_after_the_check(
+    folder: Path, built: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code of whoever may rename in a folder above, put in place between the check and the load."""
+    path = _fill(folder, built)
+    theirs = compiled(
+        "swapped", KernelSpec(in_dtype="float32", q_cols=5, k_cols=3, cast_before_gamma=True),
+        KernelSpec(in_dtype="float32", q_cols=9, k_cols=9),
+    )  # fmt: skip
+    usable = cache._usable
+
+    def check_then_swap(path: Path, spec: KernelSpec) -> object:
+        checked = usable(path, spec)
+        folder.rename(tmp_path / "checked")
+        _fill(folder, theirs.read_bytes())
+        return checked
+
+    monkeypatch.setattr(cache, "_usable", check_then_swap)
+    with environment(QKNORM_TVM_CACHE_DIR=str(folder)):
+        module = cache._load_or_build(_spec())
+    assert path.read_bytes() == theirs.read_bytes()
+    assert module.specs == [_spec()]
+
+
 def test_what_is_written_is_the_users_whatever_the_umask(folder: Path) -> None:
     """A module or a lock that others may write to, from a process that masks nothing."""
     with environment(QKNORM_TVM_CACHE_DIR=str(folder)):
@@ -301,6 +327,45 @@ def test_with_a_folder_nothing_is_warned_of(
 def test_memory_holds_one_module_a_spec() -> None:
     """A file read and checked at every call."""
     assert cache.module_for(_spec()) is cache.module_for(_spec())
+
+
+_OTHER = {
+    "op": "qk_rms_norm",
+    "in_dtype": "bfloat16",
+    "out_dtype": "bfloat16",
+    "q_cols": 6,
+    "k_cols": 4,
+    "target": "cuda:sm_90",
+    "reproducible": True,
+    "cast_before_gamma": True,
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(KernelSpec)])
+def test_a_given_module_serves_no_call_of_another_spec(field: str) -> None:
+    """A reproducible module, or one that casts elsewhere, that answers ordinary calls."""
+
+    def holding(spec: KernelSpec) -> Module:
+        return Module(Path(), {"specs": [spec.to_dict()]}, SimpleNamespace(get_function=str))
+
+    spec = _spec()
+    assert cache._holds(holding(spec), spec)
+    assert cache._holds(holding(spec.replace(q_cols=None, k_cols=None)), spec)
+    assert not cache._holds(holding(spec.replace(**{field: _OTHER[field]})), spec)
+    assert not cache._holds(holding(spec), spec.replace(**{field: _OTHER[field]}))
+
+
+def test_after_use_of_a_reproducible_module_ordinary_calls_are_not_its(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "_given", [])
+    monkeypatch.setattr(cache, "_loaded", {})
+    spec = _spec().replace(reproducible=True)
+    given = load(compiled("reproducible", spec))
+    qknorm_tvm.use(given)
+    assert cache.module_for(spec) is given
+    assert cache.module_for(_spec()) is not given
+    qknorm_tvm.api.forget_entries()
 
 
 def test_key_changes_with_versions_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,30 @@ def test_sixteen_threads_while_the_number_of_threads_changes() -> None:
     assert not errors, errors
 
 
+def test_the_pool_is_decided_before_a_module_can_be_called(tmp_path: Path) -> None:
+    """Modules that look for each other at their first calls, from any thread: two pools."""
+    run_python(
+        """
+        import ctypes, shutil, sys, threading
+        import tvm_ffi
+        paths = [f"{sys.argv[2]}/{i}.so" for i in range(16)]
+        for path in paths:
+            shutil.copyfile(sys.argv[1], path)
+        found, barrier = [], threading.Barrier(16)
+        def load(path):
+            barrier.wait()
+            library = ctypes.CDLL(path)
+            found.append(ctypes.c_void_p.in_dll(library, "qknorm_tvm_thread_pool_v2").value)
+        threads = [threading.Thread(target=load, args=(path,)) for path in paths]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert len(found) == 16 and len(set(found)) == 1 and found[0], found
+        """,
+        str(smallest()),
+        str(tmp_path),
+    )
+
+
 def test_threads_that_ask_for_new_specs_at_once(tmp_path: Path) -> None:
     """A spec compiled once a thread; a module of another spec; a deadlock in the compiler."""
     done = run_python(
@@ -268,7 +292,7 @@ from qknorm_tvm import KernelSpec
 spec = KernelSpec.from_text(sys.argv[2])
 build.compile = lambda spec: SimpleNamespace(path=Path(sys.argv[1]))
 key = cache.cache_directory() / cache.cache_key(spec)
-cache.load = lambda path: None
+cache.load_file = lambda file: None
 print("ready", flush=True)
 while True:
     key.unlink(missing_ok=True)

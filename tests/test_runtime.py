@@ -28,6 +28,8 @@ import qknorm_tvm
 from qknorm_tvm import KernelSpec, ModuleFileError, load
 from qknorm_tvm.call.compiled import place
 from qknorm_tvm.check import reference
+from qknorm_tvm.cli import main
+from qknorm_tvm.load import module as runtime
 from qknorm_tvm.load import module_file
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target
 
@@ -338,6 +340,33 @@ def test_metadata_that_cannot_be_read(metadata: bytes, message: str, tmp_path: P
         load(path)
 
 
+def test_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    """A read that waits for ever for somebody who writes."""
+    os.mkfifo(tmp_path / "module.so")
+    with pytest.raises(ModuleFileError, match="it is no regular file"):
+        module_file.read_metadata(tmp_path / "module.so")
+
+
+def test_deep_metadata_is_refused(tmp_path: Path) -> None:
+    """A RecursionError from the depths of the reader."""
+    path = _with_metadata(tmp_path / "deep.so", b"[" * 1600)
+    with pytest.raises(ModuleFileError, match="its metadata is no JSON"):
+        module_file.read_metadata(path)
+
+
+def test_inspect_sends_no_control_sequence_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Metadata of a file of unknown origin that retitles the terminal, or worse."""
+    metadata = module_file.read_metadata(smallest())
+    metadata["versions"] = {"\x1b]0;title\x07": "\x9b3"}
+    path = _with_metadata(tmp_path / "hostile.so", json.dumps(metadata).encode())
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "title" in printed
+    assert not set(printed) & {"\x1b", "\x07", "\x9b"}
+
+
 def test_foreign_section_of_the_same_name(tmp_path: Path) -> None:
     data = bytearray(smallest().read_bytes())
     offset = _sections(bytes(data))[".qknorm"][0]
@@ -346,6 +375,128 @@ def test_foreign_section_of_the_same_name(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ModuleFileError, match=r"its .qknorm section is another's"):
         load(path)
+
+
+# ---- the file that was checked is the one that runs ----------------------------------------------
+
+
+def _two_graphs() -> tuple[Path, Path]:
+    """Two files for the same calls that differ in the graph: where gamma multiplies."""
+    spec = KernelSpec(in_dtype="bfloat16", q_cols=33, k_cols=7)
+    late = spec.replace(cast_before_gamma=True)
+    return compiled("before-cast", spec), compiled("after-cast", late)
+
+
+def _check_graph(call: Callable[..., object], *, cast_before_gamma: bool) -> None:
+    case = make_case(64, 33, 7)
+    tensors, alive = ffi_tensors(case.tensors)
+    call(*tensors, case.epsilon)
+    wanted = reference.apply_qk_rms_norm(
+        case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k, case.epsilon, "bfloat16",
+        cast_before_gamma=cast_before_gamma,
+    )  # fmt: skip
+    wrong = sum(map(reference.differing, (case.q_out, case.k_out), wanted))
+    assert wrong == 0, f"{wrong} wrong elements"
+    del alive
+
+
+@pytest.mark.parametrize("how", ["exported again", "written over"])
+def test_path_that_was_loaded_before_is_loaded_as_it_is_now(how: str, tmp_path: Path) -> None:
+    """The new file's metadata with the old one's code, which the loader knows by its path."""
+    target = tmp_path / "module.so"
+    plain, late = _two_graphs()
+    place(plain, target)
+    old = load(target)
+    _check_graph(old.apply_qk_rms_norm, cast_before_gamma=False)
+    if how == "exported again":
+        place(late, target)
+    else:
+        target.write_bytes(late.read_bytes())
+    new = load(target)
+    assert [spec.cast_before_gamma for spec in new.specs] == [True]
+    _check_graph(new.apply_qk_rms_norm, cast_before_gamma=True)
+    _check_graph(old.apply_qk_rms_norm, cast_before_gamma=False)
+    target.unlink()
+    place(plain, target)
+    _check_graph(load(target).apply_qk_rms_norm, cast_before_gamma=False)
+    _check_graph(new.apply_qk_rms_norm, cast_before_gamma=True)
+
+
+def test_use_of_a_path_exported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`use` of a new file whose calls are served by the code of the one before."""
+    monkeypatch.setattr("qknorm_tvm.call.cache._given", [])
+    monkeypatch.setattr("qknorm_tvm.call.cache._loaded", {})
+    target = tmp_path / "module.so"
+    for path, late in zip(_two_graphs(), (False, True), strict=True):
+        place(path, target)
+        qknorm_tvm.use(load(target))
+        case = make_case(64, 33, 7)
+        arguments = (case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
+        outputs = qknorm_tvm.apply_qk_rms_norm(*arguments, cast_before_gamma=late)
+        wanted = reference.apply_qk_rms_norm(
+            *arguments, case.epsilon, "bfloat16", cast_before_gamma=late
+        )
+        assert sum(map(reference.differing, outputs, wanted)) == 0
+    qknorm_tvm.api.forget_entries()
+
+
+def test_file_replaced_after_it_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file's code, put in place between the check and the load."""
+    target = tmp_path / "module.so"
+    plain, late = _two_graphs()
+    place(plain, target)
+    check = runtime._check_specs
+
+    def check_then_replace(path: Path, metadata: dict) -> None:
+        check(path, metadata)
+        place(late, target)
+
+    monkeypatch.setattr(runtime, "_check_specs", check_then_replace)
+    _check_graph(load(target).apply_qk_rms_norm, cast_before_gamma=False)
+
+
+def test_loading_leaves_no_file_open_and_no_copy(tmp_path: Path) -> None:
+    """A descriptor or a folder left for each file that is loaded."""
+    paths = [tmp_path / f"{i}.so" for i in range(40)]
+    for path in paths:
+        shutil.copyfile(smallest(), path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    run_python(
+        """
+        import os, sys
+        from qknorm_tvm import load
+        load(sys.argv[1])
+        before = len(os.listdir("/proc/self/fd"))
+        modules = [load(path) for path in sys.argv[1:] * 3]
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not os.listdir(os.environ["TMPDIR"])
+        assert len({id(module.library) for module in modules}) == len(sys.argv) - 1
+        """,
+        *map(str, paths),
+        env={"TMPDIR": str(temporary)},
+    )
+
+
+def test_without_files_in_memory_a_private_copy_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel set up with vm.memfd_noexec=2, which refuses them."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    target = tmp_path / "module.so"
+    for path, late in zip(_two_graphs(), (False, True), strict=True):
+        place(path, target)
+        _check_graph(load(target).apply_qk_rms_norm, cast_before_gamma=late)
+    assert not os.listdir(temporary)
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -484,6 +635,63 @@ def test_raw_set_num_threads_refuses(large: Path) -> None:
     for arguments, got in (((), "nothing"), (("2",), "str"), ((None,), "None"), ((2.0,), "float")):
         with pytest.raises(TypeError, match=f"^threads must be an int, got {got}$"):
             function(*arguments)
+
+
+@pytest.mark.parametrize("threads", [-(2**32) + 5, -(2**63), -1, 0])
+def test_raw_set_num_threads_of_none_is_the_default(threads: int) -> None:
+    """A number cut to 32 bits: -4294967291 was 5."""
+    library = load(smallest()).library
+    set_threads = library.get_function("qknorm_set_num_threads")
+    get_threads = library.get_function("qknorm_get_num_threads")
+    set_threads(0)
+    default = get_threads()
+    try:
+        set_threads(7)
+        set_threads(threads)
+        assert get_threads() == default
+    finally:
+        set_threads(0)
+
+
+_LARGE_CALLS = """
+import os, sys
+import numpy as np, tvm_ffi
+module = tvm_ffi.load_module(sys.argv[1])
+module.qknorm_set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+bits = [np.zeros((2048, n), np.uint16) for n in (1536, 256, 1536, 256)]
+ones = [np.ones(s, np.float32) for s in (1536, 256, (2048, 2))]
+for _ in range(10):
+    module.apply_qk_rms_norm(bits[0], bits[1], *ones, bits[2], bits[3], 1e-6, 1)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def _preloaded(folder: Path, source: str) -> dict[str, str]:
+    (folder / "preload.c").write_text(source)
+    library = folder / "preload.so"
+    command = ["gcc", "-shared", "-fPIC", str(folder / "preload.c"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library), "QKNORM_TVM_OPENMP": "0"}
+
+
+def test_threads_start_beside_large_thread_local_storage(large: Path, tmp_path: Path) -> None:
+    """A stack of 256 kB that thread-local storage fills: one thread, without a word."""
+    env = _preloaded(tmp_path, "__thread char storage[1 << 20]; char* get(void){return storage;}")
+    assert run_python(_LARGE_CALLS, str(large), env=env).stdout.strip() == "2"
+
+
+def test_threads_that_cannot_be_had_are_said_once(large: Path, tmp_path: Path) -> None:
+    """A process that may start no thread: serial without a word, and tried again at each call."""
+    env = _preloaded(
+        tmp_path,
+        "#include <errno.h>\n#include <stdio.h>\n"
+        'int pthread_create() { fputs("tried;", stderr); return EAGAIN; }',
+    )
+    done = run_python(_LARGE_CALLS, str(large), env={**env, "OPENBLAS_NUM_THREADS": "1"})
+    assert done.stdout.strip() == "0"
+    assert done.stderr.count("tried;") == 1
+    assert done.stderr.count("qknorm-tvm: 1 of 3 threads could be started") == 1
 
 
 def test_child_of_a_fork_computes(large: Path) -> None:

@@ -288,6 +288,7 @@ def test_only_the_entry_points_are_exported(exported: Path) -> None:
         "__tvm_ffi_qknorm_get_num_threads",
         "__tvm_ffi_qknorm_metadata",
         "__tvm_ffi_qknorm_set_num_threads",
+        "qknorm_tvm_thread_pool_v2",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,14 @@ def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]
     return importlib.import_module("tvm.tirx.build").codegen_build(lowered, target)
 
 
+def _object_code(module: Any) -> bytes:
+    """Return a module's object file, from memory: LLVM ends the process where a disk is full."""
+    with open(os.memfd_create("object"), "w+b") as file:
+        module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
+        file.seek(0)
+        return file.read()
+
+
 def build(
     specs: Sequence[KernelSpec],
     configs: Sequence[CpuConfig | None],
@@ -184,7 +193,7 @@ def build(
         native = worker.submit(compile_entry, directory, table_text, pool=True, machine=machine)
         for cpu, of_level in functions.items():
             level_object = directory / f"{cpu}.o"
-            generate(cpu, of_level).write_to_file(str(level_object), "o")
+            level_object.write_bytes(_object_code(generate(cpu, of_level)))
             # The least demanding first: TVM puts its float16 helpers, weak, into every object, and
             # the linker keeps the first, which has to run everywhere.
             objects.insert(0, level_object)

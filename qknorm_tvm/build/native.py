@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import BuildError
 from ..load.module_file import seal
-from ..spec import OPS, KernelSpec
+from ..spec import MAX_COLS, OPS, KernelSpec
 from ..targets import MACHINES, X86_FEATURES, host_machine
 
 #: For machines other than this one: the GNU cross compiler's name and Debian's packages of it.
@@ -79,6 +79,7 @@ def tables(
     lines = ['#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
     for op in OPS:
         lines.append(f"#define QKN_HAS_{op} {int(any(spec.op == op for spec in specs))}")
+    lines.append(f"#define QKN_MAX_COLS {MAX_COLS}")
     lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
     for li, level in enumerate(levels):
         features = [X86_FEATURES[name] for name in level.features]
@@ -209,9 +210,9 @@ def compile_entry(
 
 
 def exported_symbols() -> str:
-    """Return the linker's script for what a module shows: its entry points alone."""
+    """Return the linker's script for what a module shows: its entry points, and its pool."""
     names = "; ".join(f"__tvm_ffi_{op}" for op in OPS)
-    return f"{{ global: {names}; __tvm_ffi_qknorm_*; local: *; }};\n"
+    return f"{{ global: {names}; __tvm_ffi_qknorm_*; qknorm_tvm_thread_pool_v*; local: *; }};\n"
 
 
 def _stand_in_for_tvm_ffi(directory: Path, compiler: str) -> Path:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
 import stat
-import tempfile
 import threading
 import warnings
 from importlib import resources
 from pathlib import Path
 
 from ..errors import ModuleFileError
-from ..load.module import Module, load
-from ..load.module_file import read_metadata
+from ..load.module import Module, load_file
+from ..load.module_file import ModuleFile, read_module
 from ..spec import KernelSpec
 from ..targets import host_cpu_target
 
@@ -75,12 +75,11 @@ def cache_directory() -> Path:
 
         directory = Path(platformdirs.user_cache_dir("qknorm-tvm", appauthor=False))
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(directory)
+    _check_owner(directory, directory.stat())
     return directory
 
 
-def _check_owner(path: Path) -> None:
-    status = path.stat()
+def _check_owner(path: Path, status: os.stat_result) -> None:
     if status.st_uid != os.getuid():
         raise ModuleFileError(
             f"{path} belongs to another user (uid {status.st_uid}) and will not be loaded from; "
@@ -110,15 +109,20 @@ def cache_key(spec: KernelSpec) -> str:
     return f"{spec.digest}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.so"
 
 
-def _usable(path: Path, spec: KernelSpec) -> bool:
-    """Whether a cached file is whole, ours and this spec's; what is not is built again."""
+def _usable(path: Path, spec: KernelSpec) -> ModuleFile | None:
+    """Return a cached file if it is whole, ours and this spec's; what is not is built again.
+
+    Owner and mode are those of the file that was read. So it does not matter who may write to the
+    folders above: what nobody but this user could write is what is loaded.
+    """
     try:
-        _check_owner(path)
-        return read_metadata(path)["specs"] == [spec.to_dict()]
+        file = read_module(path)
+        _check_owner(path, file.status)
+        return file if file.metadata["specs"] == [spec.to_dict()] else None
     except FileNotFoundError:
-        return False
+        return None
     except (ModuleFileError, KeyError, OSError):
-        return False
+        return None
 
 
 def _load_or_build(spec: KernelSpec) -> Module:
@@ -136,28 +140,33 @@ def _load_or_build(spec: KernelSpec) -> Module:
             stacklevel=4,
         )
         compiled = compile(spec)
-        keep = Path(tempfile.mkdtemp(prefix="qknorm-tvm-")) / "module.so"
-        return load(place(compiled.path, keep))
+        return load_file(read_module(compiled.path))
     path = directory / cache_key(spec)
-    if not _usable(path, spec):
+    file = _usable(path, spec)
+    if file is None:
         import filelock
 
         # One process compiles, the others wait; a lock left by a killed process is the system's
         # to free.
         with filelock.FileLock(path.with_suffix(".lock"), mode=0o600):
-            if not _usable(path, spec):
+            file = _usable(path, spec)
+            if file is None:
                 # Half a file of a process that was killed as it wrote; the lock is ours.
                 for left in directory.glob(f".{path.name}.*"):
                     left.unlink(missing_ok=True)
-                place(compile(spec).path, path)
-    return load(path)
+                compiled = compile(spec)
+                file = read_module(compiled.path)
+                place(compiled.path, path)
+    return load_file(dataclasses.replace(file, path=path))
 
 
 def use(module: Module) -> None:
     """Serve calls of `qknorm_tvm.apply_qk_rms_norm` from a loaded module, instead of compiling.
 
-    Where it holds the dtypes and columns of a call, for the kind of device of its arrays; the
-    module given last comes first. So a machine without TVM or a compiler can use the Python API.
+    Where it holds the spec of a call, its columns fixed or open, for the kind of device of its
+    arrays; the module given last comes first. So a machine without TVM or a compiler can use the
+    Python API. No call asks for a reproducible spec: such a module is called by its own entry
+    points.
 
     Parameters
     ----------
@@ -180,14 +189,21 @@ def use(module: Module) -> None:
 
 
 def _holds(module: Module, spec: KernelSpec) -> bool:
-    return any(
-        (held.op, held.in_dtype, held.out_dtype, held.cast_before_gamma)
-        == (spec.op, spec.in_dtype, spec.out_dtype, spec.cast_before_gamma)
-        and held.q_cols in (None, spec.q_cols)
-        and held.k_cols in (None, spec.k_cols)
-        and held.parsed_target.kind == spec.parsed_target.kind
-        for held in module.specs
-    )
+    """Whether one of a module's specs is this one, but for columns left open and the target's code.
+
+    Every field of a spec decides the bits of a result, but for those: what has been loaded runs on
+    this machine.
+    """
+    for held in module.specs:
+        columns = {
+            name: getattr(spec, name)
+            for name in ("q_cols", "k_cols")
+            if getattr(held, name) is None
+        }
+        same_kind = held.parsed_target.kind == spec.parsed_target.kind
+        if same_kind and held.replace(target=spec.target, **columns) == spec:
+            return True
+    return False
 
 
 def module_for(spec: KernelSpec) -> Module:

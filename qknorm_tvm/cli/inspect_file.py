@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import ModuleFileError
 from .options import debug_option
 
 if TYPE_CHECKING:
@@ -46,8 +47,23 @@ def inspect_file(file: Path, as_json: bool) -> None:
     from .output import console, size
 
     printer = console()
-    printer.print(f"{file} ({size(file.stat().st_size)})", soft_wrap=True)
-    printer.print(describe(file, metadata))
+    printer.print(f"{printable(str(file))} ({size(file.stat().st_size)})", soft_wrap=True)
+    try:
+        described = describe(file, printable(metadata))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModuleFileError(
+            f"{file} holds what this qknorm-tvm does not know ({type(error).__name__})"
+        ) from None
+    printer.print(described)
+
+
+def printable(value: Any) -> Any:
+    """Return a value of JSON with what steers a terminal written as escapes, such as ``\\x1b``."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
+    if isinstance(value, Mapping):
+        return {printable(key): printable(one) for key, one in value.items()}
+    return [printable(one) for one in value] if isinstance(value, list) else value
 
 
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:

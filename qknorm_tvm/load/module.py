@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +16,7 @@ from ..errors import ModuleFileError
 from ..operations import OPERATIONS
 from ..spec import KernelSpec
 from ..targets import MACHINES, host_machine
-from .module_file import machine_of, read_metadata
+from .module_file import ModuleFile, read_module
 
 
 class Module:
@@ -68,8 +74,10 @@ class Module:
 def load(path: str | os.PathLike[str]) -> Module:
     """Load an exported module.
 
-    The file is checked before any of its code runs. Load only files that you trust: a ``.so`` is a
-    program.
+    The file is read and checked before any of its code runs, and what was read is what is loaded:
+    the file may be exported again, written over or removed while the module is in use, and a path
+    that has been loaded before is loaded as it is now. Load only files that you trust: a ``.so`` is
+    a program.
 
     Parameters
     ----------
@@ -87,12 +95,14 @@ def load(path: str | os.PathLike[str]) -> Module:
     ModuleFileError
         The file is no module, damaged, of a newer format, or for another kind of machine.
     """
-    import tvm_ffi
+    return load_file(read_module(Path(path).absolute()))
 
-    path = Path(path).absolute()
-    metadata = read_metadata(path)
+
+def load_file(file: ModuleFile) -> Module:
+    """Load a file that has been read and checked; see `load`."""
+    path, metadata = file.path, file.metadata
     _check_specs(path, metadata)
-    machine, here = machine_of(path), host_machine()
+    machine, here = file.machine, host_machine()
     if machine != here:
         raise ModuleFileError(
             f"{path} is for {MACHINES.get(machine, machine)} machines, and this one is "
@@ -100,11 +110,7 @@ def load(path: str | os.PathLike[str]) -> Module:
         )
     if path.suffix != ".so":
         raise ModuleFileError(f"{path} must be named *.so to be loaded: rename it")
-    try:
-        library = tvm_ffi.load_module(str(path))
-    except Exception as error:
-        raise ModuleFileError(f"{path} cannot be loaded on this machine: {error}") from error
-    module = Module(path, metadata, library)
+    module = Module(path, metadata, _library(path, file.content))
     if not module.active_level:
         needed = metadata["levels"][-1]
         raise ModuleFileError(
@@ -112,6 +118,80 @@ def load(path: str | os.PathLike[str]) -> Module:
             "CPU cannot run; export it with --target cpu, which holds code for every x86-64 level"
         )
     return module
+
+
+#: Libraries by path and content: a path that is exported again is another library.
+_libraries: dict[tuple[Path, bytes], Any] = {}
+
+
+def _library(path: Path, content: bytes) -> Any:
+    """Load a file's content as a library, whatever has become of its path.
+
+    The system's loader knows libraries by path and never unloads a module (see the link): given the
+    path, it would return the one that it loaded from there before, or what was put there since the
+    check. So it gets a copy of its own, in memory where the system lets it.
+    """
+    key = path, hashlib.sha256(content).digest()
+    library = _libraries.get(key)
+    if library is None:
+        import tvm_ffi
+
+        try:
+            # The folder's name is a random one: the loader never meets it again. It is removed
+            # since what is left of it is a name: a debugger, or a traceback from C++, that looks
+            # for the library's symbols there finds nothing, rather than another file.
+            with temporary_folder() as folder:
+                name = Path(folder, "module.so")
+                with _copy(name, content):
+                    library = tvm_ffi.load_module(str(name))
+        except Exception as error:
+            raise ModuleFileError(f"{path} cannot be loaded on this machine: {error}") from error
+        library = _libraries.setdefault(key, library)
+    return library
+
+
+@contextmanager
+def _copy(name: Path, content: bytes) -> Iterator[None]:
+    """Give a copy of a file's content a name for a while.
+
+    The content is in memory, where the system lets it: that needs no space on a disk, and no folder
+    that code may be run from.
+    """
+    try:
+        handle = os.memfd_create(name.name)
+    except OSError:
+        name.write_bytes(content)
+        yield
+        return
+    with open(handle, "wb", buffering=0) as file:
+        file.write(content)
+        name.symlink_to(f"/proc/self/fd/{handle}")
+        yield
+
+
+def temporary_folder(least: int = 0) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is this user's alone and goes again, where `least` bytes are free.
+
+    Below the temporary folder, or below ``/dev/shm`` where that one is full, read-only or missing.
+
+    Raises
+    ------
+    OSError
+        There is neither.
+    """
+    errors = []
+    for parent in (None, "/dev/shm"):
+        try:
+            parent = parent or tempfile.gettempdir()
+            free = shutil.disk_usage(parent).free
+            if free < least:
+                raise OSError(
+                    errno.ENOSPC, f"{free >> 20} MiB free of {least >> 20} needed", parent
+                )
+            return tempfile.TemporaryDirectory(prefix="qknorm-tvm-", dir=parent)
+        except OSError as error:
+            errors.append(str(error))
+    raise OSError(errno.ENOSPC, f"no temporary folder can be used ({'; '.join(errors)})")
 
 
 def _check_specs(path: Path, metadata: dict[str, Any]) -> None:

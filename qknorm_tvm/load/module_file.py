@@ -3,13 +3,17 @@
 A module is an ELF shared library with a section ``.qknorm``: 16 bytes of magic, the SHA-256 of the
 file (computed with these 32 bytes zero), and the metadata as JSON, ended by a zero. Loading a
 library runs its code, so a file is checked first: a truncated or altered file is refused here.
+It is opened and read once, as a `ModuleFile`: what was checked is what is loaded, whatever becomes
+of the path meanwhile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -60,14 +64,16 @@ def _section(data: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
     raise foreign
 
 
+def _machine_in(data: bytes, path: str | os.PathLike[str]) -> str:
+    if len(data) < 20:
+        raise ModuleFileError(f"{path} is damaged or truncated: export it again")
+    (number,) = struct.unpack_from("<H", data, 18)
+    return _ELF_MACHINES.get(number, f"ELF machine {number}")
+
+
 def machine_of(path: str | os.PathLike[str]) -> str:
     """Return the machine that a library is for: one of `targets.MACHINES`, else ELF's number."""
-    with Path(path).open("rb") as file:
-        head = file.read(20)
-    if len(head) < 20:
-        raise ModuleFileError(f"{path} is damaged or truncated: export it again")
-    (number,) = struct.unpack_from("<H", head, 18)
-    return _ELF_MACHINES.get(number, f"ELF machine {number}")
+    return _machine_in(_read(path)[0], path)
 
 
 def _digest(data: bytes, offset: int) -> bytes:
@@ -87,8 +93,47 @@ def seal(path: Path) -> None:
     path.write_bytes(data)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check a file and return its metadata, without loading it.
+def _read(path: str | os.PathLike[str]) -> tuple[bytes, os.stat_result]:
+    """Return a file's content and its owner and mode, of the very file that was read."""
+    # Without O_NONBLOCK the open of a FIFO waits for somebody who writes to it.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ModuleFileError(f"{path} is not a qknorm-tvm module: it is no regular file")
+    with open(handle, "rb") as file:
+        return file.read(), status
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleFile:
+    """A module's file, read once and checked.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        Where it was read from.
+    content : bytes
+        All of it.
+    status : os.stat_result
+        Its owner and mode.
+    metadata : dict
+        What the module holds: ``specs``, ``target``, ``versions`` and so on.
+    """
+
+    path: Path
+    content: bytes = dataclasses.field(repr=False)
+    status: os.stat_result
+    metadata: dict[str, Any]
+
+    @property
+    def machine(self) -> str:
+        """The machine that it is for: one of `targets.MACHINES`, else ELF's number."""
+        return _machine_in(self.content, self.path)
+
+
+def read_module(path: str | os.PathLike[str]) -> ModuleFile:
+    """Read a file and check it, without loading it.
 
     Parameters
     ----------
@@ -97,8 +142,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        What the module holds: ``specs``, ``target``, ``versions`` and so on.
+    ModuleFile
 
     Raises
     ------
@@ -107,7 +151,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     ModuleFileError
         The file is no module, damaged, or of a newer format.
     """
-    data = Path(path).read_bytes()
+    content, status = _read(path)
+    return ModuleFile(Path(path), content, status, _metadata_in(content, path))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check a file and return its metadata, without loading it: see `read_module`."""
+    return read_module(path).metadata
+
+
+def _metadata_in(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     offset, size = _section(data, path)
     if data[offset : offset + len(MAGIC)] != MAGIC:
         raise ModuleFileError(
@@ -120,7 +173,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
         found = metadata["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ModuleFileError(f"{path} is damaged: its metadata is no JSON") from None
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ModuleFileError(f"{path} is damaged: its metadata has format {found!r}")

@@ -7,10 +7,11 @@
  * Each checks every argument before anything is launched or written, returns at once for no rows,
  * picks the spec that fits the arguments and the generated function that fits this machine, the
  * number of rows and the layout, and calls it. So a caller from C++ gets the same checks and the
- * same choices as one from Python. It allocates nothing.
+ * same choices as one from Python. It allocates nothing, computes in the default floating-point
+ * mode whatever the caller's is, and leaves the caller's mode and flags as they were.
  *
  * tables.h, written by the exporter for each module, defines qkn_specs, qkn_levels, QKN_NUM_SPECS,
- * QKN_NUM_LEVELS, QKN_CUDA, QKN_METADATA (JSON) and QKN_HAS_<operation>.
+ * QKN_NUM_LEVELS, QKN_MAX_COLS, QKN_CUDA, QKN_METADATA (JSON) and QKN_HAS_<operation>.
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <inttypes.h>
@@ -222,6 +223,9 @@ static int check_device(const char* name, const tensor* t, DLDevice first) {
   return 0;
 }
 
+/* Bytes from a tensor's first row to its last: more than any machine has. */
+static const int64_t kMaxSpan = (int64_t)1 << 58;
+
 /* Check rank, dtype, shape, strides and data of one tensor; cols < 0 takes any. */
 static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype, int64_t rows,
                         int64_t cols, int is_output) {
@@ -246,6 +250,10 @@ static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype,
   if (t->cols < 1) {
     return fail("ValueError", "%s must have at least 1 column, got %" PRId64, name, t->cols);
   }
+  if (t->cols > QKN_MAX_COLS) {
+    return fail("ValueError", "%s must have at most %d columns, got %" PRId64, name, QKN_MAX_COLS,
+                t->cols);
+  }
   if (rows == 0) return 0; /* nothing will be touched */
   if (t->cols > 1 && t->col_stride != 1) {
     return fail("ValueError",
@@ -264,6 +272,16 @@ static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype,
                 name, t->cols, t->row_stride);
   }
   if (!t->data) return fail("ValueError", "%s must have data, got a null pointer", name);
+  /* From here on no address, and no sum over the tensors of a call, wraps. */
+  int64_t span;
+  if (__builtin_mul_overflow(rows - 1, t->row_stride, &span) ||
+      __builtin_mul_overflow(span, t->item, &span) || span > kMaxSpan ||
+      (uintptr_t)t->data > UINTPTR_MAX - (uintptr_t)(span + t->cols * t->item)) {
+    return fail("ValueError",
+                "%s must lie within the address space, got %" PRId64 " rows of row stride %" PRId64
+                " at %p",
+                name, rows, t->row_stride, (void*)t->data);
+  }
 #if QKN_CUDA
   if ((uintptr_t)t->data % (uintptr_t)t->item) {
     return fail("ValueError", "%s must be aligned to its %d-byte elements, got address %p", name,
@@ -603,7 +621,10 @@ PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIA
   EXPORT int __tvm_ffi_##function(void* self, const TVMFFIAny* args, int32_t num_args,          \
                                   TVMFFIAny* result) {                                          \
     (void)self;                                                                                 \
-    return enter(op, args, num_args, result);                                                   \
+    qkn_environment caller = qkn_enter_environment();                                           \
+    int failed = enter(op, args, num_args, result);                                             \
+    qkn_leave_environment(caller);                                                              \
+    return failed;                                                                              \
   }
 
 #if QKN_HAS_apply_qk_rms_norm
@@ -653,7 +674,8 @@ EXPORT int __tvm_ffi_qknorm_set_num_threads(void* self, const TVMFFIAny* args, i
     return fail("TypeError", "threads must be an int, got %s",
                 num_args < 1 ? "nothing" : type_name(args[0].type_index));
   }
-  qkn_set_num_threads(args[0].v_int64 > 1 << 20 ? 1 << 20 : (int)args[0].v_int64);
+  int64_t threads = args[0].v_int64;
+  qkn_set_num_threads(threads > 1 << 20 ? 1 << 20 : threads < 1 ? 0 : (int)threads);
   result->type_index = kTVMFFINone;
   result->zero_padding = 0;
   result->v_int64 = 0;

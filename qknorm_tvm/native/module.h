@@ -57,6 +57,63 @@ typedef struct {
   int num_features;
 } qkn_level;
 
+/* The floating-point environment of a thread: how it rounds, flushes and traps, and its flags.
+ *
+ * Results must not depend on a caller's: code is run between these two, on every thread that runs
+ * some. What a caller set up is as it was afterwards, its flags included. Writing the register is
+ * what costs, so it is written only where it differs. */
+#if defined(__x86_64__)
+typedef uint32_t qkn_environment;
+enum { QKN_FLAGS = 0x3f, QKN_DEFAULT_MODE = 0x1f80 }; /* of MXCSR */
+
+static inline qkn_environment qkn_read_environment(void) {
+  qkn_environment mxcsr;
+  __asm__ volatile("stmxcsr %0" : "=m"(mxcsr) : : "memory");
+  return mxcsr;
+}
+
+static inline void qkn_write_environment(qkn_environment mxcsr) {
+  __asm__ volatile("ldmxcsr %0" : : "m"(mxcsr) : "memory");
+}
+
+static inline qkn_environment qkn_enter_environment(void) {
+  qkn_environment caller = qkn_read_environment();
+  if ((caller & ~(uint32_t)QKN_FLAGS) != QKN_DEFAULT_MODE) qkn_write_environment(QKN_DEFAULT_MODE);
+  return caller;
+}
+
+static inline void qkn_leave_environment(qkn_environment caller) {
+  if (qkn_read_environment() != caller) qkn_write_environment(caller);
+}
+#elif defined(__aarch64__)
+typedef struct {
+  uint64_t mode, flags; /* FPCR, whose default is 0, and FPSR */
+} qkn_environment;
+
+static inline qkn_environment qkn_read_environment(void) {
+  qkn_environment found;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(found.mode) : : "memory");
+  __asm__ volatile("mrs %0, fpsr" : "=r"(found.flags) : : "memory");
+  return found;
+}
+
+static inline qkn_environment qkn_enter_environment(void) {
+  qkn_environment caller = qkn_read_environment();
+  if (caller.mode) __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0) : "memory");
+  return caller;
+}
+
+static inline void qkn_leave_environment(qkn_environment caller) {
+  qkn_environment own = qkn_read_environment();
+  if (own.flags != caller.flags) {
+    __asm__ volatile("msr fpsr, %0" : : "r"(caller.flags) : "memory");
+  }
+  if (own.mode != caller.mode) __asm__ volatile("msr fpcr, %0" : : "r"(caller.mode) : "memory");
+}
+#else
+#error "no floating-point environment for this machine: add it here"
+#endif
+
 /* Thread pool: one in a process, whatever the number of modules loaded. */
 typedef int (*qkn_task)(int task, void* group, void* closure);
 void qkn_parallel(qkn_task task, void* closure, int num_tasks);

@@ -53,6 +53,7 @@ typedef struct {
   atomic_int team; /* threads among which the tasks are shared out */
   pthread_mutex_t busy;
   int num_workers;         /* threads started; guarded by busy */
+  int most_workers;        /* that the system let start; 0: it has refused none; guarded by busy */
   atomic_int num_threads;  /* threads to use, the caller included; 0: not decided yet */
 } pool_state;
 
@@ -87,6 +88,8 @@ static inline void run_task(qkn_task task, int index, int num_tasks, void* closu
 
 /* Claim and run tasks until none is left; `member` is this thread's place in the team. */
 static void draw_tasks(int member) {
+  /* A worker starts in the mode of the thread that started it; OpenMP's have one of their own. */
+  qkn_environment own = qkn_enter_environment();
   /* These two may be an earlier launch's: they only say where to begin to look. */
   int num_tasks = atomic_load_explicit(&pool.num_tasks, memory_order_relaxed);
   int team = atomic_load_explicit(&pool.team, memory_order_relaxed);
@@ -102,6 +105,7 @@ static void draw_tasks(int member) {
     run_task(pool.task, index, total, pool.closure);
     atomic_fetch_sub_explicit(&pool.remaining, 1, memory_order_release);
   }
+  qkn_leave_environment(own);
 }
 
 static void* work(void* argument) {
@@ -154,13 +158,24 @@ static openmp_parallel find_openmp(void) {
 static void after_fork_in_child(void) {
   openmp_forbidden = 1;
   pool.num_workers = 0;
+  pool.most_workers = 0;
   atomic_store(&pool.sleepers, 0);
   atomic_store(&pool.remaining, 0);
   for (int i = 0; i < kMaxTasks; ++i) atomic_store(&pool.waiting[i], 0);
   pthread_mutex_init(&pool.busy, NULL);
 }
 
+/* What a task needs, beside what the system takes of a thread's stack for itself: the process's
+ * thread-local storage lies there, which may be any size. 0: not known, take the default size. */
+static size_t stack_size(const pthread_attr_t* attributes) {
+  size_t (*least)(const pthread_attr_t*) = (size_t (*)(const pthread_attr_t*))(intptr_t)dlsym(
+      RTLD_DEFAULT, "__pthread_get_minstack");
+  return least ? least(attributes) + (256 << 10) : 0;
+}
+
 static void start_workers(int wanted) {
+  if (pool.most_workers && wanted > pool.most_workers - 1) wanted = pool.most_workers - 1;
+  if (pool.num_workers >= wanted) return;
   sigset_t all, old;
   sigfillset(&all); /* signals are for the program's own threads */
   pthread_sigmask(SIG_SETMASK, &all, &old);
@@ -169,10 +184,17 @@ static void start_workers(int wanted) {
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, 256 << 10);
+    size_t size = stack_size(&attributes);
+    if (size) pthread_attr_setstacksize(&attributes, size);
     int failed = pthread_create(&thread, &attributes, work, (void*)(intptr_t)pool.num_workers);
     pthread_attr_destroy(&attributes);
-    if (failed) break; /* fewer threads, same result */
+    if (failed) { /* fewer threads, same result; not tried again at each call */
+      pool.most_workers = pool.num_workers + 1;
+      fprintf(stderr,
+              "qknorm-tvm: %d of %d threads could be started (%s): large calls are slower\n",
+              pool.num_workers + 1, wanted + 1, strerror(failed));
+      break;
+    }
     ++pool.num_workers;
   }
   pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -307,53 +329,29 @@ static void own_set_num_threads(int threads) {
   atomic_store(&pool.num_threads, threads < 1 ? default_num_threads() : threads);
 }
 
-/* The pool of the module that was loaded first serves all of them. It is found under this name in
- * tvm-ffi's table of global functions; the module is linked so that it is never unloaded. */
+/* The pool of the module that was loaded first serves all of them, of those whose pools promise the
+ * same: version 2 runs tasks in the default floating-point mode. A symbol of this kind is one in a
+ * process, however its modules are loaded (they are never unloaded), and each module's constructor
+ * tries to put its own pool there: so it is decided before a module can be called. */
+__asm__(
+    ".pushsection .bss.qknorm_tvm_thread_pool_v2, \"aw\", %nobits\n"
+    ".globl qknorm_tvm_thread_pool_v2\n"
+    ".type qknorm_tvm_thread_pool_v2, %gnu_unique_object\n"
+    ".size qknorm_tvm_thread_pool_v2, 8\n"
+    ".balign 8\n"
+    "qknorm_tvm_thread_pool_v2: .zero 8\n"
+    ".popsection\n");
+extern __attribute__((visibility("default"))) _Atomic(const pool_api*) qknorm_tvm_thread_pool_v2;
+
 static const pool_api own_api = {own_parallel, own_get_num_threads, own_set_num_threads};
-static _Atomic(const pool_api*) shared_api;
 
-static int give_api(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  (void)self, (void)args, (void)num_args;
-  result->type_index = kTVMFFIOpaquePtr;
-  result->zero_padding = 0;
-  result->v_ptr = (void*)&own_api;
-  return 0;
-}
-
-static const pool_api* find_api(void) {
-  static const char kName[] = "qknorm_tvm.thread_pool.v1";
-  TVMFFIByteArray name = {kName, sizeof kName - 1};
-  TVMFFIObjectHandle function = NULL;
-  const pool_api* found = &own_api;
-  if (TVMFFIFunctionCreate(NULL, give_api, NULL, &function) == 0) {
-    /* Without override: fails where another module was first. */
-    if (TVMFFIFunctionSetGlobal(&name, function, 0) != 0) {
-      TVMFFIObjectHandle error = NULL;
-      TVMFFIErrorMoveFromRaised(&error);
-      if (error) TVMFFIObjectDecRef(error);
-    }
-    TVMFFIObjectDecRef(function);
-  }
-  function = NULL;
-  if (TVMFFIFunctionGetGlobal(&name, &function) == 0 && function) {
-    TVMFFIAny result;
-    memset(&result, 0, sizeof result);
-    if (TVMFFIFunctionCall(function, NULL, 0, &result) == 0 &&
-        result.type_index == kTVMFFIOpaquePtr) {
-      found = (const pool_api*)result.v_ptr;
-    }
-    TVMFFIObjectDecRef(function);
-  }
-  return found;
+__attribute__((constructor)) static void offer_pool(void) {
+  const pool_api* none = NULL;
+  atomic_compare_exchange_strong(&qknorm_tvm_thread_pool_v2, &none, &own_api);
 }
 
 static inline const pool_api* api(void) {
-  const pool_api* known = atomic_load_explicit(&shared_api, memory_order_acquire);
-  if (!known) {
-    known = find_api();
-    atomic_store_explicit(&shared_api, known, memory_order_release);
-  }
-  return known;
+  return atomic_load_explicit(&qknorm_tvm_thread_pool_v2, memory_order_acquire);
 }
 
 void qkn_parallel(qkn_task task, void* closure, int num_tasks) {
