@@ -124,9 +124,13 @@ def qk_rms_norm(
         _reduce(qk_var, members, call.q_weight, call.k_weight)
     outputs = _normalise(call, qk_var)
     return (
-        outputs[0].view(q.shape) if q_out is None else q_out,
-        outputs[1].view(k.shape) if k_out is None else k_out,
+        _in_shape_of(q, outputs[0]) if q_out is None else q_out,
+        _in_shape_of(k, outputs[1]) if k_out is None else k_out,
     )
+
+
+def _in_shape_of(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
 def _members(group: Any, layout: Any) -> Members:
