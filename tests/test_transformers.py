@@ -193,6 +193,7 @@ def test_modules_and_parameters_stay() -> None:
     assert [set(vars(one)) for one in modules] == attributes
 
 
+@pytest.mark.filterwarnings("ignore:attention computes its norms one by one:RuntimeWarning")
 def test_hooks_see_what_they_saw() -> None:
     model, ids = make_model("Olmo2"), token_ids()
     seen: list[tuple[str, Any, Any]] = []
@@ -209,6 +210,104 @@ def test_hooks_see_what_they_saw() -> None:
         assert got[0] == one[0]
         assert torch.equal(got[1], one[1])
         assert torch.equal(got[2], one[2])
+
+
+def _double(module: Any, inputs: Any, output: Any = None) -> None:
+    """Change in place what goes in, or what comes out: no other tensor shows it."""
+    (inputs[0] if output is None else output).mul_(2)
+
+
+def _double_unseen(module: Any, inputs: Any, output: Any) -> None:
+    """As `_double`, in a way of which no version counter knows."""
+    output.data.mul_(2)
+
+
+def _next_scales(module: Any, inputs: Any) -> None:
+    """Replace weights before each call, as torch's old `weight_norm` and `spectral_norm` do."""
+    module.weight = torch.nn.Parameter(module.weight * 2)
+
+
+HOOKS = {
+    "K in place": ("k_proj", "forward", _double),
+    "K in place, unseen": ("k_proj", "forward", _double_unseen),
+    "another K": ("k_proj", "forward", lambda module, inputs, output: output * 2),
+    "input of k_proj": ("k_proj", "forward_pre", lambda module, inputs: (inputs[0] * 2,)),
+    "weight of k_proj": ("k_proj", "forward_pre", _next_scales),
+    "input of k_norm": ("k_norm", "forward_pre", _double),
+    "scales of k_norm": ("k_norm", "forward_pre", _next_scales),
+    "output of k_norm": ("k_norm", "forward", _double),
+    "scales of q_norm": ("q_norm", "forward_pre", _next_scales),
+}
+
+
+@pytest.mark.filterwarnings("ignore:attention computes its norms one by one:RuntimeWarning")
+@pytest.mark.parametrize("patched_first", [False, True])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_do_what_they_did(name: str, patched_first: bool) -> None:
+    """A hook that comes too late for a K that was normalised before it ran."""
+    module, kind, hook = HOOKS[name]
+    models, ids = [make_model("Olmo2") for _ in range(2)], token_ids()
+    if patched_first:
+        patch(models[1], statistics="torch")
+    for model in models:
+        for attention in attentions(model):
+            getattr(getattr(attention, module), f"register_{kind}_hook")(hook)
+    if not patched_first:
+        patch(models[1], statistics="torch")
+    for _ in range(2):  # what a hook has changed stays changed
+        assert torch.equal(models[1](ids).logits, models[0](ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:attention computes its norms one by one:RuntimeWarning")
+def test_weight_norm() -> None:
+    """The weight that a call uses is made by a hook before it: another one would be the last."""
+    model, ids = make_model("Olmo2"), token_ids()
+    patch(model, statistics="torch")
+    for attention in attentions(model):
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            torch.nn.utils.weight_norm(attention.k_proj)
+    before = model(ids).logits
+    for attention in attentions(model):
+        attention.k_proj.weight_g.mul_(-3)
+    after = model(ids).logits
+    assert distance(after, before) > 0.01
+    assert torch.equal(unpatch(model)(ids).logits, after)
+
+
+def test_hooks_are_told_of() -> None:
+    """Modules that run one by one are slower: nobody would know why."""
+    model, ids = patch(make_model("Olmo2"), statistics="torch"), token_ids()
+    model(ids)
+    handle = attentions(model)[0].k_norm.register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="norms one by one, .* a hook on k_norm"):
+        model(ids)
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="hook on all modules"):
+        model(ids)
+    handle.remove()
+
+
+def test_hooks_where_heads_are_sharded(tmp_path: Path) -> None:
+    """The model's own norms, which the hook would need, are wrong there: the means are local."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", world_size=1, rank=0
+    )
+    try:
+        model = patch(make_model("Olmo2"), group=torch.distributed.group.WORLD)
+        attentions(model)[0].k_proj.register_forward_hook(_double)
+        with pytest.raises(RuntimeError, match="k_proj must have no hook where the heads are shar"):
+            model(token_ids())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_forward_of_a_norm() -> None:
+    """The norm's own forward is not called: what replaced it would be dropped without a word."""
+    model = make_model("Olmo2")
+    attentions(model)[1].k_norm.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"\.k_norm must have its class's forward, got one"):
+        patch(model)
 
 
 def test_copies_are_their_own() -> None:
@@ -317,11 +416,12 @@ def test_another_order() -> None:
     with pytest.raises(RuntimeError, match=r"q_norm must .* got a second call"):
         attention.q_norm(hidden)
     assert model(ids).logits.isfinite().all(), "and goes on after an error"
-    # As an adapter or a hook does that was added afterwards.
-    handle = attention.k_proj.register_forward_hook(lambda module, inputs, output: output + 1)
+    # As an adapter does that was put around the module afterwards.
+    k_proj = attention.k_proj
+    attention.k_proj = torch.nn.Sequential(k_proj, torch.nn.Softplus())
     with pytest.raises(RuntimeError, match=r"k_norm must .* got another tensor than k_proj's"):
         model(ids)
-    handle.remove()
+    attention.k_proj = k_proj
     attention.k_norm.forward = lambda x: x
     with pytest.raises(ValueError, match="k_norm must have the forward that patch gave it"):
         unpatch(model)

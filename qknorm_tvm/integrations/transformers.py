@@ -9,18 +9,23 @@ Their attention calls four modules one after the other::
 ``q_norm`` projects K from it and normalises both, in one launch; ``k_proj`` and ``k_norm`` return
 what is there already. So every module is called with the same tensors as before and returns what it
 returned before, only K earlier. Modules, parameters and the keys of ``state_dict`` stay as they
-are: checkpoints load and save as ever, after `patch` as before it, and forward hooks see the same
-values. A hook, an adapter or another forward that changes K between these calls is noticed, and
-refused.
+are: checkpoints load and save as ever, after `patch` as before it.
+
+That K comes earlier must not matter. A hook on ``q_norm``, ``k_proj`` or ``k_norm`` runs after K
+has been normalised, and may change what K is made from. Where there is one, the modules compute
+what they did before `patch`, and a warning says so. An adapter around a module, which changes K
+without a hook, is noticed and refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from typing import Any
 
 import torch
+from torch.nn.modules import module as nn_module
 
 from .. import tensor_parallel, torch_ops
 
@@ -47,6 +52,10 @@ def patch(
     """Normalise Q and K in one launch in every attention of a model, for inference.
 
     There is no backward: call the model under ``torch.no_grad()``, as ``generate`` does by itself.
+
+    An attention with a hook on ``q_norm``, ``k_proj`` or ``k_norm``, or on all modules, computes
+    its norms one by one as the model does, with a ``RuntimeWarning``, until the hook is removed.
+    With `group` it raises a ``RuntimeError``: the model's own norms know only this rank's columns.
 
     Gammas are read from the model at every call. Those that are not float32 are widened then, in a
     small launch each; in OLMo, ``attention.q_norm.float()`` and ``k_norm.float()`` save these and
@@ -79,8 +88,8 @@ def patch(
     Raises
     ------
     TypeError, ValueError
-        The model is none of these, is in training mode or is patched already, or an option is
-        wrong. Nothing has been changed.
+        The model is none of these, is in training mode or is patched already, the forward of a
+        norm has been replaced, or an option is wrong. Nothing has been changed.
     """
     _check_model(model)
     if statistics not in ("fused", "torch"):
@@ -95,7 +104,7 @@ def patch(
             "model must be in evaluation mode, got one in training mode: there is no backward; "
             "call model.eval() first"
         )
-    found = []
+    fused_norms = []
     for name, attention in model.named_modules():
         if not _is_supported(attention):
             continue
@@ -105,13 +114,13 @@ def patch(
                 "call unpatch(model) first"
             )
         options = _options(name, attention, statistics, group, layout, validate)
-        found.append((attention, _FusedNorms(attention, options)))
-    if not found:
+        fused_norms.append((attention, _FusedNorms(attention, options)))
+    if not fused_norms:
         raise ValueError(
             f"model must have attention of one of transformers' classes "
             f"{', '.join(_CAST_BEFORE_GAMMA)}, got {type(model).__name__} without"
         )
-    for attention, fused in found:
+    for attention, fused in fused_norms:
         fused.install()
         attention.__dict__[_MARK] = fused
     return model
@@ -137,7 +146,7 @@ def unpatch(model: torch.nn.Module) -> torch.nn.Module:
         must undo that first. Nothing has been changed.
     """
     _check_model(model)
-    marked = [one for one in model.modules() if _MARK in one.__dict__]
+    marked = [module for module in model.modules() if _MARK in module.__dict__]
     if not marked:
         raise ValueError("model must be patched, got one that is not")
     for attention in marked:
@@ -177,6 +186,13 @@ def _options(
     name: str, attention: Any, statistics: str, group: Any, layout: Any, validate: bool
 ) -> _Options:
     q_norm, k_norm = attention.q_norm, attention.k_norm
+    for norm, module in (("q_norm", q_norm), ("k_norm", k_norm)):
+        # Accelerate's stays: it fetches weights, and one not fetched is refused for its device.
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name}.{norm} must have its class's forward, got one replaced: what replaces it "
+                "would not be called"
+            )
     for what, q_value, k_value in (
         ("epsilon", q_norm.variance_epsilon, k_norm.variance_epsilon),
         ("dtype", q_norm.weight.dtype, k_norm.weight.dtype),
@@ -214,18 +230,23 @@ def _options(
 
 @dataclasses.dataclass
 class _Pending:
-    """What one call of the attention has come to between its first module and its last."""
+    """The tensors of a call of the attention, from ``q_proj`` on until ``k_norm`` has returned.
+
+    `k` and `k_out` are None until ``q_norm`` has computed them, and stay so where the modules run
+    one by one.
+    """
 
     hidden_states: torch.Tensor
+    one_by_one: bool = False
     k: torch.Tensor | None = None
     k_out: torch.Tensor | None = None
 
 
 class _FusedNorms:
-    """The forwards of one attention's four modules, and what they hand to each other.
+    """The forwards of one attention's four modules, and the tensors that they share during a call.
 
-    What is handed on belongs to a thread: two may run the model at a time. A call that was broken
-    off by an exception leaves something behind, which the next one's ``q_proj`` replaces.
+    Each thread has its own, since two may run the model at a time. After a call that an exception
+    ended, the next call's ``q_proj`` replaces them.
     """
 
     def __init__(self, attention: torch.nn.Module, options: _Options):
@@ -281,28 +302,67 @@ class _FusedNorms:
         call = self.call("q_norm")
         if call.k is not None:
             raise self.disorder("q_norm", "a second call")
+        call.one_by_one = self.has_hooks()
+        if call.one_by_one:
+            return self.own("q_norm", q)
         call.k = self.own("k_proj", call.hidden_states)
         q_out, call.k_out = self.normalise(q, call.k)
         return q_out
 
     def k_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
         call = self.call("k_proj")
+        if call.one_by_one:
+            return self.own("k_proj", hidden_states)
         if call.k is None or hidden_states is not call.hidden_states:
             raise self.disorder("k_proj", "another tensor than q_proj's")
         return call.k
 
     def k_norm(self, k: torch.Tensor) -> torch.Tensor:
         call = self.call("k_norm")
+        if call.one_by_one:
+            self.pending.call = None
+            return self.own("k_norm", k)
         if call.k_out is None or k is not call.k:
             raise self.disorder("k_norm", "another tensor than k_proj's")
         self.pending.call = None
         return call.k_out
 
+    def has_hooks(self) -> bool:
+        """Whether anything else runs between ``q_norm`` and the end of ``k_norm``; says so."""
+        place = self.hooked()
+        if place is None:
+            return False
+        if self.options.group is not None:
+            raise RuntimeError(
+                f"{place} must have no hook where the heads are sharded over a group, got one: it "
+                "would run after K is normalised; remove it, or call unpatch(model)"
+            )
+        warnings.warn(
+            "attention computes its norms one by one, as the model does, instead of in one launch, "
+            f"because of a hook on {place}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return True
+
+    def hooked(self) -> str | None:
+        """Return where there is a hook, or a forward put around this one's, if there is any."""
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return "all modules"
+        if self.modules["q_norm"]._forward_hooks:
+            return "q_norm"
+        for name in ("k_proj", "k_norm"):
+            module = self.modules[name]
+            around = getattr(module.forward, "__self__", None) is not self
+            if module._forward_hooks or module._forward_pre_hooks or around:
+                return name
+        return None
+
     def call(self, name: str) -> _Pending:
-        found = getattr(self.pending, "call", None)
-        if found is None:
+        call = getattr(self.pending, "call", None)
+        if call is None:
             raise self.disorder(name, "no call of q_proj before")
-        return found
+        return call
 
     @staticmethod
     def disorder(name: str, got: str) -> RuntimeError:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..call.arrays import canonical_dtype
+from ..call.torch_autograd import is_wrapped, refuse_derivative
 from ..spec import DTYPE_BYTES, MAX_COLS
 from .group import Members, Report
 from .layout import HeadLayout, check_int
@@ -173,22 +173,12 @@ class Call:
 
 def check_no_derivative(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors whose derivative is asked for: there is none, and 0 would pass for it."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor.requires_grad:
-                raise ValueError(
-                    f"{name} must not require grad (there is no backward), got a tensor that does: "
-                    "call under torch.no_grad(), or pass a detached tensor"
-                )
-    # torch has no public way to ask for torch.func's tensors. A tangent needs a level.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    has_level = getattr(forward_ad, "_current_level", 0) >= 0
     for name, tensor in tensors.items():
-        if wrapped(tensor) or (has_level and forward_ad.unpack_dual(tensor).tangent is not None):
-            raise ValueError(
-                f"{name} must not be differentiated or mapped (torch.func and forward-mode AD do "
-                "not see into the operation), got a tensor that is: pass a detached tensor, "
-                "outside of torch.func"
+        refuse_derivative(name, tensor)
+        if is_wrapped(tensor):
+            raise TypeError(
+                f"{name} must be a tensor in memory, got one that a transform of torch.func wraps: "
+                "call outside of it"
             )
 
 

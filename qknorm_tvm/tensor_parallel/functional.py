@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 import qknorm_tvm
 
 from ..call.arrays import canonical_dtype
+from ..call.torch_autograd import count_writes
 from .arguments import Call, check_no_derivative
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
@@ -124,9 +125,13 @@ def qk_rms_norm(
         _reduce(qk_var, members, call.q_weight, call.k_weight)
     outputs = _normalise(call, qk_var)
     return (
-        outputs[0].view(q.shape) if q_out is None else q_out,
-        outputs[1].view(k.shape) if k_out is None else k_out,
+        _in_shape_of(q, outputs[0]) if q_out is None else q_out,
+        _in_shape_of(k, outputs[1]) if k_out is None else k_out,
     )
+
+
+def _in_shape_of(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
 def _members(group: Any, layout: Any) -> Members:
@@ -173,8 +178,8 @@ def _normalise(call: Call, qk_var: torch.Tensor | None) -> tuple[torch.Tensor, t
         outputs = qknorm_tvm.qk_rms_norm(call.q, call.k, *scales, **options)
     else:
         outputs = qknorm_tvm.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
-    for out in call.outputs.values():  # so that autograd sees the write where it saved the tensor
-        torch.autograd.graph.increment_version(out)
+    if call.outputs:
+        count_writes(tuple(call.outputs.values()))
     return outputs
 
 
@@ -257,7 +262,7 @@ def _reduce(
         qk_var.div_(world)
     if world > 1:
         dist.all_reduce(qk_var, op=op, group=members.group)
-        torch.autograd.graph.increment_version(qk_var)
+        count_writes((qk_var,))
 
 
 def _scale(qk_var: torch.Tensor, q_weight: float, k_weight: float) -> None:
@@ -337,21 +342,24 @@ def _trace(call: Call, group: Any, validate: bool) -> tuple[torch.Tensor, torch.
 _LAYOUT_FIELDS = tuple(field.name for field in dataclasses.fields(HeadLayout))
 
 
-def _group(name: str) -> Any:
-    # As the operators of torch's functional collectives find theirs.
-    return _resolve_process_group(name) if name else None
+def _group_and_layout(group_name: Any, layout: list[int] | None) -> tuple[Any, HeadLayout | None]:
+    # Groups are found as the operators of torch's functional collectives find theirs.
+    group = _resolve_process_group(group_name) if group_name else None
+    return group, None if layout is None else HeadLayout(*layout)
 
 
 def _operator(*arguments: Any, group_name: str, layout: list[int] | None, **options: Any) -> None:
-    heads = None if layout is None else HeadLayout(*layout)
-    qk_rms_norm(*arguments, group=_group(group_name), layout=heads, **options)
+    group, heads = _group_and_layout(group_name, layout)
+    qk_rms_norm(*arguments, group=group, layout=heads, **options)
 
 
 def _fake(
-    *arguments: Any, group_name: str, layout: list[int] | None, validate: bool, **options: Any
-) -> None:
-    heads = None if layout is None else HeadLayout(*layout)
-    Call(*arguments, layout=heads, **options).check(_members(_group(group_name), heads))
+    q: Any, k: Any, gamma_q: Any, gamma_k: Any, epsilon: float,
+    *, group_name: str, layout: list[int] | None, validate: bool, **options: Any,
+) -> None:  # fmt: skip
+    group, heads = _group_and_layout(group_name, layout)
+    call = Call(q, k, gamma_q, gamma_k, epsilon, layout=heads, **options)
+    call.check(_members(group, heads))
 
 
 for _key in ("CPU", "CUDA"):

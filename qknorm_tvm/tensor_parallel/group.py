@@ -88,6 +88,7 @@ def members_of(group: Any, *, may_be_alone: bool = False) -> Members:
             f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
         )
     process_group = dist.group.WORLD if group is None else group
+    assert process_group is not None, "it is initialised"
     return Members(group, process_group.size(), process_group.rank())
 
 

@@ -316,8 +316,16 @@ CALLS = {
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_derivatives(derivative: str, name: str) -> None:
     """There is none: 0, or a tangent that is dropped, is a wrong number without a word."""
-    with pytest.raises(ValueError, match=r"^(q|qk_var) must not (require grad|be differentiated)"):
+    with pytest.raises(ValueError, match=r"^(q|qk_var) must not (require grad|have a tangent)"):
         DERIVATIVES[derivative](CALLS[name], inputs()[0])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap(name: str) -> None:
+    """A batch that the operation does not see: one row's memory would pass for all."""
+    with pytest.raises(TypeError, match=r"^(q|qk_var) must be a tensor in memory, got one that a"):
+        torch.vmap(CALLS[name])(inputs()[0][None])
 
 
 @pytest.mark.usefixtures("group")
