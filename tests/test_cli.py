@@ -623,6 +623,7 @@ def test_torch_compile_is_bounded_in_time() -> None:
     assert "compiled for over 0.01 s" in candidate.note
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_candidates_of_a_gpu_on_this_cpu(
     misaligned: bool, module: Module, monkeypatch: pytest.MonkeyPatch
@@ -648,6 +649,7 @@ def test_candidates_of_a_gpu_on_this_cpu(
     assert not work.ours().exact
 
 
+@pytest.mark.frameworks
 def test_verification_of_a_gpu_on_this_cpu(module: Module) -> None:
     """Memory that comes back from the device without what was written there."""
     pytest.importorskip("torch", reason="runs on tensors of torch, which is not installed")
