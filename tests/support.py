@@ -26,10 +26,17 @@ from qknorm_tvm import BuildError, KernelSpec, Module, compile, load
 from qknorm_tvm.check import reference
 from qknorm_tvm.check.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
 from qknorm_tvm.check.reference_torch import to_torch  # noqa: F401
+from qknorm_tvm.check.verification import (  # noqa: F401
+    GAMMAS,
+    NAN_BITS,
+    PAIRINGS,
+    VARIANCES,
+    all_patterns,
+    special_gamma,
+)
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target, host_features
 
 DTYPES = ("bfloat16", "float16", "float32")
-PAIRINGS = tuple(itertools.product(DTYPES, DTYPES))
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 #: The best level of this machine, as a target: what the API compiles for here.
 OWN = host_cpu_target()
@@ -39,39 +46,12 @@ PLAIN = "x86-64-v2"
 NAMES = ("q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k")
 EPSILON = 1e-6
 
-#: Mean squares that go wrong first: signs of zero, negative, non-finite, denormal, huge.
-SPECIAL_VARIANCES = np.array(
-    [0, -0.0, -1, -1e-6, np.nan, np.inf, -np.inf, 1e-45, 1e-39, 1e-12, 1, 0.3, 3e38], np.float32
-)
-#: Scales that go wrong first: denormal, huge, NaNs whose payload would carry into the sign.
-SPECIAL_GAMMAS = np.concatenate(
-    [
-        np.array([0, -0.0, 1, -1.7, 1e-45, -1e-40, 3.4e38, -1e30, np.inf, -np.inf], np.float32),
-        np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF80FFFF], np.uint32).view(np.float32),
-    ]
-)
-#: Every float32 NaN that a rounding carry could turn into another number, and its neighbours.
-NAN_BITS = np.array(
-    [
-        0x7F800001,
-        0x7FC00000,
-        0x7FFF7FFF,
-        0x7FFF8000,
-        0x7FFFFFFF,
-        0xFF800001,
-        0xFFC00000,
-        0xFFFFFFFF,
-    ],
-    np.uint32,
-)
+#: Mean squares and scales that go wrong first, those of ``qknorm-tvm verify``.
+SPECIAL_VARIANCES = VARIANCES
+SPECIAL_GAMMAS = np.concatenate([special_gamma(kind, 4) for kind in GAMMAS])
 
 
 # ---- inputs ---------------------------------------------------------------------------------
-
-
-def all_patterns(dtype: str) -> np.ndarray:
-    """Return all 65,536 values of a 16-bit type, NaNs included."""
-    return np.arange(1 << 16, dtype=np.uint16).view(reference.NUMPY_DTYPES[dtype])
 
 
 def random_values(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,11 +21,13 @@ from safetensors.numpy import save_file
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm import compile as compile_specs
+from qknorm_tvm.bench import cuda as bench_cuda
 from qknorm_tvm.bench.cpu import OFFSETS, CpuWorkload
 from qknorm_tvm.bench.timing import Candidate, measure
 from qknorm_tvm.bench.torch_compile import torch_compile
-from qknorm_tvm.bench.workload import BENCHMARKS
-from qknorm_tvm.check import layouts, reference, sweep, verification
+from qknorm_tvm.bench.workload import BENCHMARKS, UNIQUE_ROWS
+from qknorm_tvm.bench.workload import activations as bench_activations
+from qknorm_tvm.check import layouts, reference, sweep, verification, verification_cuda
 from qknorm_tvm.check.inputs import Activations, generate, read_activations
 from qknorm_tvm.cli import main
 from qknorm_tvm.load.module import Module, load
@@ -618,6 +621,62 @@ def test_torch_compile_is_bounded_in_time() -> None:
     candidate = torch_compile(graph, [(torch.ones(3, 23), torch.ones(3, 9))], bool, limit=0.01)
     assert candidate.function is None
     assert "compiled for over 0.01 s" in candidate.note
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_candidates_of_a_gpu_on_this_cpu(
+    misaligned: bool, module: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments in another order, too few bytes copied, a check that sees no difference."""
+    pytest.importorskip("torch", reason="runs on tensors of torch, which is not installed")
+    monkeypatch.setattr(bench_cuda, "rotation", lambda moved: (3, 12))
+    spec = module.specs[0]
+    a = bench_activations(1030, spec.q_cols or 0, spec.k_cols or 0, spec.in_dtype)
+    how = {"misaligned": misaligned, "device": "cpu"}
+    work = bench_cuda.CudaWorkload(spec, module, a, UNIQUE_ROWS, **how)  # type: ignore[arg-type]
+    ours = work.ours()
+    assert ours.exact
+    assert len({arguments[0].data_ptr() for arguments in ours.sets}) == 3
+    for name in ("copy", "two copies"):
+        copy = work.candidate(name)
+        assert copy.function is not None
+        copy.function(*copy.sets[0])
+        assert 2 * sum(to.nbytes for _, to in copy.sets[0][0]) == work.bytes
+    assert work.candidate("torch").exact
+    assert work.candidate("two launches").note.startswith("needs a module that also holds")
+    work._expected[1][-1, -1] += 1
+    assert not work.ours().exact
+
+
+@pytest.mark.frameworks
+def test_verification_of_a_gpu_on_this_cpu(module: Module) -> None:
+    """Memory that comes back from the device without what was written there."""
+    pytest.importorskip("torch", reason="runs on tensors of torch, which is not installed")
+
+    class Spoiling:
+        metadata = module.metadata
+
+        @staticmethod
+        def apply_qk_rms_norm(q_out: Any, *others: object) -> None:
+            module.apply_qk_rms_norm(q_out, *others)
+            q_out.untyped_storage()[0] ^= 1
+
+    device = verification_cuda.Cuda("cpu")
+    case = next(
+        case
+        for case in device.cases(module, module.specs[0])
+        if case.group == "shapes and layouts" and "M 17" in case.description
+    )
+    report = verification.Report()
+    verification.run_case(module, case, device, report)
+    assert report.exact
+    tally = report.groups[case.group]
+    assert tally.checks == len(layouts.LAYOUTS) + 1
+    assert tally.torch_elements == tally.checks * 17 * (24 + 8)
+    verification.run_case(Spoiling, case, device, report)  # type: ignore[arg-type]
+    assert tally.stray_writes == len(case.layouts)
+    assert not report.exact
 
 
 def test_activations_generated_are_repeatable_and_aligned() -> None:

@@ -100,8 +100,8 @@ class CpuWorkload(Workload):
         array = actual if isinstance(actual, np.ndarray) else to_numpy(actual)
         return reference.differing(array, expected) > 0
 
-    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any], op: str) -> tuple:
-        arguments = operation_arguments(op, tensors, self.activations.epsilon)
+    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+        arguments = operation_arguments(self.spec.op, tensors, self.activations.epsilon)
         for name in self.operation.outputs:
             flat_bytes(tensors[name])[...] = 0xA5
         function(*arguments)

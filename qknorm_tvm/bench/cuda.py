@@ -181,6 +181,8 @@ class CudaWorkload(Workload):
         See `Workload`.
     misaligned : bool
         Rows of ours and torch start at every alignment; the copies stay aligned.
+    device : str
+        torch's name for it.
     """
 
     kind = "cuda"
@@ -193,9 +195,10 @@ class CudaWorkload(Workload):
         unique_rows: int | None = None,
         *,
         misaligned: bool = False,
+        device: str = "cuda",
     ):
         super().__init__(spec, module, activations, unique_rows)
-        self._misaligned = misaligned
+        self._misaligned, self._device = misaligned, device
         count, self._launches = rotation(self.bytes)
         self.sets = [self._tensors() for _ in range(count)]
 
@@ -204,7 +207,7 @@ class CudaWorkload(Workload):
         import torch
 
         tensors = {
-            name: to_torch(np.ascontiguousarray(array)).to("cuda", copy=True)
+            name: to_torch(np.ascontiguousarray(array)).to(self._device, copy=True)
             for name, array in self.activations.tensors.items()
         }
         if self.operation.normalises:
@@ -217,13 +220,13 @@ class CudaWorkload(Workload):
         return tensors
 
     def _reference(self, a: Activations) -> Sequence[Any]:
-        return [to_torch(x).to("cuda") for x in expected_outputs(self.spec, a)]
+        return [to_torch(x).to(self._device) for x in expected_outputs(self.spec, a, self._device)]
 
     def _differ(self, actual: Any, expected: Any) -> bool:
         return not equal_bits(actual, expected)
 
-    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any], op: str) -> tuple:
-        arguments = call_arguments(op, tensors, self.activations.epsilon)
+    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+        arguments = call_arguments(self.spec.op, tensors, self.activations.epsilon)
         for name in self.operation.outputs:
             tensors[name].fill_(-77)  # nothing that could pass for a result
         function(*arguments)
@@ -258,7 +261,7 @@ class CudaWorkload(Workload):
         sizes = [self.bytes * part // (2 * (a.q_cols + a.k_cols)) for part in cols]
         sets = [
             [
-                tuple(torch.ones(size, dtype=torch.uint8, device="cuda") for _ in "io")
+                tuple(torch.ones(size, dtype=torch.uint8, device=self._device) for _ in "io")
                 for size in sizes
             ]
             for _ in self.sets
@@ -294,7 +297,7 @@ class CudaWorkload(Workload):
 
         tensors, epsilon = self.sets[0], self.activations.epsilon
         cache.use(self.module)
-        source = torch.ones(self.bytes // 2, dtype=torch.uint8, device="cuda")
+        source = torch.ones(self.bytes // 2, dtype=torch.uint8, device=self._device)
         arguments = call_arguments(self.spec.op, tensors, epsilon)
         return [
             Candidate("module", getattr(self.module, self.spec.op), [arguments]),

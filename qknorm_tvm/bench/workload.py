@@ -188,7 +188,7 @@ class Workload(abc.ABC):
         """Whether two arrays of the device differ."""
 
     @abc.abstractmethod
-    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any], op: str) -> tuple:
+    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the arguments of an entry point, after one call on outputs that hold no result."""
 
     @abc.abstractmethod
@@ -231,7 +231,7 @@ class Workload(abc.ABC):
         function = getattr(module or self.module, self.spec.op)
         sets, exact = [], True
         for tensors in self.sets:
-            sets.append(self._call(function, tensors, self.spec.op))
+            sets.append(self._call(function, tensors))
             exact = self.is_exact([tensors[output] for output in self.operation.outputs]) and exact
         return Candidate(name, function, sets, exact)
 

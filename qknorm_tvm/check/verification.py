@@ -47,6 +47,11 @@ MORE_ROWS = (2, 3, 4, 5, 8, 64, 1000)
 VARIANCES = np.array(
     [0.37, 1, 0, -0.0, -1, -1e-6, 1e-30, 1e-40, 1e-45, 3e38, np.inf, -np.inf, np.nan], np.float32
 )
+_NAN_PAYLOADS = (0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001)
+_MORE_NAN_PAYLOADS = (0x7FFF7FFF, 0x7FFF8000, 0xFF800001, 0xFFC00000)
+#: float32 NaNs that a rounding carry could turn into another number: 0x7fffffff rounds to -0 where
+#: a NaN is rounded like a number.
+NAN_BITS = np.array(_NAN_PAYLOADS + _MORE_NAN_PAYLOADS, np.uint32)
 
 
 def special_gamma(kind: str, cols: int) -> npt.NDArray:
@@ -56,8 +61,7 @@ def special_gamma(kind: str, cols: int) -> npt.NDArray:
     ----------
     kind : str
         ``"ordinary"``, ``"one"``, ``"denormal"``, ``"huge"``, ``"signed zero and inf"`` or
-        ``"NaN"``; the last with the payload 0x7fffffff, which rounds to -0 when a NaN is rounded
-        like a number.
+        ``"NaN"``, with the `NAN_BITS`.
     cols : int
         Its length.
     """
@@ -76,8 +80,7 @@ def special_gamma(kind: str, cols: int) -> npt.NDArray:
     if kind == "signed zero and inf":
         return np.resize(np.array([0, -0.0, np.inf, -np.inf], np.float32), cols)
     if kind == "NaN":
-        bits = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], np.uint32)
-        return np.resize(bits, cols).view(np.float32)
+        return np.resize(NAN_BITS, cols).view(np.float32)
     raise ValueError(f"kind must be one of {', '.join(GAMMAS)}, got {kind!r}")
 
 
