@@ -7,13 +7,12 @@ import hashlib
 import re
 from typing import Any
 
+from .dtypes import DTYPE_BYTES
 from .operations import OPERATIONS, Operation
 from .targets import Target, parse_target
 
 #: Operations that can be declared.
 OPS = tuple(OPERATIONS)
-#: Element types of q, k and their outputs, with their size in bytes.
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 #: Columns above this are a mistake rather than a model.
 MAX_COLS = 1 << 24
 

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import ELEMENT_TYPES
 from ..errors import BuildError
 from ..load.module_file import seal
 from ..spec import OPS, KernelSpec
@@ -23,12 +24,6 @@ from ..targets import MACHINES, X86_FEATURES, host_machine
 _CROSS = {
     "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
     "x86_64": ("x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu libc6-dev-amd64-cross"),
-}
-
-_DTYPES = {
-    "bfloat16": "{kDLBfloat, 16, 1}",
-    "float16": "{kDLFloat, 16, 1}",
-    "float32": "{kDLFloat, 32, 1}",
 }
 
 
@@ -114,8 +109,8 @@ def tables(
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
     lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
     rows = ", ".join(
-        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {_DTYPES[spec.in_dtype]}, "
-        f"{_DTYPES[spec.out_dtype]}, "
+        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {ELEMENT_TYPES[spec.in_dtype].c_dlpack}, "
+        f"{ELEMENT_TYPES[spec.out_dtype].c_dlpack}, "
         f"{-1 if spec.q_cols is None else spec.q_cols}, "
         f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
         for si, spec in enumerate(specs)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..dtypes import DTYPE_BYTES
 from ..operations import OPERATIONS, Operation
-from ..spec import DTYPE_BYTES, KernelSpec
+from ..spec import KernelSpec
 from .arrays import adapter_of, canonical_dtype
 from .cache import module_for
 

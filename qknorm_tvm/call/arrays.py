@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..spec import DTYPE_BYTES, KernelSpec
+from ..dtypes import DTYPE_BYTES, ELEMENT_TYPES
+from ..spec import KernelSpec
 from ..targets import host_cpu_target
 
 Call = Callable[..., Any]
@@ -196,9 +197,7 @@ class NumpyAdapter(Adapter):
     ) -> Any:
         import numpy as np
 
-        from ..check.reference import NUMPY_DTYPES
-
-        return np.empty(shape, NUMPY_DTYPES[dtype])
+        return np.empty(shape, ELEMENT_TYPES[dtype].numpy)
 
     def view(self, name: str, array: Any, *, writable: bool) -> Any:
         import numpy as np
