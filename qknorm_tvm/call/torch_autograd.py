@@ -7,7 +7,6 @@ it, so that they refuse the same calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -44,8 +43,8 @@ def refuse_derivative(name: str, tensor: torch.Tensor, what: str = "there") -> N
         )
     if forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ValueError(
-            f"{name} must not have a tangent ({what} {verb} no derivative), got a dual tensor: pass "
-            "its primal, or a detached tensor"
+            f"{name} must not have a tangent ({what} {verb} no derivative), got a dual tensor: "
+            "pass its primal, or a detached tensor"
         )
 
 
