@@ -17,7 +17,8 @@ from .call.api import apply_qk_rms_norm, qk_rms_norm, row_mean_of_squares_qk
 from .call.cache import use
 from .call.compiled import CompiledModule, compile
 from .errors import BuildError, ModuleFileError, QKNormError, TuningError
-from .load.module import Module, get_num_threads, load, set_num_threads
+from .load.module import Module, load
+from .load.threads import get_num_threads, set_num_threads
 from .spec import KernelSpec
 from .tuning import tune
 

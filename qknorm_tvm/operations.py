@@ -1,8 +1,66 @@
-"""The operations, and how each is called: the order of its tensors is the entry point's."""
+"""The operations, and what each takes: written down here and nowhere else.
+
+From this table derive the C entry points (`qknorm_tvm.build.native.tables`), the attributes of
+`qknorm_tvm.Module`, the short ways of the Python API (`qknorm_tvm.call.arrays`), torch's operators
+(`qknorm_tvm.torch_ops`), which fields of a spec an operation has, and what the command line offers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+
+#: Dimensions that a call decides, besides those that are numbers.
+ROWS, Q_COLS, K_COLS = "rows", "q_cols", "k_cols"
+#: Element types that a spec decides, besides those of `qknorm_tvm.dtypes.ELEMENT_TYPES`.
+IN_DTYPE, OUT_DTYPE = "in_dtype", "out_dtype"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorArgument:
+    """One tensor that an operation takes.
+
+    Its last dimension is contiguous. Rows may be strided.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple of str or int
+        `ROWS`, `Q_COLS`, `K_COLS`, or a number of elements.
+    dtype : str
+        `IN_DTYPE`, `OUT_DTYPE`, or the name of an element type.
+    is_output : bool
+        Whether it is written; it then has rows that do not overlap, and shares no memory with
+        another tensor.
+    in_place_of : str or None
+        The input that an output may be all the same.
+    keyword : str or None
+        What the Python API calls it, by default its name.
+    """
+
+    name: str
+    shape: tuple[str | int, ...]
+    dtype: str
+    is_output: bool = False
+    in_place_of: str | None = None
+    keyword: str | None = None
+
+    @property
+    def api_name(self) -> str:
+        """What the Python API calls it."""
+        return self.keyword or self.name
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it holds rows of Q or K: functions are scheduled for its row stride."""
+        return self.shape in ((ROWS, Q_COLS), (ROWS, K_COLS))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarArgument:
+    """One float32 scalar that an operation takes, with its default in Python."""
+
+    name: str
+    default: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,28 +71,77 @@ class Operation:
     ----------
     name : str
         Also the exported function's.
-    tensors : tuple of str
-        In the order of the call, outputs first.
-    outputs : tuple of str
-        Those that are written.
-    has_epsilon : bool
-        Whether epsilon follows the tensors.
+    arguments : tuple of TensorArgument
+        In the order of the entry point, outputs first.
+    signature : tuple of str
+        The inputs in the order of the Python API, which is also the order of the checks.
+    scalars : tuple of ScalarArgument
+        They follow the tensors.
+    spec_fields : tuple of str
+        Fields of a `KernelSpec` that change its code, and that other operations must leave alone.
     """
 
     name: str
-    tensors: tuple[str, ...]
-    outputs: tuple[str, ...]
-    has_epsilon: bool
+    arguments: tuple[TensorArgument, ...]
+    signature: tuple[str, ...]
+    scalars: tuple[ScalarArgument, ...] = ()
+    spec_fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        inputs = {tensor.name for tensor in self.arguments if not tensor.is_output}
+        assert set(self.signature) == inputs, f"{self.name}: the signature is not its inputs"
+        assert len(self.tensors) == len(set(self.tensors)), f"{self.name}: a name stands twice"
+        first_input = self.arguments.index(self[self.signature[0]])
+        assert all(tensor.is_output for tensor in self.arguments[: len(self.outputs)])
+        assert first_input >= len(self.outputs) > 0, f"{self.name}: outputs come first"
+
+    def __getitem__(self, name: str) -> TensorArgument:
+        return next(tensor for tensor in self.arguments if tensor.name == name)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors, in the order of the entry point."""
+        return tuple(tensor.name for tensor in self.arguments)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of those that are written."""
+        return tuple(tensor.name for tensor in self.arguments if tensor.is_output)
+
+    @property
+    def checked(self) -> tuple[TensorArgument, ...]:
+        """The tensors in the order of the checks: inputs as in Python, then outputs."""
+        return tuple(self[name] for name in (*self.signature, *self.outputs))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that the entry point takes, in order."""
+        return (*self.tensors, *(scalar.name for scalar in self.scalars))
+
+    @property
+    def summary(self) -> str:
+        """What the entry point takes, for messages."""
+        return f"{len(self.names)} arguments ({', '.join(self.names)})"
+
+    @property
+    def has_epsilon(self) -> bool:
+        """Whether epsilon follows the tensors."""
+        return any(scalar.name == "epsilon" for scalar in self.scalars)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every output may take the place of an input."""
+        return all(self[name].in_place_of for name in self.outputs)
 
     @property
     def strided(self) -> tuple[str, ...]:
         """The tensors of Q's or K's columns, whose row strides a declared function takes."""
-        return tuple(one for one in self.tensors if one in ("q_out", "k_out", "q", "k"))
+        return tuple(tensor.name for tensor in self.arguments if tensor.is_stream)
 
     @property
     def internal_scalars(self) -> tuple[str, ...]:
         """The scalars that a declared function takes last; the entry point computes them."""
-        return ("row_tiles", *(f"{one}_stride" for one in self.strided))
+        return ("row_tiles", *(f"{name}_stride" for name in self.strided))
 
     @property
     def normalises(self) -> bool:
@@ -42,24 +149,52 @@ class Operation:
         return "q_out" in self.outputs
 
 
-_OUTPUTS = ("q_out", "k_out")
+_OUTPUTS = (
+    TensorArgument("q_out", (ROWS, Q_COLS), OUT_DTYPE, is_output=True, in_place_of="q"),
+    TensorArgument("k_out", (ROWS, K_COLS), OUT_DTYPE, is_output=True, in_place_of="k"),
+)
+_GAMMAS = (
+    TensorArgument("gamma_q", (Q_COLS,), "float32"),
+    TensorArgument("gamma_k", (K_COLS,), "float32"),
+)
+_STATISTICS = TensorArgument("qk_var", (ROWS, 2), "float32")
+_OPERANDS = (
+    TensorArgument("q", (ROWS, Q_COLS), IN_DTYPE),
+    TensorArgument("k", (ROWS, K_COLS), IN_DTYPE),
+)
+_EPSILON = ScalarArgument("epsilon", 1e-6)
+_NORM_FIELDS = ("out_dtype", "reproducible", "cast_before_gamma")
 
 #: Operations by name.
 OPERATIONS = {
-    one.name: one
-    for one in (
+    operation.name: operation
+    for operation in (
         Operation(
             "apply_qk_rms_norm",
-            (*_OUTPUTS, "gamma_q", "gamma_k", "qk_var", "q", "k"),
-            _OUTPUTS,
-            has_epsilon=True,
+            (*_OUTPUTS, *_GAMMAS, _STATISTICS, *_OPERANDS),
+            ("q", "k", "qk_var", "gamma_q", "gamma_k"),
+            (_EPSILON,),
+            _NORM_FIELDS,
         ),
-        Operation("row_mean_of_squares_qk", ("qk_var", "q", "k"), ("qk_var",), has_epsilon=False),
+        Operation(
+            "row_mean_of_squares_qk",
+            (
+                dataclasses.replace(_STATISTICS, is_output=True, keyword="qk_var_out"),
+                *_OPERANDS,
+            ),
+            ("q", "k"),
+        ),
         Operation(
             "qk_rms_norm",
-            (*_OUTPUTS, "gamma_q", "gamma_k", "q", "k"),
-            _OUTPUTS,
-            has_epsilon=True,
+            (*_OUTPUTS, *_GAMMAS, *_OPERANDS),
+            ("q", "k", "gamma_q", "gamma_k"),
+            (_EPSILON,),
+            _NORM_FIELDS,
         ),
     )
 }
+
+#: Names of all tensors of all operations, each once.
+TENSORS = tuple(
+    dict.fromkeys(name for operation in OPERATIONS.values() for name in operation.tensors)
+)

@@ -7,13 +7,12 @@ import hashlib
 import re
 from typing import Any
 
+from .dtypes import DTYPE_BYTES
 from .operations import OPERATIONS, Operation
 from .targets import Target, parse_target
 
 #: Operations that can be declared.
 OPS = tuple(OPERATIONS)
-#: Element types of q, k and their outputs, with their size in bytes.
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 #: Columns above this are a mistake rather than a model.
 MAX_COLS = 1 << 24
 
@@ -59,6 +58,8 @@ class KernelSpec:
         Compute rsqrt as 1 / sqrt, both correctly rounded, on every target, so that CPU and GPU
         agree bit for bit. CPUs always do; on CUDA the default is the hardware's rsqrt, which is
         what unfused torch uses.
+    cast_before_gamma : bool
+        Round ``x * rsqrt(...)`` to `in_dtype` before gamma multiplies it, as MiniMax-M2 does.
 
     Raises
     ------
@@ -78,9 +79,9 @@ class KernelSpec:
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {self.op!r}")
-        normalises = self.operation.normalises
         if self.out_dtype is None:
-            object.__setattr__(self, "out_dtype", self.in_dtype if normalises else "float32")
+            follows = "out_dtype" in self.operation.spec_fields
+            object.__setattr__(self, "out_dtype", self.in_dtype if follows else "float32")
         for name in ("in_dtype", "out_dtype"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -93,9 +94,9 @@ class KernelSpec:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-            if value and not normalises:
+            if value and name not in self.operation.spec_fields:
                 raise ValueError(f"{name} must be False for {self.op}, got True")
-        if self.out_dtype != "float32" and not normalises:
+        if self.out_dtype != "float32" and "out_dtype" not in self.operation.spec_fields:
             raise ValueError(f"out_dtype must be float32 for {self.op}, got {self.out_dtype!r}")
         object.__setattr__(self, "target", parse_target(self.target).text)
 

@@ -29,7 +29,7 @@ import torch
 import qknorm_tvm
 
 from .call.arrays import canonical_dtype
-from .spec import DTYPE_BYTES
+from .dtypes import DTYPE_BYTES
 
 __all__ = [
     "apply_qk_rms_norm",

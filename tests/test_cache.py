@@ -19,7 +19,6 @@ import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, ModuleFileError, load
 from qknorm_tvm.call import cache
 from qknorm_tvm.check import reference
-from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.targets import host_cpu_target
 
 #: Computes with columns 5 and 3 through the public API and checks the result.
@@ -285,7 +284,7 @@ def test_default_folder_is_the_users(tmp_path: Path) -> None:
 
 def _call_with_new_memory(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
     monkeypatch.setattr(cache, "_loaded", {})
-    monkeypatch.setattr("qknorm_tvm.call.api._entries", {op: {} for op in OPERATIONS})
+    cache.forget_entries()
     case = make_case(2, 5, 3, "float32")
     outputs = qknorm_tvm.apply_qk_rms_norm(case.q, case.k, case.qk_var, case.gamma_q, case.gamma_k)
     for got, want in zip(outputs, case.expected(), strict=True):
@@ -365,7 +364,7 @@ def test_after_use_of_a_reproducible_module_ordinary_calls_are_not_its(
     qknorm_tvm.use(given)
     assert cache.module_for(spec) is given
     assert cache.module_for(_spec()) is not given
-    qknorm_tvm.api.forget_entries()
+    qknorm_tvm.call.cache.forget_entries()
 
 
 def test_key_changes_with_versions_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -483,7 +483,7 @@ import time
 import qknorm_tvm.call.compiled as build
 assert compute(5)
 qknorm_tvm.call.cache._loaded.clear()
-qknorm_tvm.call.api.forget_entries()
+qknorm_tvm.call.cache.forget_entries()
 compile, begun, go_on = build.compile, threading.Event(), threading.Event()
 
 def slow(spec):

@@ -14,7 +14,7 @@ from fuzz_device import Call, Fuzz, Placed, run_cases
 from support import open_columns, statistics_and_fused
 
 from qknorm_tvm import load
-from qknorm_tvm.call import api, arrays, cache
+from qknorm_tvm.call import arrays, cache
 
 pytest.importorskip("torch", reason="calls with torch tensors, and torch is not installed")
 
@@ -26,9 +26,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the API be served from other modules for one test."""
     monkeypatch.setattr(cache, "_given", [])
     monkeypatch.setattr(cache, "_loaded", {})
-    api.forget_entries()
+    cache.forget_entries()
     yield
-    api.forget_entries()
+    cache.forget_entries()
 
 
 def test_modules_for_cpus() -> None:

@@ -437,7 +437,7 @@ def test_use_of_a_path_exported_again(tmp_path: Path, monkeypatch: pytest.Monkey
             *arguments, case.epsilon, "bfloat16", cast_before_gamma=late
         )
         assert sum(map(reference.differing, outputs, wanted)) == 0
-    qknorm_tvm.api.forget_entries()
+    qknorm_tvm.call.cache.forget_entries()
 
 
 def test_file_replaced_after_it_was_checked(

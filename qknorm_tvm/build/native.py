@@ -14,8 +14,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import ELEMENT_TYPES
 from ..errors import BuildError
 from ..load.module_file import seal
+from ..operations import (
+    IN_DTYPE,
+    K_COLS,
+    OPERATIONS,
+    OUT_DTYPE,
+    Q_COLS,
+    ROWS,
+    TENSORS,
+    TensorArgument,
+)
 from ..spec import MAX_COLS, OPS, KernelSpec
 from ..targets import MACHINES, X86_FEATURES, host_machine
 
@@ -23,12 +34,6 @@ from ..targets import MACHINES, X86_FEATURES, host_machine
 _CROSS = {
     "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
     "x86_64": ("x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu libc6-dev-amd64-cross"),
-}
-
-_DTYPES = {
-    "bfloat16": "{kDLBfloat, 16, 1}",
-    "float16": "{kDLFloat, 16, 1}",
-    "float32": "{kDLFloat, 32, 1}",
 }
 
 
@@ -72,13 +77,54 @@ def _c_string(text: str) -> str:
     return '"' + escaped + '"'
 
 
+_DIMENSIONS = {ROWS: "QKN_ROWS", Q_COLS: "QKN_Q_COLS", K_COLS: "QKN_K_COLS"}
+_SPEC_DTYPES = {IN_DTYPE: "QKN_IN_DTYPE, {0}", OUT_DTYPE: "QKN_OUT_DTYPE, {0}"}
+
+
+def _argument(tensor: TensorArgument) -> str:
+    """Return one `qkn_argument`, as an initializer in C."""
+    shape = ", ".join(_DIMENSIONS.get(str(extent), str(extent)) for extent in tensor.shape)
+    dtype = _SPEC_DTYPES.get(tensor.dtype) or (
+        f"QKN_OWN_DTYPE, {ELEMENT_TYPES[tensor.dtype].c_dlpack}"
+    )
+    in_place_of = tensor.in_place_of.upper() if tensor.in_place_of else "-1"
+    return (
+        f"{{{tensor.name.upper()}, {len(tensor.shape)}, {{{shape}}}, {dtype}, "
+        f"{int(tensor.is_output)}, {in_place_of}, {int(tensor.is_stream)}}}"
+    )
+
+
+def _operation_tables(held: Sequence[str]) -> list[str]:
+    """Write what `entry.c` needs to know about operations; `held` are those of the module."""
+    lines = [
+        f"enum {{ {', '.join(name.upper() for name in TENSORS)}, NUM_TENSORS }};",
+        "static const char* const qkn_names[] = {"
+        + ", ".join(_c_string(name) for name in TENSORS)
+        + "};",
+    ]
+    rows = []
+    for op, operation in OPERATIONS.items():
+        arguments = ", ".join(_argument(tensor) for tensor in operation.arguments)
+        checked = ", ".join(str(operation.tensors.index(t.name)) for t in operation.checked)
+        lines.append(f"static const qkn_argument arguments_{op}[] = {{{arguments}}};")
+        lines.append(f"static const int checked_{op}[] = {{{checked}}};")
+        rows.append(
+            f"{{{_c_string(op)}, {_c_string(operation.summary)}, {len(operation.outputs)}, "
+            f"{len(operation.tensors)}, {int(operation.has_epsilon)}, "
+            f"arguments_{op}, checked_{op}}}"
+        )
+    lines.append(f"static const qkn_operation qkn_operations[] = {{{', '.join(rows)}}};")
+    entries = " ".join(f"X({op}, {OPS.index(op)})" for op in held)
+    lines.append(f"#define QKN_ENTRY_POINTS(X) {entries}")
+    return lines
+
+
 def tables(
     specs: Sequence[KernelSpec], levels: Sequence[Level], metadata: dict[str, Any], *, cuda: bool
 ) -> str:
     """Write ``tables.h``: what ``entry.c`` needs to know about one module."""
     lines = ['#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
-    for op in OPS:
-        lines.append(f"#define QKN_HAS_{op} {int(any(spec.op == op for spec in specs))}")
+    lines += _operation_tables([op for op in OPS if any(spec.op == op for spec in specs)])
     lines.append(f"#define QKN_MAX_COLS {MAX_COLS}")
     lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
     for li, level in enumerate(levels):
@@ -115,8 +161,8 @@ def tables(
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
     lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
     rows = ", ".join(
-        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {_DTYPES[spec.in_dtype]}, "
-        f"{_DTYPES[spec.out_dtype]}, "
+        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {ELEMENT_TYPES[spec.in_dtype].c_dlpack}, "
+        f"{ELEMENT_TYPES[spec.out_dtype].c_dlpack}, "
         f"{-1 if spec.q_cols is None else spec.q_cols}, "
         f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
         for si, spec in enumerate(specs)

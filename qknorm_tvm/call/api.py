@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..dtypes import DTYPE_BYTES
 from ..operations import OPERATIONS, Operation
-from ..spec import DTYPE_BYTES, KernelSpec
+from ..spec import KernelSpec
 from .arrays import adapter_of, canonical_dtype
-from .cache import module_for
+from .cache import entries, module_for
 
-#: By operation: from what is seen of a call to the function that serves it, without looking
-#: further.
-_entries: dict[str, dict[tuple, Callable[..., Any]]] = {op: {} for op in OPERATIONS}
-
-
-def forget_entries() -> None:
-    """Look for the module again at the next call, whatever it is like."""
-    for entries in _entries.values():
-        entries.clear()
+_APPLY, _MEANS, _FUSED = (
+    entries[op] for op in ("apply_qk_rms_norm", "row_mean_of_squares_qk", "qk_rms_norm")
+)
 
 
 def apply_qk_rms_norm(
@@ -85,7 +80,13 @@ def apply_qk_rms_norm(
     """
     if q_out is None or k_out is None or out_dtype is not None:
         q_out, k_out = _outputs(q, k, q_out, k_out, out_dtype)
-    entry = _entry("apply_qk_rms_norm", q, k, q_out, cast_before_gamma)
+    # Spelt out in each function: at M = 1 the call is all.
+    try:
+        entry = _APPLY[
+            q.dtype, q_out.dtype, q.shape[-1], k.shape[-1], q.device, cast_before_gamma
+        ]  # fmt: skip
+    except Exception:
+        entry = _find_entry("apply_qk_rms_norm", q, k, q_out, cast_before_gamma)
     entry(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon, stream)
     return q_out, k_out
 
@@ -127,7 +128,11 @@ def row_mean_of_squares_qk(q: Any, k: Any, *, qk_var_out: Any = None, stream: An
     if qk_var_out is None:
         _columns("q", q)
         qk_var_out = adapter_of("q", q).empty(q, (q.shape[0], 2), "float32", name="qk_var_out")
-    _entry("row_mean_of_squares_qk", q, k, qk_var_out, False)(qk_var_out, q, k, stream)
+    try:
+        entry = _MEANS[q.dtype, qk_var_out.dtype, q.shape[-1], k.shape[-1], q.device, False]
+    except Exception:
+        entry = _find_entry("row_mean_of_squares_qk", q, k, qk_var_out, False)
+    entry(qk_var_out, q, k, stream)
     return qk_var_out
 
 
@@ -168,28 +173,14 @@ def qk_rms_norm(
     """
     if q_out is None or k_out is None or out_dtype is not None:
         q_out, k_out = _outputs(q, k, q_out, k_out, out_dtype)
-    entry = _entry("qk_rms_norm", q, k, q_out, cast_before_gamma)
+    try:
+        entry = _FUSED[
+            q.dtype, q_out.dtype, q.shape[-1], k.shape[-1], q.device, cast_before_gamma
+        ]  # fmt: skip
+    except Exception:
+        entry = _find_entry("qk_rms_norm", q, k, q_out, cast_before_gamma)
     entry(q_out, k_out, gamma_q, gamma_k, q, k, epsilon, stream)
     return q_out, k_out
-
-
-def _entry(op: str, q: Any, k: Any, out: Any, cast_before_gamma: bool) -> Callable[..., Any]:
-    """Return what serves calls like this one."""
-    entries = _entries[op]
-    key: tuple | None
-    try:
-        key = (
-            q.dtype, out.dtype, q.shape[-1], k.shape[-1], type(q), type(out), q.device,
-            cast_before_gamma,
-        )  # fmt: skip
-        entry = entries.get(key)
-    except (AttributeError, IndexError, RuntimeError, TypeError):
-        key = entry = None
-    if entry is None:
-        entry = _find_entry(OPERATIONS[op], q, k, out, cast_before_gamma)
-        if key is not None and len(entries) < 4096:
-            entries[key] = entry
-    return entry
 
 
 def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[Any, Any]:
@@ -224,10 +215,12 @@ def _columns(name: str, array: Any) -> int:
     return int(array.shape[1])
 
 
-def _find_entry(
-    operation: Operation, q: Any, k: Any, out: Any, cast_before_gamma: bool
-) -> Callable[..., Any]:
-    """Return a function of the module's arguments and a stream, for calls like this one."""
+def _find_entry(op: str, q: Any, k: Any, out: Any, cast_before_gamma: bool) -> Callable[..., Any]:
+    """Return a function of the module's arguments and a stream, for calls like this one.
+
+    The next one finds it in `entries`, by what the operations above ask of their arguments.
+    """
+    operation = OPERATIONS[op]
     adapter = adapter_of("q", q)
     q_cols, k_cols = _columns("q", q), _columns("k", k)
     dtypes = {"q": q, "q_out": out} if operation.normalises else {"q": q}
@@ -247,44 +240,54 @@ def _find_entry(
     )
     function = getattr(module_for(spec), operation.name)
     is_cuda = spec.parsed_target.kind == "cuda"
-    return adapter.fast_call(function, _general(operation, function, is_cuda), spec)
+    entry = adapter.fast_call(function, _general(operation, function, is_cuda), spec)
+    try:
+        key = (q.dtype, out.dtype, q.shape[-1], k.shape[-1], q.device, cast_before_gamma)
+        if len(entries[op]) < 4096:
+            entries[op][key] = entry
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        pass  # an array without such attributes is looked at every time
+    return entry
 
 
 def _general(
     operation: Operation, function: Callable[..., Any], is_cuda: bool
 ) -> Callable[..., Any]:
     """Return the call that takes any mix of frameworks and says what is wrong with an argument."""
-    # What the caller knows it by.
-    spoken = {"qk_var": "qk_var_out"} if not operation.normalises else {}
-    which_q = operation.tensors.index("q")
 
     def general(*args: Any) -> None:
         *given, stream = args
-        tensors, scalars = given[: len(operation.tensors)], given[len(operation.tensors) :]
+        arrays = dict(zip(operation.names, given, strict=True))
+        adapters = {
+            tensor.name: adapter_of(tensor.api_name, arrays[tensor.name])
+            for tensor in operation.arguments
+        }
         views = [
-            adapter_of(spoken.get(name, name), array).view(
-                spoken.get(name, name), array, writable=name in operation.outputs
+            adapters[tensor.name].view(
+                tensor.api_name, arrays[tensor.name], writable=tensor.is_output
             )
-            for name, array in zip(operation.tensors, tensors, strict=True)
+            for tensor in operation.arguments
         ]
-        scalars = [_number(one) for one in scalars]
+        scalars = [_number(scalar.name, arrays[scalar.name]) for scalar in operation.scalars]
         if stream is not None:
-            _on_stream(function, is_cuda, tensors[which_q], stream, *views, *scalars, 1)
+            _on_stream(function, is_cuda, arrays["q"], stream, *views, *scalars, 1)
         else:
             function(*views, *scalars, 1)
+        for name in operation.outputs:
+            adapters[name].count_write(arrays[name])
 
     return general
 
 
-def _number(epsilon: Any) -> float:
-    """Return epsilon as a float; numbers of NumPy and torch, and arrays of no dimension, are."""
-    kind = getattr(epsilon, "dtype", None)
-    if not isinstance(epsilon, (bool, str, bytes)) and str(kind) not in ("bool", "torch.bool"):
+def _number(name: str, value: Any) -> float:
+    """Return a scalar as a float; numbers of NumPy and torch, and arrays of no dimension, are."""
+    kind = getattr(value, "dtype", None)
+    if not isinstance(value, (bool, str, bytes)) and str(kind) not in ("bool", "torch.bool"):
         try:
-            return float(epsilon)
+            return float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
-    raise TypeError(f"epsilon must be a float, got {epsilon!r}")
+    raise TypeError(f"{name} must be a float, got {value!r}")
 
 
 def _on_stream(function: Any, is_cuda: bool, q: Any, stream: Any, *args: Any) -> None:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..spec import DTYPE_BYTES, KernelSpec
+from ..dtypes import DTYPE_BYTES, ELEMENT_TYPES
+from ..operations import IN_DTYPE, OUT_DTYPE
+from ..spec import KernelSpec
 from ..targets import host_cpu_target
 
 Call = Callable[..., Any]
@@ -105,6 +107,38 @@ class Adapter:
         except Exception as error:
             raise TypeError(f"{name} cannot be passed by DLPack: {error}") from error
 
+    def count_write(self, array: Any) -> None:
+        """Tell the array's framework that it has been written to, where that counts."""
+
+
+def _spelt_out(
+    spec: KernelSpec, condition: str, convert: dict[str, str], after: str, names: dict[str, Any]
+) -> Call:
+    """Return a function of the tensors and scalars of the spec's operation, and a stream.
+
+    It calls ``function`` where `condition` holds, each tensor by the expression that `convert`
+    gives, and then runs `after`; otherwise, and where an error comes, ``general``. Every argument
+    is spelt out in its source, made here from the table of operations: loops over the arguments
+    cost a third more at M = 1, where the call is all.
+    """
+    given = spec.operation.names
+    passed = ", ".join(convert.get(name, name) for name in given)
+    source = f"""
+def call({", ".join(given)}, stream):
+    try:
+        fits = stream is None and {condition}
+        if fits:
+            function({passed}{names.get("storage", "")})
+    except Exception:  # said again, with the argument's name
+        fits = False
+    if fits:
+        {after}
+    else:
+        general({", ".join(given)}, stream)
+"""
+    exec(source, names)
+    return names["call"]
+
 
 class _nothing:
     def __enter__(self) -> None: ...
@@ -115,72 +149,30 @@ class NumpyAdapter(Adapter):
     """NumPy arrays, with ml_dtypes' bfloat16, which DLPack does not know."""
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
-        import ml_dtypes
         import numpy as np
 
-        bfloat16, bits = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
-        if spec.op == "apply_qk_rms_norm":
-            return self._fast_apply(function, general, bfloat16, bits)
-        names = spec.operation.tensors
-        outputs = [names.index(name) for name in spec.operation.outputs]
-        # Those that come as uint16 below, which the module cannot tell from a caller's own.
-        alike = [(names.index("q"), names.index("k"))]
-        if spec.operation.normalises:
-            alike.append((names.index("q_out"), names.index("k_out")))
-
-        def call(*args: Any) -> None:
-            try:
-                if (
-                    args[-1] is None
-                    and all(args[one].flags.writeable for one in outputs)
-                    and all(args[one].dtype == args[other].dtype for one, other in alike)
-                ):
-                    function(
-                        *[
-                            one.view(bits) if getattr(one, "dtype", None) == bfloat16 else one
-                            for one in args[:-1]
-                        ],
-                        1,
-                    )
-                    return
-            except Exception:  # said again, with the argument's name
-                pass
-            general(*args)
-
-        return call
-
-    def _fast_apply(self, function: Call, general: Call, bfloat16: Any, bits: Any) -> Call:
-        # Spelt out: loops over the arguments cost a third more at M = 1, where the call is all.
-        def call(
-            q_out: Any, k_out: Any, gamma_q: Any, gamma_k: Any, qk_var: Any, q: Any, k: Any,
-            epsilon: float, stream: Any,
-        ) -> None:  # fmt: skip
-            try:
-                if (
-                    stream is None
-                    and q_out.flags.writeable
-                    and k_out.flags.writeable
-                    # The module cannot tell uint16 from bfloat16, which comes as uint16 below.
-                    and k.dtype == q.dtype
-                    and k_out.dtype == q_out.dtype
-                ):
-                    function(
-                        q_out.view(bits) if q_out.dtype == bfloat16 else q_out,
-                        k_out.view(bits) if k_out.dtype == bfloat16 else k_out,
-                        gamma_q,
-                        gamma_k,
-                        qk_var,
-                        q.view(bits) if q.dtype == bfloat16 else q,
-                        k.view(bits) if k.dtype == bfloat16 else k,
-                        epsilon,
-                        1,
-                    )
-                    return
-            except Exception:  # said again, with the argument's name
-                pass
-            general(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon, stream)
-
-        return call
+        operation = spec.operation
+        by_type: dict[str, list[str]] = {}
+        for tensor in operation.arguments:
+            by_type.setdefault(tensor.dtype, []).append(tensor.name)
+        conditions = [f"{name}.flags.writeable" for name in operation.outputs]
+        # bfloat16 comes as uint16 below: the module could not tell it from a caller's own.
+        conditions += [
+            f"{other}.dtype == {first}.dtype"
+            for dtype in (IN_DTYPE, OUT_DTYPE)
+            for first, *others in [by_type.get(dtype, [""])]
+            for other in others
+        ]
+        bfloat16 = ELEMENT_TYPES["bfloat16"]
+        convert = {
+            tensor.name: f"{tensor.name}.view(bits) if {tensor.name}.dtype == bfloat16 "
+            f"else {tensor.name}"
+            for tensor in operation.arguments
+            if tensor.dtype in (IN_DTYPE, OUT_DTYPE)
+        }
+        names = {"function": function, "general": general, "storage": ", 1"}
+        names |= {"bfloat16": bfloat16.numpy, "bits": np.dtype(bfloat16.storage)}
+        return _spelt_out(spec, " and ".join(conditions), convert, "return", names)
 
     def dtype(self, array: Any) -> str:
         return str(array.dtype.name)
@@ -196,9 +188,7 @@ class NumpyAdapter(Adapter):
     ) -> Any:
         import numpy as np
 
-        from ..check.reference import NUMPY_DTYPES
-
-        return np.empty(shape, NUMPY_DTYPES[dtype])
+        return np.empty(shape, ELEMENT_TYPES[dtype].numpy)
 
     def view(self, name: str, array: Any, *, writable: bool) -> Any:
         import numpy as np
@@ -249,66 +239,38 @@ class TorchAdapter(Adapter):
     """torch tensors: tvm-ffi takes them as they are, with torch's current stream."""
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
-        grad_enabled = sys.modules["torch"].is_grad_enabled
-        if spec.op == "apply_qk_rms_norm":
-            return self._fast_apply(function, general, spec, grad_enabled)
-        names = spec.operation.tensors
-        count = len(names)
+        torch = sys.modules["torch"]
+        from .torch_autograd import count_writes, forward_ad
+
+        operation = spec.operation
+        types = {IN_DTYPE: spec.in_dtype, OUT_DTYPE: spec.out_dtype}
         # Views of complex tensors may be negated only when read (`is_neg`), which DLPack cannot
         # say. There is no complex type of bfloat16.
-        may_negate = [
-            index
-            for index, name in enumerate(names)
-            if {"q": spec.in_dtype, "k": spec.in_dtype, "q_out": spec.out_dtype,
-                "k_out": spec.out_dtype}.get(name) != "bfloat16"
-        ]  # fmt: skip
+        negatable = [
+            f"{tensor.name}.is_neg()"
+            for tensor in operation.arguments
+            if types.get(tensor.dtype, tensor.dtype) in ("float16", "float32")
+        ]
+        derived = " or ".join(f"{name}.requires_grad" for name in operation.tensors)
+        conditions = [f"not {negated}" for negated in negatable]
+        # Under forward-mode AD a tensor may have a tangent, for which the long way looks.
+        conditions += ["forward_ad._current_level < 0", f"not (grad_enabled() and ({derived}))"]
+        names = {"function": function, "general": general, "forward_ad": forward_ad}
+        names |= {"grad_enabled": torch.is_grad_enabled, "count_writes": count_writes}
+        # Whatever could not be counted has been written all the same: never a second call.
+        names["adapter_of"] = adapter_of
+        outputs = ", ".join(operation.outputs)
+        after = f"""try:
+            count_writes(({outputs},))
+        except TypeError:  # an output of another framework
+            for output in ({outputs},):
+                adapter_of("output", output).count_write(output)"""
+        return _spelt_out(spec, " and ".join(conditions), {}, after, names)
 
-        def call(*args: Any) -> None:
-            try:
-                if (
-                    args[-1] is None
-                    and not (grad_enabled() and any(one.requires_grad for one in args[:count]))
-                    and not any(args[index].is_neg() for index in may_negate)
-                ):
-                    function(*args[:-1])
-                    return
-            except Exception:  # said again, with the argument's name
-                pass
-            general(*args)
+    def count_write(self, array: Any) -> None:
+        from .torch_autograd import count_writes
 
-        return call
-
-    def _fast_apply(
-        self, function: Call, general: Call, spec: KernelSpec, grad_enabled: Any
-    ) -> Call:
-        # Spelt out, as for NumPy.
-        may_negate = (spec.in_dtype, spec.out_dtype) != ("bfloat16", "bfloat16")
-
-        def call(
-            q_out: Any, k_out: Any, gamma_q: Any, gamma_k: Any, qk_var: Any, q: Any, k: Any,
-            epsilon: float, stream: Any,
-        ) -> None:  # fmt: skip
-            try:
-                needs_grad = grad_enabled() and (
-                    gamma_q.requires_grad
-                    or gamma_k.requires_grad
-                    or q.requires_grad
-                    or k.requires_grad
-                    or qk_var.requires_grad
-                    or q_out.requires_grad
-                    or k_out.requires_grad
-                )
-                negated = gamma_q.is_neg() or gamma_k.is_neg() or qk_var.is_neg()
-                if may_negate and not negated:
-                    negated = q.is_neg() or k.is_neg() or q_out.is_neg() or k_out.is_neg()
-                if stream is None and not needs_grad and not negated:
-                    function(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)
-                    return
-            except Exception:  # said again, with the argument's name
-                pass
-            general(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon, stream)
-
-        return call
+        count_writes((array,))
 
     def target(self, array: Any) -> str:
         if array.device.type == "cpu":
@@ -338,10 +300,13 @@ class TorchAdapter(Adapter):
             raise TypeError(f"{name} must be a dense tensor, got {kind or array.layout}")
         if array.device.type not in ("cpu", "cuda"):
             raise ValueError(f"{name} must be on the CPU or a CUDA device, got {array.device}")
-        if array.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must not require grad (there is no backward), got a tensor that does: "
-                "call under torch.no_grad(), or pass a detached tensor"
+        from .torch_autograd import is_wrapped, refuse_derivative
+
+        refuse_derivative(name, array)
+        if is_wrapped(array):
+            raise TypeError(
+                f"{name} must be a tensor in memory, got one that a transform of torch.func wraps: "
+                "call qknorm_tvm.torch_ops there"
             )
         if array.is_neg():
             raise ValueError(

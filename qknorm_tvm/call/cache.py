@@ -9,18 +9,30 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModuleFileError
 from ..load.module import Module, load_file
 from ..load.module_file import ModuleFile, read_module
+from ..operations import OPERATIONS
 from ..spec import KernelSpec
-from ..targets import host_cpu_target
 
 _loaded: dict[KernelSpec, Module] = {}
 _given: list[Module] = []
 _lock = threading.Lock()
+
+#: By operation: from what is seen of a call to the function that serves it, without looking
+#: further. `api` fills them.
+entries: dict[str, dict[tuple, Callable[..., Any]]] = {op: {} for op in OPERATIONS}
+
+
+def forget_entries() -> None:
+    """Look for the module again at the next call, whatever it is like."""
+    for known in entries.values():
+        known.clear()
 
 
 def _new_lock() -> None:
@@ -34,7 +46,7 @@ os.register_at_fork(after_in_child=_new_lock)
 
 #: The files that decide code, by folder: what can be asked for, and every stage up to the `.so`.
 _CODE = {
-    "qknorm_tvm": ("operations.py", "spec.py", "targets.py"),
+    "qknorm_tvm": ("dtypes.py", "operations.py", "spec.py", "targets.py"),
     "qknorm_tvm.declare": (".py",),
     "qknorm_tvm.schedules": (".py",),
     "qknorm_tvm.lower": (".py",),
@@ -178,14 +190,12 @@ def use(module: Module) -> None:
     TypeError
         `module` is no `Module`.
     """
-    from . import api
-
     if not isinstance(module, Module):
         raise TypeError(f"module must be a qknorm_tvm.Module, got {type(module).__name__}")
     with _lock:
         _given.insert(0, module)
         _loaded.clear()
-    api.forget_entries()
+    forget_entries()
 
 
 def _holds(module: Module, spec: KernelSpec) -> bool:
@@ -222,11 +232,3 @@ def module_for(spec: KernelSpec) -> Module:
                 given = next((one for one in _given if _holds(one, spec)), None)
                 module = _loaded[spec] = given or _load_or_build(spec)
     return module
-
-
-def cpu_module() -> Module:
-    """Return some CPU module: one that is loaded, or a small one compiled now."""
-    for spec, module in list(_loaded.items()):
-        if spec.parsed_target.kind == "cpu":
-            return module
-    return module_for(KernelSpec(in_dtype="float32", target=host_cpu_target()))

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from ..dtypes import numpy_dtypes
+
 #: NumPy's types for the dtypes of a spec.
-NUMPY_DTYPES: dict[str, np.dtype] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
+NUMPY_DTYPES: dict[str, np.dtype] = numpy_dtypes()
 
 
 def rms_norm(

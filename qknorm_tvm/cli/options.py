@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..spec import DTYPE_BYTES
+from ..dtypes import DTYPE_BYTES
 
 F = TypeVar("F", bound=Callable[..., Any])
 _debug = False

@@ -17,6 +17,7 @@ from ..operations import OPERATIONS
 from ..spec import KernelSpec
 from ..targets import MACHINES, host_machine
 from .module_file import ModuleFile, read_module
+from .threads import reach_pool
 
 
 class Module:
@@ -45,6 +46,8 @@ class Module:
         self.library = library
         for op in {spec.op for spec in self.specs}:
             setattr(self, op, library.get_function(op))
+        if self.specs[0].parsed_target.kind == "cpu":
+            reach_pool(library)
 
     def __getattr__(self, name: str) -> Any:
         if name in OPERATIONS:
@@ -206,36 +209,3 @@ def _check_specs(path: Path, metadata: dict[str, Any]) -> None:
         raise ModuleFileError(
             f"{path} holds what this qknorm-tvm does not know ({error}): export it again"
         ) from None
-
-
-def _threads_function(name: str) -> Any:
-    # The pool is the process's, whichever module gives access to it.
-    from ..call.cache import cpu_module
-
-    return cpu_module().library.get_function(name)
-
-
-def set_num_threads(threads: int) -> None:
-    """Set how many threads CPU calls may use, in this process, in every module.
-
-    Parameters
-    ----------
-    threads : int
-        At least 1; or 0 for the default: ``TVM_NUM_THREADS`` where it is set, otherwise the
-        processors that this process may use (affinity and cgroup quota).
-
-    Raises
-    ------
-    TypeError, ValueError
-        `threads` is no such number.
-    """
-    if isinstance(threads, bool) or not isinstance(threads, int):
-        raise TypeError(f"threads must be an int, got {type(threads).__name__}")
-    if threads < 0:
-        raise ValueError(f"threads must be 0 or more, got {threads}")
-    _threads_function("qknorm_set_num_threads")(threads)
-
-
-def get_num_threads() -> int:
-    """Return how many threads CPU calls may use, the caller's included."""
-    return int(_threads_function("qknorm_get_num_threads")())

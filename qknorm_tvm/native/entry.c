@@ -1,8 +1,5 @@
-/* The entry points of an exported module, one for each operation that it holds:
- *
- *   apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)
- *   row_mean_of_squares_qk(qk_var, q, k)
- *   qk_rms_norm(q_out, k_out, gamma_q, gamma_k, q, k, epsilon)
+/* The entry points of an exported module, one for each operation that it holds. What each takes
+ * comes from operations.py, by way of tables.h.
  *
  * Each checks every argument before anything is launched or written, returns at once for no rows,
  * picks the spec that fits the arguments and the generated function that fits this machine, the
@@ -11,7 +8,8 @@
  * mode whatever the caller's is, and leaves the caller's mode and flags as they were.
  *
  * tables.h, written by the exporter for each module, defines qkn_specs, qkn_levels, QKN_NUM_SPECS,
- * QKN_NUM_LEVELS, QKN_MAX_COLS, QKN_CUDA, QKN_METADATA (JSON) and QKN_HAS_<operation>.
+ * QKN_NUM_LEVELS, QKN_MAX_COLS, QKN_CUDA, QKN_METADATA (JSON), qkn_operations, the names of their
+ * tensors (qkn_names, and an enumeration: Q_OUT, ...), and QKN_ENTRY_POINTS, those of this module.
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <inttypes.h>
@@ -30,29 +28,6 @@
 #define EXPORT __attribute__((visibility("default")))
 /* For what every call goes through: compiled for each operation, whose tensors are then known. */
 #define PER_OPERATION static inline __attribute__((always_inline))
-#define MAX_INTERNAL_SCALARS 5 /* row_tiles and up to four row strides, see operations.py */
-
-enum { Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K, NUM_TENSORS };
-static const char* const kNames[] = {"q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k"};
-
-/* How an operation is called. */
-typedef struct {
-  const char* name;
-  const char* arguments; /* for messages */
-  int num_tensors;
-  int tensors[NUM_TENSORS]; /* in the order of the call */
-  int has_epsilon;
-} operation;
-
-static const operation kOperations[] = {
-    [QKN_APPLY] = {"apply_qk_rms_norm",
-                   "8 arguments (q_out, k_out, gamma_q, gamma_k, qk_var, q, k, epsilon)", 7,
-                   {Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, QK_VAR, Q, K}, 1},
-    [QKN_STATISTICS] = {"row_mean_of_squares_qk", "3 arguments (qk_var, q, k)", 3,
-                        {QK_VAR, Q, K}, 0},
-    [QKN_FUSED] = {"qk_rms_norm", "7 arguments (q_out, k_out, gamma_q, gamma_k, q, k, epsilon)", 6,
-                   {Q_OUT, K_OUT, GAMMA_Q, GAMMA_K, Q, K}, 1},
-};
 
 /* One tensor, normalised: data with its offset, strides always there, in elements. */
 typedef struct {
@@ -247,7 +222,7 @@ static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype,
                 ndim == 1 ? "elements" : "columns", t->cols);
   }
   if (rows < 0) return fail("ValueError", "%s must have 0 or more rows, got %" PRId64, name, rows);
-  if (t->cols < 1) {
+  if (t->cols < 1 && cols != 0) {
     return fail("ValueError", "%s must have at least 1 column, got %" PRId64, name, t->cols);
   }
   if (t->cols > QKN_MAX_COLS) {
@@ -329,32 +304,30 @@ static int in_place(const tensor* out, const tensor* in) {
          (out->rows <= 1 || out->row_stride == in->row_stride);
 }
 
-PER_OPERATION int check_overlap(int op, const tensor* t) {
-  if (op == QKN_STATISTICS) {
-    for (int in = Q; in <= K; ++in) {
-      if (overlap(&t[QK_VAR], &t[in])) {
-        return fail("ValueError", "qk_var must not overlap %s, got tensors that share memory",
-                    kNames[in]);
+PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
+  for (int o = 1; o < op->num_outputs; ++o) {
+    for (int earlier = 0; earlier < o; ++earlier) {
+      int out = op->arguments[o].which, other = op->arguments[earlier].which;
+      if (overlap(&t[out], &t[other])) {
+        return fail("ValueError", "%s must not overlap %s, got tensors that share memory",
+                    qkn_names[out], qkn_names[other]);
       }
     }
-    return 0;
   }
-  if (overlap(&t[Q_OUT], &t[K_OUT])) {
-    return fail("ValueError", "k_out must not overlap q_out, got tensors that share memory");
-  }
-  for (int out = Q_OUT; out <= K_OUT; ++out) {
-    int own = out == Q_OUT ? Q : K;
-    for (int in = GAMMA_Q; in < NUM_TENSORS; ++in) {
-      if (!t[in].given || (in == own && in_place(&t[out], &t[in]))) continue;
+  for (int o = 0; o < op->num_outputs; ++o) {
+    int out = op->arguments[o].which, own = op->arguments[o].in_place_of;
+    for (int i = op->num_outputs; i < op->num_tensors; ++i) {
+      int in = op->arguments[i].which;
+      if (in == own && in_place(&t[out], &t[in])) continue;
       if (!overlap(&t[out], &t[in])) continue;
       if (in == own) {
         return fail("ValueError",
                     "%s must be %s itself (same address, strides and element size) or not overlap "
                     "it, got tensors that share memory otherwise",
-                    kNames[out], kNames[in]);
+                    qkn_names[out], qkn_names[in]);
       }
       return fail("ValueError", "%s must not overlap %s, got tensors that share memory",
-                  kNames[out], kNames[in]);
+                  qkn_names[out], qkn_names[in]);
     }
   }
   return 0;
@@ -391,15 +364,12 @@ static void set_tasks(const qkn_variant* v, int64_t bytes) {
 }
 #endif
 
-/* Tensors of Q's and K's columns; functions take their strides in this order. */
-#define NUM_STREAMS 4
-static const int kStreams[NUM_STREAMS] = {Q_OUT, K_OUT, Q, K};
-
-PER_OPERATION int fits(const qkn_variant* v, const tensor* t, int64_t rows, int64_t out_bytes) {
+PER_OPERATION int fits(const qkn_variant* v, const qkn_operation* op, const tensor* t, int64_t rows,
+                       int64_t out_bytes) {
   if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
-  for (int i = 0; i < NUM_STREAMS; ++i) {
-    const tensor* s = &t[kStreams[i]];
-    if (!s->given) continue;
+  for (int i = 0; i < op->num_tensors; ++i) {
+    const tensor* s = &t[op->arguments[i].which];
+    if (!op->arguments[i].is_stream) continue;
     if ((uintptr_t)s->data % (uintptr_t)v->alignment) return 0;
     if (s->row_stride % v->stride_unit) return 0;
   }
@@ -415,25 +385,26 @@ PER_OPERATION int fits(const qkn_variant* v, const tensor* t, int64_t rows, int6
   return 1;
 }
 
-PER_OPERATION int call_variant(const qkn_variant* v, const operation* op, const tensor* t, int64_t rows,
-                        double epsilon) {
+PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, const tensor* t,
+                               int64_t rows, double epsilon) {
   DLTensor dl[NUM_TENSORS];
   int64_t shape[NUM_TENSORS][2], strides[NUM_TENSORS][2];
-  TVMFFIAny args[NUM_TENSORS + 1 + MAX_INTERNAL_SCALARS], result;
+  /* The tensors, epsilon, the number of tiles, and a stride for each tensor at the most. */
+  TVMFFIAny args[2 * NUM_TENSORS + 2], result;
   int32_t used = 0;
   memset(args, 0, sizeof args);
   memset(&result, 0, sizeof result);
   for (int i = 0; i < op->num_tensors; ++i) {
-    const tensor* one = &t[op->tensors[i]];
-    int flat = one->ndim == 1;
-    shape[i][0] = flat ? one->cols : rows;
-    shape[i][1] = one->cols;
-    strides[i][0] = flat ? 1 : one->row_stride;
+    const tensor* s = &t[op->arguments[i].which];
+    int flat = s->ndim == 1;
+    shape[i][0] = op->arguments[i].shape[0] == QKN_ROWS ? rows : s->cols;
+    shape[i][1] = s->cols;
+    strides[i][0] = flat ? 1 : s->row_stride;
     strides[i][1] = 1;
-    dl[i] = (DLTensor){.data = one->data,
-                       .device = one->device,
-                       .ndim = one->ndim,
-                       .dtype = one->dtype,
+    dl[i] = (DLTensor){.data = s->data,
+                       .device = s->device,
+                       .ndim = s->ndim,
+                       .dtype = s->dtype,
                        .shape = shape[i],
                        .strides = strides[i],
                        .byte_offset = 0};
@@ -449,28 +420,28 @@ PER_OPERATION int call_variant(const qkn_variant* v, const operation* op, const 
   }
   args[used].type_index = kTVMFFIInt;
   args[used++].v_int64 = rows / v->row_tile;
-  for (int i = 0; i < NUM_STREAMS; ++i) {
-    if (!t[kStreams[i]].given) continue;
+  for (int i = 0; i < op->num_tensors; ++i) {
+    if (!op->arguments[i].is_stream) continue;
     args[used].type_index = kTVMFFIInt;
-    args[used++].v_int64 = t[kStreams[i]].row_stride / v->stride_unit;
+    args[used++].v_int64 = t[op->arguments[i].which].row_stride / v->stride_unit;
   }
   return v->call(NULL, args, used, &result);
 }
 
-PER_OPERATION int run(const qkn_code* code, const operation* op, tensor* t, int64_t rows,
-               double epsilon) {
+PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, int64_t rows,
+                      double epsilon) {
   int64_t row_out_bytes = 0, row_bytes = 0;
-  for (int i = 0; i < NUM_STREAMS; ++i) {
-    const tensor* one = &t[kStreams[i]];
-    if (!one->given) continue;
-    row_bytes += one->cols * one->item;
-    if (kStreams[i] <= K_OUT) row_out_bytes += one->cols * one->item;
+  for (int i = 0; i < op->num_tensors; ++i) {
+    const tensor* s = &t[op->arguments[i].which];
+    if (!op->arguments[i].is_stream) continue;
+    row_bytes += s->cols * s->item;
+    if (op->arguments[i].is_output) row_out_bytes += s->cols * s->item;
   }
   int64_t out_bytes = rows * row_out_bytes;
   while (rows > 0) {
     const qkn_variant* chosen = NULL;
     for (int i = 0; i < code->num_variants && !chosen; ++i) {
-      if (fits(&code->variants[i], t, rows, out_bytes)) chosen = &code->variants[i];
+      if (fits(&code->variants[i], op, t, rows, out_bytes)) chosen = &code->variants[i];
     }
     if (!chosen) return fail("RuntimeError", "this module has no code for this layout (a bug)");
     int64_t done = rows / chosen->row_tile * chosen->row_tile;
@@ -481,8 +452,10 @@ PER_OPERATION int run(const qkn_code* code, const operation* op, tensor* t, int6
 #endif
     if (call_variant(chosen, op, t, done, epsilon)) return -1;
     rows -= done;
-    for (int i = 0; i < NUM_TENSORS; ++i) {
-      if (t[i].given && t[i].ndim == 2) t[i].data += done * t[i].row_stride * t[i].item;
+    for (int i = 0; i < op->num_tensors; ++i) {
+      tensor* s = &t[op->arguments[i].which];
+      if (op->arguments[i].shape[0] != QKN_ROWS) continue;
+      s->data += done * (s->ndim == 1 ? 1 : s->row_stride) * s->item;
     }
   }
   return 0;
@@ -497,12 +470,13 @@ static int float_storage(DLDataType type) {
 /* With one more argument, of 1, tensors of bfloat16 come as uint16: NumPy has no bfloat16 that
  * DLPack knows. (Its float16 comes as itself: taken for bfloat16's storage too, one would pass for
  * the other.) */
-PER_OPERATION int read_flags(const operation* op, const TVMFFIAny* args, int32_t num_args, int* bits16) {
+PER_OPERATION int read_flags(const qkn_operation* op, const TVMFFIAny* args, int32_t num_args,
+                             int* bits16) {
   int expected = op->num_tensors + op->has_epsilon;
   *bits16 = 0;
   if (num_args == expected) return 0;
   if (num_args != expected + 1) {
-    return fail("TypeError", "%s takes %s, got %d", op->name, op->arguments, num_args);
+    return fail("TypeError", "%s takes %s, got %d", op->name, op->summary, num_args);
   }
   if (args[expected].type_index != kTVMFFIInt && args[expected].type_index != kTVMFFIBool) {
     return fail("TypeError", "storage must be an int, got %s",
@@ -559,25 +533,30 @@ PER_OPERATION int find_spec(int op, const tensor* t, int* found) {
               in_type, dtype_name(t[Q_OUT].dtype, out_type, sizeof out_type));
 }
 
-PER_OPERATION int check_arguments(int op, const qkn_spec* spec, tensor* t) {
-  const DLDataType f32 = {kDLFloat, 32, 1};
-  int64_t rows = t[Q].rows;
-  if (check_tensor("q", &t[Q], 2, spec->in_dtype, rows, spec->q_cols, 0)) return -1;
-  if (check_tensor("k", &t[K], 2, spec->in_dtype, rows, spec->k_cols, 0)) return -1;
-  if (t[QK_VAR].given &&
-      check_tensor("qk_var", &t[QK_VAR], 2, f32, rows, 2, op == QKN_STATISTICS)) {
-    return -1;
-  }
-  if (op == QKN_STATISTICS) return 0;
-  if (check_tensor("gamma_q", &t[GAMMA_Q], 1, f32, 1, t[Q].cols, 0)) return -1;
-  if (check_tensor("gamma_k", &t[GAMMA_K], 1, f32, 1, t[K].cols, 0)) return -1;
-  if (check_tensor("q_out", &t[Q_OUT], 2, spec->out_dtype, rows, t[Q].cols, 1)) return -1;
-  return check_tensor("k_out", &t[K_OUT], 2, spec->out_dtype, rows, t[K].cols, 1);
+/* Q and K have the columns of the spec, and all other tensors the columns of Q and K. */
+PER_OPERATION int64_t extent(int64_t dimension, int which, const qkn_spec* spec, const tensor* t) {
+  if (dimension == QKN_Q_COLS) return which == Q ? spec->q_cols : t[Q].cols;
+  if (dimension == QKN_K_COLS) return which == K ? spec->k_cols : t[K].cols;
+  return dimension == QKN_ROWS ? t[Q].rows : dimension;
 }
 
-PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  static const int kOrder[] = {Q, K, QK_VAR, GAMMA_Q, GAMMA_K, Q_OUT, K_OUT};
-  const operation* about = &kOperations[op];
+PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec, tensor* t) {
+  for (int i = 0; i < op->num_tensors; ++i) {
+    const qkn_argument* a = &op->arguments[op->checked[i]];
+    DLDataType dtype = a->dtype == QKN_IN_DTYPE    ? spec->in_dtype
+                       : a->dtype == QKN_OUT_DTYPE ? spec->out_dtype
+                                                   : a->own_dtype;
+    int64_t rows = a->shape[0] == QKN_ROWS ? t[Q].rows : 1;
+    int64_t cols = extent(a->shape[a->ndim - 1], a->which, spec, t);
+    if (check_tensor(qkn_names[a->which], &t[a->which], a->ndim, dtype, rows, cols, a->is_output)) {
+      return -1;
+    }
+  }
+  return 0;
+}
+
+PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  const qkn_operation* op = &qkn_operations[which];
   tensor t[NUM_TENSORS];
   double epsilon = 0;
   int bits16, index = 0;
@@ -587,21 +566,21 @@ PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIA
                 "holds code for every x86-64 level, or for this machine",
                 unsupported);
   }
-  if (read_flags(about, args, num_args, &bits16)) return -1;
+  if (read_flags(op, args, num_args, &bits16)) return -1;
   for (int i = 0; i < NUM_TENSORS; ++i) t[i].given = 0;
-  for (int i = 0; i < about->num_tensors; ++i) {
-    int which = about->tensors[i];
-    if (read_tensor(kNames[which], &args[i], &t[which])) return -1;
+  for (int i = 0; i < op->num_tensors; ++i) {
+    int name = op->arguments[i].which;
+    if (read_tensor(qkn_names[name], &args[i], &t[name])) return -1;
   }
-  if (about->has_epsilon && read_epsilon(&args[about->num_tensors], &epsilon)) return -1;
+  if (op->has_epsilon && read_epsilon(&args[op->num_tensors], &epsilon)) return -1;
   for (int i = 0; bits16 && i < NUM_TENSORS; ++i) {
     if (t[i].given && float_storage(t[i].dtype)) t[i].dtype = (DLDataType){kDLBfloat, 16, 1};
   }
-  for (int i = 0; i < NUM_TENSORS; ++i) {
-    const tensor* one = &t[kOrder[i]];
-    if (one->given && check_device(kNames[kOrder[i]], one, t[Q].device)) return -1;
+  for (int i = 0; i < op->num_tensors; ++i) {
+    int name = op->arguments[op->checked[i]].which;
+    if (check_device(qkn_names[name], &t[name], t[Q].device)) return -1;
   }
-  if (find_spec(op, t, &index)) return -1;
+  if (find_spec(which, t, &index)) return -1;
   const qkn_spec* spec = &qkn_specs[index];
   if (check_arguments(op, spec, t)) return -1;
   if (t[Q].rows > 0) {
@@ -609,7 +588,7 @@ PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIA
 #if QKN_CUDA
     if (qkn_check_device(t[Q].device.device_id)) return -1;
 #endif
-    if (run(&spec->code[active_level], about, t, t[Q].rows, epsilon)) return -1;
+    if (run(&spec->code[active_level], op, t, t[Q].rows, epsilon)) return -1;
   }
   result->type_index = kTVMFFINone;
   result->zero_padding = 0;
@@ -627,15 +606,7 @@ PER_OPERATION int enter(int op, const TVMFFIAny* args, int32_t num_args, TVMFFIA
     return failed;                                                                              \
   }
 
-#if QKN_HAS_apply_qk_rms_norm
-ENTRY_POINT(apply_qk_rms_norm, QKN_APPLY)
-#endif
-#if QKN_HAS_row_mean_of_squares_qk
-ENTRY_POINT(row_mean_of_squares_qk, QKN_STATISTICS)
-#endif
-#if QKN_HAS_qk_rms_norm
-ENTRY_POINT(qk_rms_norm, QKN_FUSED)
-#endif
+QKN_ENTRY_POINTS(ENTRY_POINT)
 
 static int return_text(const char* text, TVMFFIAny* result) {
   TVMFFIByteArray bytes = {text, strlen(text)};

@@ -36,8 +36,32 @@ typedef struct {
   int num_variants;
 } qkn_code;
 
-/* The operations, in the order of operations.py. */
-enum { QKN_APPLY, QKN_STATISTICS, QKN_FUSED };
+/* Dimensions that a call decides; others are numbers. Element types that a spec decides. */
+enum { QKN_ROWS = -1, QKN_Q_COLS = -2, QKN_K_COLS = -3 };
+enum { QKN_IN_DTYPE, QKN_OUT_DTYPE, QKN_OWN_DTYPE };
+
+/* One tensor that an operation takes, see operations.py. */
+typedef struct {
+  int which; /* its name's place in qkn_names */
+  int ndim;
+  int64_t shape[2];
+  int dtype;
+  DLDataType own_dtype;
+  int is_output;
+  int in_place_of; /* the input that an output may be all the same; -1: none */
+  int is_stream;   /* rows of Q or K: functions take its row stride */
+} qkn_argument;
+
+/* How an operation is called. */
+typedef struct {
+  const char* name;
+  const char* summary; /* of what it takes, for messages */
+  int num_outputs;     /* they come first */
+  int num_tensors;
+  int has_epsilon;
+  const qkn_argument* arguments;
+  const int* checked; /* places in arguments, in the order of the checks */
+} qkn_operation;
 
 /* One spec held by the module; code[i] belongs to qkn_levels[i]. */
 typedef struct {
