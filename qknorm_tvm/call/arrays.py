@@ -112,13 +112,14 @@ class _nothing:
 
 
 class NumpyAdapter(Adapter):
-    """NumPy arrays, with ml_dtypes' bfloat16, which DLPack does not know."""
+    """NumPy arrays, with ml_dtypes' bfloat16, where that is installed: DLPack does not know it."""
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
-        import ml_dtypes
         import numpy as np
 
-        bfloat16, bits = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
+        bits = np.dtype(np.uint16)
+        # Who has bfloat16 arrays has ml_dtypes; without it nothing is viewed as other bits.
+        bfloat16 = np.dtype("bfloat16") if "ml_dtypes" in sys.modules else bits
         if spec.op == "apply_qk_rms_norm":
             return self._fast_apply(function, general, bfloat16, bits)
         names = spec.operation.tensors
@@ -196,9 +197,15 @@ class NumpyAdapter(Adapter):
     ) -> Any:
         import numpy as np
 
-        from ..check.reference import NUMPY_DTYPES
-
-        return np.empty(shape, NUMPY_DTYPES[dtype])
+        if dtype == "bfloat16":
+            try:
+                import ml_dtypes  # noqa: F401  # gives NumPy the type
+            except ModuleNotFoundError:
+                raise ValueError(
+                    "out_dtype must be float16 or float32 for NumPy arrays where ml_dtypes is not "
+                    "installed, got bfloat16: pip install ml_dtypes"
+                ) from None
+        return np.empty(shape, np.dtype(dtype))
 
     def view(self, name: str, array: Any, *, writable: bool) -> Any:
         import numpy as np

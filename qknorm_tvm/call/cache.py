@@ -8,15 +8,15 @@ import os
 import stat
 import tempfile
 import threading
-import warnings
 from importlib import resources
 from pathlib import Path
 
-from ..errors import ModuleFileError
+from ..errors import BuildError, ModuleFileError, warn_caller
 from ..load.module import Module, load
 from ..load.module_file import read_metadata
 from ..spec import KernelSpec
 from ..targets import host_cpu_target
+from . import packs
 
 _loaded: dict[KernelSpec, Module] = {}
 _given: list[Module] = []
@@ -56,6 +56,16 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
+def cache_location() -> Path:
+    """Return where the cache folder is or would be: see `cache_directory`."""
+    given = os.environ.get("QKNORM_TVM_CACHE_DIR")
+    if given:
+        return Path(given)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("qknorm-tvm", appauthor=False))
+
+
 def cache_directory() -> Path:
     """Return the cache folder: ``$QKNORM_TVM_CACHE_DIR``, or the user's own.
 
@@ -67,13 +77,7 @@ def cache_directory() -> Path:
     ModuleFileError
         The folder belongs to somebody else, or others may write to it.
     """
-    given = os.environ.get("QKNORM_TVM_CACHE_DIR")
-    if given:
-        directory = Path(given)
-    else:
-        import platformdirs
-
-        directory = Path(platformdirs.user_cache_dir("qknorm-tvm", appauthor=False))
+    directory = cache_location()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(directory)
     return directory
@@ -122,18 +126,24 @@ def _usable(path: Path, spec: KernelSpec) -> bool:
 
 
 def _load_or_build(spec: KernelSpec) -> Module:
-    from .compiled import compile, place
+    from .compiled import compile, place, versions
 
+    try:
+        versions()
+    except BuildError as error:
+        raise BuildError(
+            f"there is no module for {spec.text} ({packs.sources_text()}), and {error}; or build "
+            f"it elsewhere, `qknorm-tvm export qk.so --spec '{spec.text}'`, and name its folder "
+            f"in {packs.ENVIRONMENT}"
+        ) from None
     try:
         directory = cache_directory()
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(f"{directory} is not writable")
     except OSError as error:
-        warnings.warn(
+        warn_caller(
             f"qknorm-tvm compiles anew in every process: no cache folder ({error}); set "
-            "QKNORM_TVM_CACHE_DIR to a folder that can be written",
-            RuntimeWarning,
-            stacklevel=4,
+            "QKNORM_TVM_CACHE_DIR to a folder that can be written"
         )
         compiled = compile(spec)
         keep = Path(tempfile.mkdtemp(prefix="qknorm-tvm-")) / "module.so"
@@ -180,18 +190,11 @@ def use(module: Module) -> None:
 
 
 def _holds(module: Module, spec: KernelSpec) -> bool:
-    return any(
-        (held.op, held.in_dtype, held.out_dtype, held.cast_before_gamma)
-        == (spec.op, spec.in_dtype, spec.out_dtype, spec.cast_before_gamma)
-        and held.q_cols in (None, spec.q_cols)
-        and held.k_cols in (None, spec.k_cols)
-        and held.parsed_target.kind == spec.parsed_target.kind
-        for held in module.specs
-    )
+    return any(packs.serves(held, spec) for held in module.specs)
 
 
 def module_for(spec: KernelSpec) -> Module:
-    """Return the module of a spec: given by `use`, from memory, from disk, or compiled now.
+    """Return the module of a spec: given by `use`, from a pack, from the cache, or compiled now.
 
     Raises
     ------
@@ -204,13 +207,16 @@ def module_for(spec: KernelSpec) -> Module:
             module = _loaded.get(spec)
             if module is None:
                 given = next((one for one in _given if _holds(one, spec)), None)
-                module = _loaded[spec] = given or _load_or_build(spec)
+                module = given or packs.module_for(spec) or _load_or_build(spec)
+                _loaded[spec] = module
     return module
 
 
 def cpu_module() -> Module:
-    """Return some CPU module: one that is loaded, or a small one compiled now."""
-    for spec, module in list(_loaded.items()):
-        if spec.parsed_target.kind == "cpu":
+    """Return some CPU module: one that is loaded, a pack's, or a small one compiled now."""
+    for module in [*_given, *_loaded.values()]:
+        if module.specs[0].parsed_target.kind == "cpu":
             return module
-    return module_for(KernelSpec(in_dtype="float32", target=host_cpu_target()))
+    return packs.cpu_module() or module_for(
+        KernelSpec(in_dtype="float32", target=host_cpu_target())
+    )

@@ -15,12 +15,14 @@ from .options import debug_option, wants_traceback
 _COMMANDS = {
     "run": ("run:run", "Compile for this machine, prove the result exact, time it."),
     "export": ("export:export", "Compile to a .so that runs with apache-tvm-ffi alone."),
+    "pack": ("pack:pack", "Compile a model's modules to a folder, or a wheel."),
     "inspect": ("inspect_file:inspect_file", "Say what a .so holds, without loading it."),
     "verify": ("verify:verify", "Compare with the unfused graph, bit for bit."),
     "bench": ("bench:bench", "Time it against a copy, NumPy, torch and torch.compile."),
     "bench-layer": ("bench_layer:bench_layer", "Time the statistics, and the fused layer."),
     "tune": ("tune:tune", "Search for faster configs on this device, or on a fleet."),
     "logs": ("logs:logs", "List, check and trim tuning logs."),
+    "cache": ("cache:cache", "List and clear what was compiled on first use."),
 }
 
 

@@ -39,7 +39,7 @@ from .options import Columns, debug_option, dtype_choice, parse_config
               "call.")  # fmt: skip
 @click.option("--config", "pairs", multiple=True, metavar="NAME=VALUE",
               help="A choice of the schedule, such as vector=16; what is not given is the "
-              "config's own default, not the heuristic's.")  # fmt: skip
+              "heuristic's. One that makes no difference to the operations is refused.")  # fmt: skip
 @debug_option
 @click.pass_context
 def export(
@@ -132,7 +132,9 @@ def _refuse_fields(ctx: click.Context) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a file that cannot be written before time is spent on compiling it."""
+    """Refuse a file that cannot be written or loaded before time is spent on compiling it."""
+    if out.suffix != ".so":
+        raise click.UsageError(f"{out} must be named *.so: a file of another name is not loaded")
     if not out.parent.is_dir():
         raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
     if out.is_dir():

@@ -53,7 +53,7 @@ def inspect_file(file: Path, as_json: bool) -> None:
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     """Return whether this machine has what a module needs, and a sentence on it."""
     from ..load.module_file import machine_of
-    from ..targets import MACHINES, host_features, host_machine
+    from ..targets import MACHINES, host_features, host_machine, runs_on_gpu
 
     machine, here = machine_of(file), host_machine()
     if machine != here:
@@ -67,7 +67,7 @@ def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
         except (OSError, RuntimeError):
             return False, "no: this machine has no CUDA driver, or no GPU"
         held = [str(arch) for arch in metadata["architectures"]]
-        if any(_runs_on(arch, found) for arch in held):
+        if any(runs_on_gpu(arch, found) for arch in held):
             return True, f"yes, on this machine's GPU ({found})"
         return False, f"no: it holds {', '.join(held)}, and this machine's GPU is {found}"
     features = host_features()
@@ -76,16 +76,6 @@ def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
             return True, f"yes, with its code for {level['name']}"
     lacking = sorted(set(metadata["levels"][-1]["features"]) - features)
     return False, f"no: this CPU lacks {', '.join(lacking)}"
-
-
-def _runs_on(held: str, found: str) -> bool:
-    """Whether code for one architecture, or PTX (``compute_…``), runs on a GPU of another.
-
-    Machine code runs on its own generation from its own version on, PTX on all that is newer.
-    """
-    kind, _, version = held.partition("_")
-    number, gpu = (int(text.rstrip("af")) for text in (version, found.partition("_")[2]))
-    return number <= gpu and (kind == "compute" or number // 10 == gpu // 10)
 
 
 def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,10 +156,7 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     from .export import check_folder
 
     if output is None:
-        from ..call.cache import cache_directory
-
-        folder = cache_directory() / "run"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = _output_folder()
         columns = f"{spec.q_cols}x{spec.k_cols}"
         name = f"{spec.op}-{columns}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
         output = folder / name
@@ -170,6 +170,18 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     start = time.perf_counter()
     compile(spec).export(output)
     return output, time.perf_counter() - start
+
+
+def _output_folder() -> Path:
+    """Return a folder of the cache, or a temporary one where the cache cannot be written."""
+    from ..call.cache import cache_directory
+
+    with contextlib.suppress(OSError):
+        folder = cache_directory() / "run"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="qknorm-tvm-"))
 
 
 def _report(spec: KernelSpec, path: Path, seconds: float | None, found: dict[str, Any]) -> int:
