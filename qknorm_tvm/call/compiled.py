@@ -161,10 +161,11 @@ def compile(
     # The entry point takes the first that fits a call: fixed columns have the faster code.
     specs.sort(key=lambda one: (one.q_cols is None) + (one.k_cols is None))
     kind = specs[0].parsed_target.kind
-    if isinstance(config, Mapping) and any(isinstance(name, str) for name in config):
-        configs = _changes(specs, kind, config)
+    given: Any = config
+    if isinstance(given, Mapping) and any(isinstance(name, str) for name in given):
+        configs = _changes(specs, kind, given)
     else:
-        configs = [config.get(one) if isinstance(config, Mapping) else config for one in specs]
+        configs = [given.get(one) if isinstance(given, Mapping) else given for one in specs]
         _check_configs(kind, configs)
     metadata = {
         "format": FORMAT,

@@ -87,7 +87,7 @@ def clear_cache(old: bool) -> int:
     if folder.is_dir():
         cache_directory()  # refuses a folder that is somebody else's
         for entry in list(_entries(folder)):
-            if old and entry.state == "in use":
+            if old and entry.state not in ("old", "damaged"):
                 continue
             freed += entry.path.stat().st_size
             count += 1

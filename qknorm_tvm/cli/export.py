@@ -39,7 +39,7 @@ from .options import Columns, debug_option, dtype_choice, parse_config
               "call.")  # fmt: skip
 @click.option("--config", "pairs", multiple=True, metavar="NAME=VALUE",
               help="A choice of the schedule, such as vector=16; what is not given is the "
-              "heuristic's. One that makes no difference to the operations is refused.")  # fmt: skip
+              "heuristic's. One that makes no difference to the code is refused.")  # fmt: skip
 @debug_option
 @click.pass_context
 def export(
