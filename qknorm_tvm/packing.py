@@ -140,14 +140,19 @@ def build(wanted: Plan, folder: Path, status: Callable[[str], None] = lambda tex
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"OUT must be a new or an empty folder, got {folder}, which holds files")
     folder.mkdir(exist_ok=True)
-    files = {}
     for specs in wanted.modules:
         name = file_name(specs)
         status(name)
-        files[name] = compile(specs).export(folder / name)
-    index = json.dumps(index_of(files, wanted.layers), indent=1)
-    (folder / INDEX).write_text(index + "\n")
+        compile(specs).export(folder / name)
+    write_index(folder, wanted)
     return folder
+
+
+def write_index(folder: Path, wanted: Plan) -> None:
+    """Write the index of a folder that holds the modules of a plan."""
+    files = {name: folder / name for name in map(file_name, wanted.modules)}
+    content = json.dumps(index_of(files, wanted.layers), indent=1)
+    (folder / INDEX).write_text(content + "\n")
 
 
 # ---- the wheel --------------------------------------------------------------------------------
