@@ -54,7 +54,7 @@ from qknorm_tvm import tensor_parallel, torch_ops
 torch.manual_seed(0)
 q, k, var = torch.randn(5, 48), torch.randn(5, 16), torch.rand(5, 2)
 gammas = torch.randn(48), torch.randn(16)
-rs = 1 / (var + 1e-6).sqrt()
+rs = (var + 1e-6).rsqrt()
 want = (q * rs[:, :1]) * gammas[0], (k * rs[:, 1:]) * gammas[1]
 for function in (qknorm_tvm.apply_qk_rms_norm, torch_ops.apply_qk_rms_norm):
     for got, expected in zip(function(q, k, var, *gammas, 1e-6), want):

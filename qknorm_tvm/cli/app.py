@@ -62,11 +62,11 @@ def commands() -> None:
 
     \b
     Start here:
-      qknorm-tvm run                 compile, prove, time: the whole story
-      qknorm-tvm export qk.so        a file to ship
-      qknorm-tvm inspect qk.so       what is in it
-      qknorm-tvm verify qk.so        is it exact on this machine?
-      qknorm-tvm COMMAND --help      more, with examples
+      qknorm-tvm run              compile, prove, time
+      qknorm-tvm export qk.so     a file to ship
+      qknorm-tvm inspect qk.so    what is in it
+      qknorm-tvm verify qk.so     is it exact here?
+      qknorm-tvm COMMAND --help   more, with examples
 
     Exit status: 0, 1 when a result is not exact, 2 when the input is wrong or something cannot be
     built.

@@ -86,15 +86,14 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     from .output import facts, table
 
     numbers = {KernelSpec(**one).text: f"#{i}" for i, one in enumerate(metadata["specs"])}
-    code = table("code", "spec", "from M", "config", "variants", left=(0, 3, 4))
+    code = table("code", "spec", "from M", "config; variants", left=(0, 3))
     for level in metadata.get("levels", []):
         for index, one in enumerate(level.get("code", [])):
             code.add_row(
                 level["name"] if index == 0 else "",
                 numbers.get(one["spec"], "?"),
                 f"{one['min_rows']:,}",
-                f"{config_text(one['config'])} ({one['source']})",
-                ", ".join(one["variants"]),
+                f"{config_text(one['config'])} ({one['source']}); {', '.join(one['variants'])}",
             )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     needs = ", ".join(f"{name} {what}" for name, what in metadata["requires"].items())

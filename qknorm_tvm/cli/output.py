@@ -15,6 +15,9 @@ from rich.text import Text
 
 from ..bench.timing import BYTES_FORMULA, CaseResult, Timing
 
+#: Columns below which a table of times goes without its quartiles.
+_NARROW = 76
+
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console: as wide as the terminal, 100 columns in a pipe unless COLUMNS is set."""
@@ -35,6 +38,7 @@ def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -
         title=title,
         title_justify="left",
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
     made.title_style = "bold"
@@ -87,15 +91,20 @@ def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
     """Return the timings of several shapes: a line each candidate, blocks by shape."""
     on_gpu = any(not result.threads for result in results)
     ratios = ("/ empty", "/ copy") if on_gpu else ("/ copy", "/ ours")
-    made = table("M", "", "µs", "quartiles", "GB/s", *ratios, "exact", left=(1,))
+    headers = ["µs", "quartiles", "GB/s", *ratios, "exact"]
+    # What a narrow terminal has no place for.
+    left_out = headers.index("quartiles") if console().width < _NARROW else None
+    shown = [index for index in range(len(headers)) if index != left_out]
+    made = table("M", "", *(headers[index] for index in shown), left=(1,))
     made.title = title
     made.columns[1].no_wrap = True  # names
     for result in results:
         for index, timing in enumerate(result.timings):
+            figures = _figures(result, timing)
             made.add_row(
                 f"{result.rows:,}" if index == 0 else "",
                 Text(timing.name, style="bold" if index == 0 else ""),
-                *_figures(result, timing),
+                *(figures[column] for column in shown),
                 end_section=index + 1 == len(result.timings),
             )
     return made

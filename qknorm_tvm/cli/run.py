@@ -74,8 +74,8 @@ def run(
     \b
     Examples:
       qknorm-tvm run
-      qknorm-tvm run --q-cols 6144 --k-cols 1024 --rows 1,256,4096 --threads 1
-      qknorm-tvm run --dtype float16 --out-dtype float32 --output qk.so
+      qknorm-tvm run --q-cols 6144 --k-cols 1024 --rows 1,256
+      qknorm-tvm run --dtype float16 --output qk.so
       qknorm-tvm run --input activations.safetensors
       qknorm-tvm run --device cuda
 
