@@ -109,7 +109,7 @@ def export(
                 cast_before_gamma=cast_before_gamma and normalises,
             )
             specs.append(spec)
-    check_folder(out)
+    check_module_path(out)
     config = parse_config(pairs, specs[0].parsed_target.kind)
     start = time.perf_counter()
     compiled = compile(specs, config=config)
@@ -133,10 +133,15 @@ def _refuse_fields(ctx: click.Context) -> None:
             raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a file that cannot be written or loaded before time is spent on compiling it."""
+def check_module_path(out: Path) -> None:
+    """Refuse a module file that cannot be written, or not be loaded, before it is compiled."""
     if out.suffix != ".so":
         raise click.UsageError(f"{out} must be named *.so: a file of another name is not loaded")
+    check_folder(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a file that cannot be written before time is spent on what goes into it."""
     if not out.parent.is_dir():
         raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
     if out.is_dir():

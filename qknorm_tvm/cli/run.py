@@ -153,14 +153,14 @@ def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, float]:
-    from .export import check_folder
+    from .export import check_module_path
 
     if output is None:
         folder = _output_folder()
         columns = f"{spec.q_cols}x{spec.k_cols}"
         name = f"{spec.op}-{columns}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
         output = folder / name
-    check_folder(output)
+    check_module_path(output)
     # Imported apart: what the import of the compiler takes is not what compiling takes.
     import tvm  # noqa: F401
 
