@@ -1,5 +1,10 @@
 """What goes wrong that is not a wrong argument (those raise ``TypeError`` and ``ValueError``)."""
 
+from __future__ import annotations
+
+import sys
+import warnings
+
 
 class QKNormError(RuntimeError):
     """Base of the errors below."""
@@ -15,3 +20,18 @@ class ModuleFileError(QKNormError):
 
 class TuningError(QKNormError):
     """Tuning cannot start or go on, or a log is not usable; the message says what to do."""
+
+
+#: Packages whose frames lie between a caller and a warning: this one, and torch's operators.
+_NOT_THE_CALLER = ("qknorm_tvm", "torch")
+
+
+def warn_caller(message: str) -> None:
+    """Issue a ``RuntimeWarning`` that names the line of the caller's own code."""
+    depth = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_CALLER:
+            break
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=depth + 1)

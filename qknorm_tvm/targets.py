@@ -159,6 +159,23 @@ def parse_target(text: str) -> Target:
     return Target("cpu", text, (text,))
 
 
+def runs_on_gpu(held: str, gpu: str) -> bool:
+    """Whether code for one architecture, or PTX (``compute_80``), runs on a GPU of another.
+
+    Machine code runs on its own generation from its own version on, PTX on all that is newer.
+
+    Parameters
+    ----------
+    held : str
+        What a module holds, such as ``"sm_80"`` or ``"compute_80"``.
+    gpu : str
+        The GPU's architecture, such as ``"sm_90"``.
+    """
+    kind, _, version = held.partition("_")
+    number, of_gpu = (int(text.rstrip("af")) for text in (version, gpu.partition("_")[2]))
+    return number <= of_gpu and (kind == "compute" or number // 10 == of_gpu // 10)
+
+
 def host_machine() -> str:
     """Return this machine's name, one of `MACHINES` where CPU modules can be for it."""
     name = platform.machine()

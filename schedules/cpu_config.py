@@ -74,6 +74,17 @@ class CpuConfig:
         return cls(**fields)
 
 
+def fields_used(spec: KernelSpec) -> tuple[str, ...]:
+    """Return the fields that make a difference to a spec's code."""
+    if not spec.operation.normalises:
+        return ("row_tile", "bytes_per_task")
+    rounds = spec.out_dtype == "bfloat16" or (
+        spec.cast_before_gamma and spec.in_dtype == "bfloat16"
+    )
+    unused = () if rounds else ("rounding",)
+    return tuple(field.name for field in dataclasses.fields(CpuConfig) if field.name not in unused)
+
+
 def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     """Choose a config from the spec and the instruction sets that the code may use."""
     avx512 = {"avx512bw", "avx512vl"} <= features

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support import smallest
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm import compile as compile_specs
@@ -27,6 +29,7 @@ from qknorm_tvm.bench.timing import Candidate, measure
 from qknorm_tvm.bench.torch_compile import torch_compile
 from qknorm_tvm.bench.workload import BENCHMARKS, UNIQUE_ROWS
 from qknorm_tvm.bench.workload import activations as bench_activations
+from qknorm_tvm.call import cache
 from qknorm_tvm.check import layouts, reference, sweep, verification, verification_cuda
 from qknorm_tvm.check.inputs import Activations, generate, read_activations
 from qknorm_tvm.cli import main
@@ -82,11 +85,73 @@ def test_help_lists_every_command_and_imports_neither_tvm_nor_numpy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert done.endswith("0 []\n")
-    for command in ("run", "export", "inspect", "verify", "bench"):
+    for command in ("run", "export", "pack", "inspect", "verify", "bench", "cache"):
         assert f"\n  {command} " in done
 
 
-@pytest.mark.parametrize("command", ["run", "export", "inspect", "verify", "bench"])
+def test_python_m_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qknorm_tvm", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Usage: qknorm-tvm" in done.stderr
+    assert "No such command 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("missing", [("click", "rich"), ("rich",)])
+def test_without_its_packages_one_sentence_says_what_to_install(missing: tuple[str, ...]) -> None:
+    """A traceback from the console script of a run-time install."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); " + (
+        "from qknorm_tvm.cli import main; sys.exit(main(['run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"Error: the command line needs {' and '.join(missing)}: "
+        "pip install 'qknorm-tvm[compile]'\n"
+    )
+
+
+def test_importing_the_package_imports_no_half_that_may_be_missing() -> None:
+    """An engine that pays for TVM, or fails without it, at import."""
+    code = (
+        "import sys; import qknorm_tvm, qknorm_tvm.call.packs; print(sorted("
+        "{'tvm', 'tvm_ffi', 'click', 'rich', 'ml_dtypes', 'filelock', 'platformdirs', "
+        "'safetensors', 'torch', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert done == "[]\n"
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["run"],
+        ["export"],
+        ["pack"],
+        ["inspect"],
+        ["cache"],
+        ["cache", "list"],
+        ["cache", "clear"],
+    ],
+    ids=" ".join,
+)
+def test_help_fits_a_narrow_terminal(command: list[str], columns: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qknorm_tvm", *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": str(columns)},
+    ).stdout
+    assert [line for line in done.splitlines() if len(line) > columns] == []
+
+
+@pytest.mark.parametrize("command", ["run", "export", "pack", "inspect", "verify", "bench"])
 def test_every_command_has_help_with_examples(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +176,28 @@ def test_every_command_has_help_with_examples(
         (["export", "a.so", "--config", "colour=red"], "NAME one of vector, row_tile"),
         (["export", "a.so", "--config", "vector=x"], "vector must be a number, got 'x'"),
         (["export", "a.so", "--config", "vector=3"], "vector must be a power of two, got 3"),
+        (
+            ["export", "a.so", "--op", "row_mean_of_squares_qk", "--config", "vector=8"],
+            "config must not have vector for row_mean_of_squares_qk[",
+        ),
+        (
+            ["export", "a.so", "--dtype", "float32", "--config", "rounding=mask"],
+            "config must not have rounding for apply_qk_rms_norm[float32->float32",
+        ),
+        (["export", "a.txt"], "a.txt must be named *.so"),
+        (["run", "--output", "a.txt"], "a.txt must be named *.so"),
+        (["pack", "out"], "Missing option '--models'"),
+        (["pack", "out", "--models", "gpt-2"], "models must be of minimax-m2"),
+        (["pack", "out", "--models", "olmoe,"], "must be names separated by commas"),
+        (["pack", "/nowhere/out", "--models", "olmoe"], "the folder /nowhere does not exist"),
+        (
+            ["pack", "out", "--models", "olmo2-13b", "--tensor-parallel", "16"],
+            "olmo2-13b has no layer for 16 ranks",
+        ),
+        (
+            ["pack", "out", "--models", "olmoe", "--targets", "cpu,aarch64", "--wheel", "dist"],
+            "targets must be of one machine for a wheel",
+        ),
         (["inspect", "/nowhere/a.so"], "/nowhere/a.so: No such file or directory"),
         (["inspect", __file__], "is not a qknorm-tvm module"),
         (["verify", "/nowhere/a.so"], "/nowhere/a.so: No such file or directory"),
@@ -181,6 +268,116 @@ def test_inspect_refuses_a_file_that_was_altered(
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_inspect_fits_a_narrow_terminal(
+    columns: int,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(exported.parent)
+    assert main(["inspect", exported.name]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if len(line.rstrip()) > columns] == []
+    for header in ("code", "spec", "from M", "config; variants"):
+        assert header in shown
+
+
+def test_config_changes_the_heuristics_choices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One field named, and every other lost to the dataclass's defaults."""
+    from qknorm_tvm.schedules.cpu_config import default_config
+    from qknorm_tvm.targets import X86_LEVELS
+
+    spec = KernelSpec(q_cols=24, k_cols=8)
+    assert (
+        main(["export", str(tmp_path / "a.so"), "--spec", spec.text, "--config", "row_tile=3"]) == 0
+    )
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "a.so"), "--json"]) == 0
+    levels = json.loads(capsys.readouterr().out)["levels"]
+    assert [level["name"] for level in levels] == list(X86_LEVELS)
+    for level in levels:
+        expected = default_config(spec, frozenset(level["features"])).to_dict()
+        (code,) = level["code"]
+        assert code["config"] == {**expected, "row_tile": 3}
+        assert code["source"] == "user"
+
+
+# ---- the cache ---------------------------------------------------------------------------------
+
+
+def test_cache_is_listed_and_cleared(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QKNORM_TVM_CACHE_DIR", str(folder))
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["cache", "list"]) == 0
+    assert f"0 modules, 0.0 kB in {folder}" in capsys.readouterr().out
+    assert not folder.exists(), "a list that makes a folder"
+
+    spec = KernelSpec(in_dtype="float32", q_cols=33, k_cols=7)
+    current = cache.cache_directory() / cache.cache_key(spec)
+    old = folder / f"{spec.digest}-{'0' * 24}.so"
+    for path in (current, old):
+        shutil.copy(smallest(), path)
+    damaged = folder / f"{spec.digest}-{'1' * 24}.so"
+    damaged.write_text("")
+    damaged.with_suffix(".lock").touch()
+    stranger = folder / "notes.so"
+    stranger.write_text("")
+    (folder / "run").mkdir()
+    from_run = folder / "run" / "of-run.so"
+    shutil.copy(smallest(), from_run)
+
+    assert main(["cache", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines()[:-1] if len(line.rstrip()) > 60] == []
+    assert [state for state in ("in use", "old", "damaged", "from run") if state not in shown] == []
+    assert f"4 modules, {3 * current.stat().st_size / 1000:.1f} kB in {folder}" in shown
+
+    assert main(["cache", "clear", "--old"]) == 0
+    assert "deleted 2 modules" in capsys.readouterr().out
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left == {current.name, "notes.so", "run/of-run.so"}
+
+    assert main(["cache", "clear"]) == 0
+    assert "deleted 2 modules" in capsys.readouterr().out
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["notes.so"]
+
+
+def test_cache_of_somebody_else_is_not_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QKNORM_TVM_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    assert main(["cache", "clear"]) == 2
+    assert "others may write to" in capsys.readouterr().err
+
+
+def test_pack_writes_a_folder_and_a_wheel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, dist = tmp_path / "modules", tmp_path / "dist"
+    command = ["pack", str(out), "--models", "olmoe", "--tensor-parallel", "16,32"]
+    command += ["--targets", host_cpu_target(), "--wheel", str(dist)]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "skipped: olmoe has no layer for 32 ranks" in said.err
+    assert "wrote 1 module (" in said.out
+    (wheel,) = dist.iterdir()
+    assert str(wheel) in said.out
+    assert {path.suffix for path in out.iterdir()} == {".so", ".json"}
+    assert main(command) == 2
+    assert "OUT must be a new or an empty folder" in capsys.readouterr().err
+
+
 # ---- run ---------------------------------------------------------------------------------------
 
 QUICK = ["--min-time", "0", "--no-torch-compile"]
@@ -202,6 +399,24 @@ def test_run_proves_and_times_in_a_fresh_process(
     assert load(out).specs == [
         KernelSpec(q_cols=24, k_cols=8, out_dtype="float32", target=host_cpu_target())
     ]
+
+
+def test_run_without_a_cache_folder_uses_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A home that cannot be written to."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QKNORM_TVM_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "60")
+    shape = ["--q-cols", "24", "--k-cols", "8", "--rows", "1", "--threads", "1"]
+    assert main(["run", *shape, *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert f"module    {tmp_path}/qknorm-tvm-" in shown
+    wide = [line for line in shown.splitlines() if len(line.rstrip()) > 60]
+    assert [line for line in wide if not line.startswith("module ")] == []
+    for header in ("GB/s", "/ copy", "/ ours", "exact"):
+        assert header in shown
 
 
 def test_run_takes_real_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

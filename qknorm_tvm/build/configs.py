@@ -13,7 +13,7 @@ from typing import Any
 
 from ..declare.workload import declared, specialise, workload_hash
 from ..schedules import cpu_config, cuda_sampling
-from ..schedules.cuda_config import CudaConfig, default_variants
+from ..schedules.cuda_config import CudaConfig, changed_variants, default_variants
 from ..spec import KernelSpec
 from .tuned import cpu_device, cuda_device, tuned
 
@@ -95,8 +95,8 @@ def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bu
     spec : KernelSpec
     cpu : str
         Level or CPU for which code is generated.
-    given : CpuConfig or None
-        The user's.
+    given : CpuConfig, mapping or None
+        The user's: a whole config, or the fields that are to differ from the heuristic's.
     default : CpuConfig
         The heuristic's.
 
@@ -105,6 +105,8 @@ def cpu_buckets(spec: KernelSpec, cpu: str, given: Any, default: Any) -> list[Bu
     list of Bucket
         The one for the most rows first; the last is for any number of rows.
     """
+    if isinstance(given, Mapping):
+        given = dataclasses.replace(default, **given)
     if given is not None:
         return [Bucket(1, given, "user")]
     outcomes = {}
@@ -180,14 +182,16 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     Parameters
     ----------
     spec : KernelSpec
-    given : CudaConfig or None
-        The user's.
+    given : CudaConfig, mapping or None
+        The user's: a whole config, or the fields that are to differ from the heuristic's.
 
     Returns
     -------
     list of (CudaVariant, source, record)
         The last takes any number of rows and any layout.
     """
+    if isinstance(given, Mapping):
+        return [(variant, "user", None) for variant in changed_variants(spec, given)]
     variants = default_variants(spec, given)
     if given is not None:
         return [(v, "user" if v.config == given else "heuristic", None) for v in variants]

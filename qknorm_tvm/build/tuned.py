@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..errors import warn_caller
 from ..spec import KernelSpec
 from ..targets import AARCH64, X86_LEVELS, host_cpu_target
 
@@ -282,7 +283,7 @@ def tuned(
         try:
             outcomes = read_outcomes(folder / device)
         except ValueError as error:
-            warnings.warn(f"tuned records are not used: {error}", RuntimeWarning, stacklevel=2)
+            warn_caller(f"tuned records are not used: {error}")
             continue
         for one in outcomes:
             if one.spec != wanted or one.rows in found or dict(one.versions) != versions:

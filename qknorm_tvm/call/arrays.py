@@ -146,7 +146,7 @@ class _nothing:
 
 
 class NumpyAdapter(Adapter):
-    """NumPy arrays, with ml_dtypes' bfloat16, which DLPack does not know."""
+    """NumPy arrays, with ml_dtypes' bfloat16, where that is installed: DLPack does not know it."""
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         import numpy as np
@@ -163,7 +163,9 @@ class NumpyAdapter(Adapter):
             for first, *others in [by_type.get(dtype, [""])]
             for other in others
         ]
-        bfloat16 = ELEMENT_TYPES["bfloat16"]
+        bits = np.dtype(ELEMENT_TYPES["bfloat16"].storage)
+        # Who has bfloat16 arrays has ml_dtypes; without it nothing is viewed as other bits.
+        bfloat16 = ELEMENT_TYPES["bfloat16"].numpy if "ml_dtypes" in sys.modules else bits
         convert = {
             tensor.name: f"{tensor.name}.view(bits) if {tensor.name}.dtype == bfloat16 "
             f"else {tensor.name}"
@@ -171,7 +173,7 @@ class NumpyAdapter(Adapter):
             if tensor.dtype in (IN_DTYPE, OUT_DTYPE)
         }
         names = {"function": function, "general": general, "storage": ", 1"}
-        names |= {"bfloat16": bfloat16.numpy, "bits": np.dtype(bfloat16.storage)}
+        names |= {"bfloat16": bfloat16, "bits": bits}
         return _spelt_out(spec, " and ".join(conditions), convert, "return", names)
 
     def dtype(self, array: Any) -> str:
@@ -188,7 +190,14 @@ class NumpyAdapter(Adapter):
     ) -> Any:
         import numpy as np
 
-        return np.empty(shape, ELEMENT_TYPES[dtype].numpy)
+        try:
+            element_type = ELEMENT_TYPES[dtype].numpy
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "out_dtype must be float16 or float32 for NumPy arrays where ml_dtypes is not "
+                f"installed, got {dtype}: pip install {error.name}"
+            ) from None
+        return np.empty(shape, element_type)
 
     def view(self, name: str, array: Any, *, writable: bool) -> Any:
         import numpy as np

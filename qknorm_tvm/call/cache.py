@@ -8,17 +8,17 @@ import hashlib
 import os
 import stat
 import threading
-import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModuleFileError
+from ..errors import BuildError, ModuleFileError, warn_caller
 from ..load.module import Module, load_file
 from ..load.module_file import ModuleFile, read_module
 from ..operations import OPERATIONS
 from ..spec import KernelSpec
+from . import packs
 
 _loaded: dict[KernelSpec, Module] = {}
 _given: list[Module] = []
@@ -68,6 +68,16 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
+def cache_location() -> Path:
+    """Return where the cache folder is or would be: see `cache_directory`."""
+    given = os.environ.get("QKNORM_TVM_CACHE_DIR")
+    if given:
+        return Path(given)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("qknorm-tvm", appauthor=False))
+
+
 def cache_directory() -> Path:
     """Return the cache folder: ``$QKNORM_TVM_CACHE_DIR``, or the user's own.
 
@@ -79,13 +89,7 @@ def cache_directory() -> Path:
     ModuleFileError
         The folder belongs to somebody else, or others may write to it.
     """
-    given = os.environ.get("QKNORM_TVM_CACHE_DIR")
-    if given:
-        directory = Path(given)
-    else:
-        import platformdirs
-
-        directory = Path(platformdirs.user_cache_dir("qknorm-tvm", appauthor=False))
+    directory = cache_location()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(directory, directory.stat())
     return directory
@@ -138,18 +142,24 @@ def _usable(path: Path, spec: KernelSpec) -> ModuleFile | None:
 
 
 def _load_or_build(spec: KernelSpec) -> Module:
-    from .compiled import compile, place
+    from .compiled import compile, place, versions
 
+    try:
+        versions()
+    except BuildError as error:
+        raise BuildError(
+            f"there is no module for {spec.text} ({packs.sources_text()}), and {error}; or build "
+            f"it elsewhere, `qknorm-tvm export qk.so --spec '{spec.text}'`, and name its folder "
+            f"in {packs.ENVIRONMENT}"
+        ) from None
     try:
         directory = cache_directory()
         if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(f"{directory} is not writable")
     except OSError as error:
-        warnings.warn(
+        warn_caller(
             f"qknorm-tvm compiles anew in every process: no cache folder ({error}); set "
-            "QKNORM_TVM_CACHE_DIR to a folder that can be written",
-            RuntimeWarning,
-            stacklevel=4,
+            "QKNORM_TVM_CACHE_DIR to a folder that can be written"
         )
         compiled = compile(spec)
         return load_file(read_module(compiled.path))
@@ -199,25 +209,11 @@ def use(module: Module) -> None:
 
 
 def _holds(module: Module, spec: KernelSpec) -> bool:
-    """Whether one of a module's specs is this one, but for columns left open and the target's code.
-
-    Every field of a spec decides the bits of a result, but for those: what has been loaded runs on
-    this machine.
-    """
-    for held in module.specs:
-        columns = {
-            name: getattr(spec, name)
-            for name in ("q_cols", "k_cols")
-            if getattr(held, name) is None
-        }
-        same_kind = held.parsed_target.kind == spec.parsed_target.kind
-        if same_kind and held.replace(target=spec.target, **columns) == spec:
-            return True
-    return False
+    return any(packs.serves(held, spec) for held in module.specs)
 
 
 def module_for(spec: KernelSpec) -> Module:
-    """Return the module of a spec: given by `use`, from memory, from disk, or compiled now.
+    """Return the module of a spec: given by `use`, from a pack, from the cache, or compiled now.
 
     Raises
     ------
@@ -230,5 +226,6 @@ def module_for(spec: KernelSpec) -> Module:
             module = _loaded.get(spec)
             if module is None:
                 given = next((one for one in _given if _holds(one, spec)), None)
-                module = _loaded[spec] = given or _load_or_build(spec)
+                module = given or packs.module_for(spec) or _load_or_build(spec)
+                _loaded[spec] = module
     return module

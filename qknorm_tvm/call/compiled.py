@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..errors import BuildError
 from ..load.module import Module, load
 from ..load.module_file import FORMAT
 from ..spec import KernelSpec
@@ -94,10 +96,22 @@ def place(source: Path, target: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the code."""
+    """Versions of what decides the code.
+
+    Raises
+    ------
+    BuildError
+        TVM is not installed, so that nothing can be compiled.
+    """
+    try:
+        tvm = importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError(
+            "compiling needs TVM, which is not installed: pip install 'qknorm-tvm[compile]'"
+        ) from None
     return {
         "qknorm-tvm": __version__,
-        "apache-tvm": importlib.metadata.version("apache-tvm"),
+        "apache-tvm": tvm,
         "apache-tvm-ffi": importlib.metadata.version("apache-tvm-ffi"),
     }
 
@@ -105,7 +119,7 @@ def versions() -> dict[str, str]:
 def compile(
     spec: KernelSpec | Sequence[KernelSpec],
     *,
-    config: Config | Mapping[KernelSpec, Config] | None = None,
+    config: Config | Mapping[str, Any] | Mapping[KernelSpec, Config] | None = None,
 ) -> CompiledModule:
     """Compile one spec, or several of one target into one module.
 
@@ -115,8 +129,10 @@ def compile(
         What to compile. Several specs must share the target; a module has an entry point for each
         of their operations, which picks a spec by the dtypes and columns of the call; fixed columns
         before open ones, whatever the order here.
-    config : CpuConfig, CudaConfig, or mapping from spec to config, optional
-        Choices of the schedule; by default a heuristic's.
+    config : CpuConfig, CudaConfig, or mapping, optional
+        Choices of the schedule; by default a heuristic's, or tuned records'. A mapping from names
+        of fields to values changes those of the heuristic's; one from specs to configs is for
+        some of the specs.
 
     Returns
     -------
@@ -145,15 +161,19 @@ def compile(
     # The entry point takes the first that fits a call: fixed columns have the faster code.
     specs.sort(key=lambda one: (one.q_cols is None) + (one.k_cols is None))
     kind = specs[0].parsed_target.kind
-    configs = [config.get(one) if isinstance(config, Mapping) else config for one in specs]
-    _check_configs(kind, configs)
+    given: Any = config
+    if isinstance(given, Mapping) and any(isinstance(name, str) for name in given):
+        configs = _changes(specs, kind, given)
+    else:
+        configs = [given.get(one) if isinstance(given, Mapping) else given for one in specs]
+        _check_configs(kind, configs)
     metadata = {
         "format": FORMAT,
         "ops": sorted({one.op for one in specs}),
         "target": specs[0].target,
         "specs": [one.to_dict() for one in specs],
         "versions": versions(),
-        "requires": {"apache-tvm-ffi": ">=0.1.14", "system": "Linux, glibc"},
+        "requires": {"apache-tvm-ffi": ">=0.1.11", "system": "Linux, glibc"},
     }
     directory = tempfile.TemporaryDirectory(prefix="qknorm-tvm-")
     if kind == "cuda":
@@ -162,6 +182,32 @@ def compile(
         from ..build.cpu import build  # type: ignore[assignment]
     path = build(specs, configs, metadata, Path(directory.name))
     return CompiledModule(path, directory)
+
+
+def _changes(specs: Sequence[KernelSpec], kind: str, changes: Mapping[Any, Any]) -> list[Config]:
+    """Return for each spec the given fields that make a difference to it."""
+    if kind == "cuda":
+        from ..schedules.cuda_config import CudaConfig as Wanted
+        from ..schedules.cuda_config import fields_used
+    else:
+        from ..schedules.cpu_config import CpuConfig as Wanted  # type: ignore[assignment]
+        from ..schedules.cpu_config import fields_used
+    names = [field.name for field in dataclasses.fields(Wanted)]
+    for name in changes:
+        if name not in names:
+            raise ValueError(
+                f"config must have fields of {Wanted.__name__}, {', '.join(names)}, got {name!r}"
+            )
+        if not any(name in fields_used(spec) for spec in specs):
+            raise ValueError(
+                f"config must not have {name} for {' and '.join(spec.text for spec in specs)}, "
+                f"whose code does not depend on it, got {changes[name]!r}"
+            )
+    Wanted(**changes)  # its ranges, before time is spent
+    return [
+        {name: value for name, value in changes.items() if name in fields_used(spec)} or None
+        for spec in specs
+    ]
 
 
 def _check_configs(kind: str, configs: Sequence[Config]) -> None:

@@ -15,12 +15,14 @@ from .options import debug_option, wants_traceback
 _COMMANDS = {
     "run": ("run:run", "Compile for this machine, prove the result exact, time it."),
     "export": ("export:export", "Compile to a .so that runs with apache-tvm-ffi alone."),
+    "pack": ("pack:pack", "Compile a model's modules to a folder, or a wheel."),
     "inspect": ("inspect_file:inspect_file", "Say what a .so holds, without loading it."),
     "verify": ("verify:verify", "Compare with the unfused graph, bit for bit."),
     "bench": ("bench:bench", "Time it against a copy, NumPy, torch and torch.compile."),
     "bench-layer": ("bench_layer:bench_layer", "Time the statistics, and the fused layer."),
     "tune": ("tune:tune", "Search for faster configs on this device, or on a fleet."),
     "logs": ("logs:logs", "List, check and trim tuning logs."),
+    "cache": ("cache:cache", "List and clear what was compiled on first use."),
 }
 
 
@@ -60,11 +62,11 @@ def commands() -> None:
 
     \b
     Start here:
-      qknorm-tvm run                 compile, prove, time: the whole story
-      qknorm-tvm export qk.so        a file to ship
-      qknorm-tvm inspect qk.so       what is in it
-      qknorm-tvm verify qk.so        is it exact on this machine?
-      qknorm-tvm COMMAND --help      more, with examples
+      qknorm-tvm run              compile, prove, time
+      qknorm-tvm export qk.so     a file to ship
+      qknorm-tvm inspect qk.so    what is in it
+      qknorm-tvm verify qk.so     is it exact here?
+      qknorm-tvm COMMAND --help   more, with examples
 
     Exit status: 0, 1 when a result is not exact, 2 when the input is wrong or something cannot be
     built.

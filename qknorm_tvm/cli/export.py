@@ -15,7 +15,8 @@ from .options import Columns, debug_option, dtype_choice, parse_config
 @click.command(short_help="Compile to a .so.")
 @click.argument("out", metavar="OUT.so", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--op", "ops", multiple=True, type=click.Choice(OPS), default=[OPS[0]],
-              show_default=True, help="Operation; several in one file.")  # fmt: skip
+              show_default=True, metavar="OPERATION",
+              help=f"One of {', '.join(OPS)}; several in one file.")  # fmt: skip
 @click.option("--q-cols", type=Columns(), default="any", show_default=True, help="Columns of Q.")
 @click.option("--k-cols", type=Columns(), default="any", show_default=True, help="Columns of K.")
 @click.option("--dtype", type=dtype_choice, default="bfloat16", show_default=True,
@@ -39,7 +40,7 @@ from .options import Columns, debug_option, dtype_choice, parse_config
               "call.")  # fmt: skip
 @click.option("--config", "pairs", multiple=True, metavar="NAME=VALUE",
               help="A choice of the schedule, such as vector=16; what is not given is the "
-              "config's own default, not the heuristic's.")  # fmt: skip
+              "heuristic's. One that makes no difference to the code is refused.")  # fmt: skip
 @debug_option
 @click.pass_context
 def export(
@@ -64,22 +65,23 @@ def export(
     \b
       import tvm_ffi
       module = tvm_ffi.load_module("./OUT.so")
-      module.apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k, 1e-6)
+      module.apply_qk_rms_norm(
+          q_out, k_out, gamma_q, gamma_k, qk_var, q, k, 1e-6)
 
     Columns that are given are fixed: faster, and the call is checked against them.
 
     \b
     Examples:
       qknorm-tvm export qk.so --q-cols 1536 --k-cols 256
-      qknorm-tvm export qk.so --dtype float16 --out-dtype float32
-      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target x86-64-v3
-      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --target aarch64
-      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --arch sm_80,sm_90
-      qknorm-tvm export qk.so --q-cols 1536 --k-cols 256 --config vector=16 --config row_tile=2
-      qknorm-tvm export qk.so --op row_mean_of_squares_qk --op apply_qk_rms_norm
+      qknorm-tvm export qk.so --dtype float16
+      qknorm-tvm export qk.so --target x86-64-v3
+      qknorm-tvm export qk.so --target aarch64
+      qknorm-tvm export qk.so --arch sm_80,sm_90
+      qknorm-tvm export qk.so --config vector=16
       qknorm-tvm export qk.so \\
-          --spec 'apply_qk_rms_norm[bfloat16->bfloat16, q=1536, k=256]@cpu' \\
-          --spec 'apply_qk_rms_norm[bfloat16->float32, q=any, k=any]@cpu'
+          --op row_mean_of_squares_qk --op apply_qk_rms_norm
+      qknorm-tvm export qk.so --spec \\
+          'qk_rms_norm[float16->float32, q=64, k=any]@cpu'
     """
     from ..call.compiled import compile
     from ..spec import KernelSpec
@@ -107,7 +109,7 @@ def export(
                 cast_before_gamma=cast_before_gamma and normalises,
             )
             specs.append(spec)
-    check_folder(out)
+    check_module_path(out)
     config = parse_config(pairs, specs[0].parsed_target.kind)
     start = time.perf_counter()
     compiled = compile(specs, config=config)
@@ -131,8 +133,15 @@ def _refuse_fields(ctx: click.Context) -> None:
             raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")
 
 
+def check_module_path(out: Path) -> None:
+    """Refuse a module file that cannot be written, or not be loaded, before it is compiled."""
+    if out.suffix != ".so":
+        raise click.UsageError(f"{out} must be named *.so: a file of another name is not loaded")
+    check_folder(out)
+
+
 def check_folder(out: Path) -> None:
-    """Refuse a file that cannot be written before time is spent on compiling it."""
+    """Refuse a file that cannot be written before time is spent on what goes into it."""
     if not out.parent.is_dir():
         raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
     if out.is_dir():

@@ -69,7 +69,7 @@ def printable(value: Any) -> Any:
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     """Return whether this machine has what a module needs, and a sentence on it."""
     from ..load.module_file import machine_of
-    from ..targets import MACHINES, host_features, host_machine
+    from ..targets import MACHINES, host_features, host_machine, runs_on_gpu
 
     machine, here = machine_of(file), host_machine()
     if machine != here:
@@ -83,7 +83,7 @@ def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
         except (OSError, RuntimeError):
             return False, "no: this machine has no CUDA driver, or no GPU"
         held = [str(arch) for arch in metadata["architectures"]]
-        if any(_runs_on(arch, found) for arch in held):
+        if any(runs_on_gpu(arch, found) for arch in held):
             return True, f"yes, on this machine's GPU ({found})"
         return False, f"no: it holds {', '.join(held)}, and this machine's GPU is {found}"
     features = host_features()
@@ -94,16 +94,6 @@ def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
     return False, f"no: this CPU lacks {', '.join(lacking)}"
 
 
-def _runs_on(held: str, found: str) -> bool:
-    """Whether code for one architecture, or PTX (``compute_…``), runs on a GPU of another.
-
-    Machine code runs on its own generation from its own version on, PTX on all that is newer.
-    """
-    kind, _, version = held.partition("_")
-    number, gpu = (int(text.rstrip("af")) for text in (version, found.partition("_")[2]))
-    return number <= gpu and (kind == "compute" or number // 10 == gpu // 10)
-
-
 def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     """Return tables of a module's metadata."""
     from rich.console import Group
@@ -112,15 +102,14 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     from .output import facts, table
 
     numbers = {KernelSpec(**one).text: f"#{i}" for i, one in enumerate(metadata["specs"])}
-    code = table("code", "spec", "from M", "config", "variants", left=(0, 3, 4))
+    code = table("code", "spec", "from M", "config; variants", left=(0, 3))
     for level in metadata.get("levels", []):
         for index, one in enumerate(level.get("code", [])):
             code.add_row(
                 level["name"] if index == 0 else "",
                 numbers.get(one["spec"], "?"),
                 f"{one['min_rows']:,}",
-                f"{config_text(one['config'])} ({one['source']})",
-                ", ".join(one["variants"]),
+                f"{config_text(one['config'])} ({one['source']}); {', '.join(one['variants'])}",
             )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     needs = ", ".join(f"{name} {what}" for name, what in metadata["requires"].items())

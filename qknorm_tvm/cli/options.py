@@ -118,8 +118,8 @@ class Shapes(click.ParamType):
         return tuple(dict.fromkeys((int(pair[1]), int(pair[2])) for pair in pairs if pair))
 
 
-def parse_config(pairs: tuple[str, ...], kind: str) -> Any:
-    """Return a schedule config from ``name=value`` pairs over a default, or None for none.
+def parse_config(pairs: tuple[str, ...], kind: str) -> dict[str, Any] | None:
+    """Return fields of a schedule config from ``name=value`` pairs, or None for none.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def parse_config(pairs: tuple[str, ...], kind: str) -> Any:
                 param_hint="--config",
             )
         values[name] = _config_value(name, text, defaults[name])
-    return Config(**values)
+    return values
 
 
 def _config_value(name: str, text: str, default: Any) -> Any:

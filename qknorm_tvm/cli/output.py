@@ -16,6 +16,9 @@ from rich.text import Text
 from ..bench.report import METHODS, microseconds, notes_of
 from ..bench.timing import BYTES_FORMULA, COPY, EMPTY, OURS, CaseResult, Timing
 
+#: Columns below which a table of times goes without its quartiles.
+_NARROW = 76
+
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console: as wide as the terminal, 100 columns in a pipe unless COLUMNS is set."""
@@ -36,6 +39,7 @@ def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -
         title=title,
         title_justify="left",
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
     made.title_style = "bold"
@@ -78,18 +82,21 @@ def plural(count: int, noun: str) -> str:
 
 def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
     """Return the timings of several shapes: a line each candidate, blocks by shape."""
-    headers = ["M", "", "µs", "quartiles", "worst", "GB/s", "/ copy", "/ ours", "exact"]
+    headers = ["µs", "quartiles", "worst", "GB/s", "/ copy", "/ ours", "exact"]
     if _on_gpu(results):
-        headers = ["M", "", "µs", "quartiles", "GB/s", "/ empty", "/ copy", "exact"]
-    made = table(*headers, title=title, left=(1,))
+        headers = ["µs", "quartiles", "GB/s", "/ empty", "/ copy", "exact"]
+    # What a narrow terminal has no place for.
+    left_out = headers.index("quartiles") if console().width < _NARROW else None
+    shown = [index for index in range(len(headers)) if index != left_out]
+    made = table("M", "", *(headers[index] for index in shown), title=title, left=(1,))
     made.columns[1].no_wrap = True  # names
     for result in results:
         for index, timing in enumerate(result.timings):
-            cells = _figures(result, timing) if timing.measured else ["-"] * (len(headers) - 2)
+            figures = _figures(result, timing) if timing.measured else ["-"] * len(headers)
             made.add_row(
                 f"{result.rows:,}" if index == 0 else "",
                 Text(timing.name, style="bold" if index == 0 else ""),
-                *cells,
+                *(figures[column] for column in shown),
                 end_section=index + 1 == len(result.timings),
             )
     return made

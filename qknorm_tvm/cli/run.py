@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +74,8 @@ def run(
     \b
     Examples:
       qknorm-tvm run
-      qknorm-tvm run --q-cols 6144 --k-cols 1024 --rows 1,256,4096 --threads 1
-      qknorm-tvm run --dtype float16 --out-dtype float32 --output qk.so
+      qknorm-tvm run --q-cols 6144 --k-cols 1024 --rows 1,256
+      qknorm-tvm run --dtype float16 --output qk.so
       qknorm-tvm run --input activations.safetensors
       qknorm-tvm run --device cuda
 
@@ -144,17 +147,14 @@ def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, float]:
-    from .export import check_folder
+    from .export import check_module_path
 
     if output is None:
-        from ..call.cache import cache_directory
-
-        folder = cache_directory() / "run"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = _output_folder()
         columns = f"{spec.q_cols}x{spec.k_cols}"
         name = f"{spec.op}-{columns}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
         output = folder / name
-    check_folder(output)
+    check_module_path(output)
     # Imported apart: what the import of the compiler takes is not what compiling takes.
     import tvm  # noqa: F401
 
@@ -164,6 +164,18 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
     start = time.perf_counter()
     compile(spec).export(output)
     return output, time.perf_counter() - start
+
+
+def _output_folder() -> Path:
+    """Return a folder of the cache, or a temporary one where the cache cannot be written."""
+    from ..call.cache import cache_directory
+
+    with contextlib.suppress(OSError):
+        folder = cache_directory() / "run"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="qknorm-tvm-"))
 
 
 def _report(spec: KernelSpec, path: Path, seconds: float | None, answer: dict[str, Any]) -> int:

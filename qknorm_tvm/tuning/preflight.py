@@ -23,7 +23,8 @@ def check_extras(cost_model: str, *, remote: bool) -> str:
     TuningError
         A package is missing.
     """
-    needed = ["cloudpickle", "psutil"] + ["tornado"] * remote + ["xgboost"] * (cost_model == "xgb")
+    needed = ["tvm", "cloudpickle", "psutil"]
+    needed += ["tornado"] * remote + ["xgboost"] * (cost_model == "xgb")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise TuningError(

@@ -1,0 +1,95 @@
+"""Models whose attention normalises the whole Q and K, and the specs that their layers need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from .spec import KernelSpec
+from .tensor_parallel.layout import HeadLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One model's attention.
+
+    Parameters
+    ----------
+    q_heads, kv_heads, head_dim : int
+        Of a whole layer.
+    epsilon : float
+        Added to the mean squares.
+    cast_before_gamma : tuple of bool
+        Forms of the norm that are in use. MiniMax-M2's rounds before gamma in Hugging Face's code,
+        and not in vLLM's and SGLang's.
+    dtypes : tuple of str
+        Element types in which it is published.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int = 128
+    epsilon: float = 1e-6
+    cast_before_gamma: tuple[bool, ...] = (False,)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+
+    def layout(self, ranks: int) -> HeadLayout:
+        """Return a rank's heads; a ``ValueError`` where they do not divide over the ranks."""
+        return HeadLayout(self.q_heads, self.kv_heads, self.head_dim, ranks)
+
+    def specs(self, ranks: int, target: str) -> list[KernelSpec]:
+        """Return what one rank's layer calls.
+
+        One launch where a rank has all columns, unless the statistics are another's; otherwise
+        statistics, which are reduced over the ranks, and apply.
+
+        Raises
+        ------
+        ValueError
+            The heads do not divide over the ranks.
+        """
+        layout = self.layout(ranks)
+        fused = "qk_rms_norm" if ranks == 1 else "row_mean_of_squares_qk"
+        specs = []
+        for dtype in self.dtypes:
+            for op in (fused, "apply_qk_rms_norm"):
+                normalises = op != "row_mean_of_squares_qk"
+                for cast in self.cast_before_gamma if normalises else (False,):
+                    spec = KernelSpec(
+                        op=op,
+                        in_dtype=dtype,
+                        q_cols=layout.q_cols,
+                        k_cols=layout.k_cols,
+                        target=target,
+                        cast_before_gamma=cast,
+                    )
+                    specs.append(spec)
+        return specs
+
+
+#: Models by the name that the command line knows them by.
+MODELS = {
+    # MiniMax-M2 to M2.7.
+    "minimax-m2": Model(48, 8, cast_before_gamma=(True, False)),
+    # OLMo-2 and OLMo-3; OLMo-3 has no 1B and 13B.
+    "olmo2-1b": Model(16, 16),
+    "olmo2-7b": Model(32, 32),
+    "olmo2-13b": Model(40, 40),
+    "olmo2-32b": Model(40, 8),
+    "olmo3-7b": Model(32, 32),
+    "olmo3-32b": Model(40, 8),
+    "olmoe": Model(16, 16, epsilon=1e-5),
+}
+
+
+def modules_of(specs: Iterable[KernelSpec]) -> list[Sequence[KernelSpec]]:
+    """Group specs into modules: a file for each target, columns, dtypes and form of the norm.
+
+    A module picks a spec by the dtypes and columns of a call, which do not show the form.
+    """
+    groups: dict[tuple, list[KernelSpec]] = {}
+    for spec in dict.fromkeys(specs):
+        normalised = spec.out_dtype if spec.operation.normalises else spec.in_dtype
+        key = (spec.target, spec.q_cols, spec.k_cols, spec.in_dtype, normalised)
+        groups.setdefault((*key, spec.cast_before_gamma), []).append(spec)
+    return list(groups.values())
