@@ -66,7 +66,8 @@ def tune(
     """Search for configs that are faster than the default's, and keep them for the build.
 
     Candidates are proven exact before they are timed, and kept only where they beat the default by
-    more than the noise. Interrupt it at will: the same command goes on where it was.
+    more than the noise, in fresh processes and wherever they would serve. Interrupt it at will: the
+    same command goes on where it was.
 
     \b
     Examples:
@@ -147,7 +148,7 @@ def show(summary: Summary) -> None:
     )
     out.print(
         "best: the candidate that seemed fastest, timed anew in turns with the default; at least: "
-        "the low end of the gain's 95 % interval; spread: quartiles over median"
+        "the low end of the gain's 95 % interval; spread: of the ratios, and between processes"
     )
     if summary.failed:
         out.print(f"{summary.failed} candidates failed, the first: {summary.first_failure}")
