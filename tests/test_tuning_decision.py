@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ def test_nothing_is_decided_where_processes_differ_by_more_than_the_gain(tmp_pat
     assert outcome.source == "heuristic"
     assert "undecided: " in outcome.reason
     assert outcome.spread == pytest.approx(0.3)
+
+
+def test_a_gain_out_of_all_proportion_is_not_believed_where_times_spread(tmp_path: Path) -> None:
+    """Threads that other programs keep waiting: a serial config won by a factor of 500."""
+
+    def clock(config: dict[str, Any], rows: int, process: int) -> float:
+        return 67e-6 if config["rows"] > 1 else (30e-3, 36e-3, 47e-3)[process % 3]
+
+    outcome = tune(clock, tmp_path, rows=(600,))
+    assert outcome.source == "heuristic"
+    assert re.search(r"undecided: .* which spread by 56\.7%, more than 25%", outcome.reason)
 
 
 @pytest.mark.parametrize("end", [98, 1200])

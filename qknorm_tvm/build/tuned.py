@@ -102,7 +102,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"{path} has format {content['format']}, expected {FORMAT}")
-        return [Outcome(**one) for one in content["outcomes"]]
+        return [Outcome(**fields) for fields in content["outcomes"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); tune again, or delete it") from None
 
@@ -123,8 +123,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_outcomes(folder: Path, outcomes: Iterable[Outcome]) -> None:
     """Write a device's outcomes, in a stable order."""
-    ordered = sorted(outcomes, key=lambda one: (one.spec, one.rows))
-    content = {"format": FORMAT, "outcomes": [dataclasses.asdict(one) for one in ordered]}
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.spec, outcome.rows))
+    content = {"format": FORMAT, "outcomes": [dataclasses.asdict(outcome) for outcome in ordered]}
     write_json(folder / FILE_NAME, content)
 
 
@@ -163,7 +163,7 @@ def log_folders() -> list[Path]:
                     f"{ENVIRONMENT} names {folder}, which is no folder: no tuned records are read "
                     "there",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=1,  # a build asks from several places: one warning
                 )
         return folders
     package = package_logs()
@@ -221,7 +221,7 @@ def cuda_device(spec: KernelSpec) -> str | None:
     for folder in log_folders():
         for path in sorted(folder.glob(f"nvidia-*/{FILE_NAME}")):
             try:
-                if any(one.spec == spec.text for one in read_outcomes(path.parent)):
+                if any(outcome.spec == spec.text for outcome in read_outcomes(path.parent)):
                     return path.parent.name
             except ValueError:
                 continue  # `tuned` says so when it is read
@@ -278,19 +278,23 @@ def tuned(
     versions = {
         "apache-tvm": importlib.metadata.version("apache-tvm"), "schedule": schedule_version,
     }  # fmt: skip
-    found: dict[int, tuple[Outcome, str]] = {}
+    usable: dict[int, tuple[Outcome, str]] = {}
     for folder in log_folders():
         try:
             outcomes = read_outcomes(folder / device)
         except ValueError as error:
             warn_caller(f"tuned records are not used: {error}")
             continue
-        for one in outcomes:
-            if one.spec != wanted or one.rows in found or dict(one.versions) != versions:
+        for outcome in outcomes:
+            if (
+                outcome.spec != wanted
+                or outcome.rows in usable
+                or dict(outcome.versions) != versions
+            ):
                 continue
-            if dict(one.default) != default(one.rows).to_dict():
+            if dict(outcome.default) != default(outcome.rows).to_dict():
                 continue
-            if one.workload != workload(one.rows):
+            if outcome.workload != workload(outcome.rows):
                 continue
-            found[one.rows] = (one, device)
-    return found
+            usable[outcome.rows] = (outcome, device)
+    return usable

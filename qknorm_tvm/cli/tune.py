@@ -66,7 +66,8 @@ def tune(
     """Search for configs that are faster than the default's, and keep them for the build.
 
     Candidates are proven exact before they are timed, and kept only where they beat the default by
-    more than the noise. Interrupt it at will: the same command goes on where it was.
+    more than the noise, in fresh processes and wherever they would serve. Interrupt it at will: the
+    same command goes on where it was.
 
     \b
     Examples:
@@ -125,29 +126,29 @@ def show(summary: Summary) -> None:
         "Nq/Nk", "M", "default µs", "best µs", "gain", "at least", "spread", "trials", "kept"
     )
     last = ""
-    for one in summary.outcomes:
-        spec = KernelSpec.from_text(one.spec)
+    for outcome in summary.outcomes:
+        spec = KernelSpec.from_text(outcome.spec)
         made.add_row(
-            f"{spec.q_cols}/{spec.k_cols}" if one.spec != last else "",
-            f"{one.rows:,}",
-            f"{one.default_us:,.2f}",
-            f"{one.best_us:,.2f}",
-            f"{one.gain['median']:.3f}",
-            f"{one.gain['low']:.3f}",
-            f"{one.spread:.1%}",
-            str(one.trials),
-            "record" if one.source == "record" else "default",
+            f"{spec.q_cols}/{spec.k_cols}" if outcome.spec != last else "",
+            f"{outcome.rows:,}",
+            f"{outcome.default_us:,.2f}",
+            f"{outcome.best_us:,.2f}",
+            f"{outcome.gain['median']:.3f}",
+            f"{outcome.gain['low']:.3f}",
+            f"{outcome.spread:.1%}",
+            str(outcome.trials),
+            "record" if outcome.source == "record" else "default",
         )
-        last = one.spec
+        last = outcome.spec
     out.print(made)
-    kept = sum(one.source == "record" for one in summary.outcomes)
+    kept = sum(outcome.source == "record" for outcome in summary.outcomes)
     out.print(
         f"{kept} of {len(summary.outcomes)} keep a record; the others keep the default, which "
         "nothing beat by more than the noise"
     )
     out.print(
         "best: the candidate that seemed fastest, timed anew in turns with the default; at least: "
-        "the low end of the gain's 95 % interval; spread: quartiles over median"
+        "the low end of the gain's 95 % interval; spread: of the ratios, and between processes"
     )
     if summary.failed:
         out.print(f"{summary.failed} candidates failed, the first: {summary.first_failure}")

@@ -40,7 +40,8 @@ def tune(
     For every spec and row count MetaSchedule samples the fields of the config in the product's
     schedule of the specialised declaration. A candidate is the product's module for the sampled
     config: it must equal the reference bit for bit before it is timed. The fastest are then timed
-    in turns with the default, and one is kept where it is faster by more than the noise. The build
+    in turns with the default, in fresh processes, and one is kept where it is faster by more than
+    the times spread, and not slower at the ends of the range of rows that it would serve. The build
     uses what was kept.
 
     A session that was interrupted goes on where it was when it is called again: what is recorded

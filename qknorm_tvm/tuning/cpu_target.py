@@ -127,12 +127,14 @@ class CpuTarget:
         spec = spec.replace(target=self.text)
         variants = _needed(variants_of(spec, config, "candidate"), spec, rows)
         obj = directory / "candidate.o"
-        generate(self.text, [(spec, config, one) for one in variants]).write_to_file(str(obj), "o")
+        generate(self.text, [(spec, config, variant) for variant in variants]).write_to_file(
+            str(obj), "o"
+        )
         level = Level(self.text, self.features, (tuple(variants),))
         table = tables([spec], [level], {"kind": "cpu"}, cuda=False)
         out = directory / "candidate.so"
         link([*_native_objects(directory, table), obj], out)
-        largest = max(one.row_tile for one in variants)
+        largest = max(variant.row_tile for variant in variants)
         checks = {4 * largest, 4 * largest + 1 if len(variants) > 1 else largest}
         return Built(str(out), tuple(sorted(checks)))
 
@@ -149,18 +151,18 @@ def _needed(variants: Sequence[Variant], spec: KernelSpec, rows: int) -> list[Va
     assert spec.k_cols is not None
     cols = (spec.q_cols, spec.k_cols)
     out_bytes = rows * sum(cols) * spec.out_bytes
-    found: list[Variant] = []
+    needed: list[Variant] = []
     while rows:
-        for one in variants:
-            aligned = all(col % one.stride_unit == 0 for col in cols)
-            if rows >= one.min_rows and out_bytes >= one.min_out_bytes and aligned:
+        for variant in variants:
+            aligned = all(col % variant.stride_unit == 0 for col in cols)
+            if rows >= variant.min_rows and out_bytes >= variant.min_out_bytes and aligned:
                 break
-        if one.min_out_bytes:
+        if variant.min_out_bytes:
             # A check of exactness has few rows; past the caches all the same.
-            one = dataclasses.replace(one, min_out_bytes=1)
-        found.append(one)
-        rows %= one.row_tile
-    return found
+            variant = dataclasses.replace(variant, min_out_bytes=1)
+        needed.append(variant)
+        rows %= variant.row_tile
+    return needed
 
 
 def _native_objects(directory: Path, table: str) -> list[Path]:

@@ -124,9 +124,13 @@ class CudaTarget:
             by_warps.setdefault(warps or parts, columns)
         aligned = default_variants(spec)[0].alignment is not None
         return {
-            "columns": [one for one in by_warps.values() if dealt(one) != dealt(base["columns"])],
+            "columns": [
+                columns for columns in by_warps.values() if dealt(columns) != dealt(base["columns"])
+            ],
             # "off" has nothing that "exit" lacks.
-            "dependent_launch": [one for one in self._launches if DEPENDENT_LAUNCHES[one] != "off"],
+            "dependent_launch": [
+                mode for mode in self._launches if DEPENDENT_LAUNCHES[mode] != "off"
+            ],
             # Stores of single elements are never marked.
             "streaming_stores": [0, 1] if spec.operation.normalises and aligned else [],
         }

@@ -160,5 +160,5 @@ def _driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return "unknown"
-    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else "unknown"
+    version = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return version[1] if version else "unknown"

@@ -85,7 +85,7 @@ def check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:
         One cannot be tuned.
     """
     kind = parse_target(text).kind
-    found = []
+    checked = []
     for spec in specs:
         if not isinstance(spec, KernelSpec):
             raise TypeError(f"specs must be KernelSpecs, got {type(spec).__name__}")
@@ -93,10 +93,10 @@ def check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:
             raise ValueError(f"specs must have fixed columns to be tuned, got {spec.text}")
         if spec.parsed_target.kind != kind:
             raise ValueError(f"specs must be for {text}, which is tuned, got {spec.text}")
-        found.append(spec.replace(target=text))
-    if not found:
+        checked.append(spec.replace(target=text))
+    if not checked:
         raise ValueError("specs must name at least one KernelSpec, got none")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(checked))
 
 
 def check_space(folder: Any) -> None:

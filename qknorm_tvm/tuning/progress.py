@@ -19,9 +19,13 @@ def short(spec: str, rows: int) -> str:
     """Return a task in few words: columns, dtypes and rows."""
     from ..spec import KernelSpec
 
-    one = KernelSpec.from_text(spec)
-    kinds = one.in_dtype if one.in_dtype == one.out_dtype else f"{one.in_dtype}->{one.out_dtype}"
-    return f"{one.q_cols}/{one.k_cols} {kinds}, {rows:,} rows"
+    kernel = KernelSpec.from_text(spec)
+    kinds = (
+        kernel.in_dtype
+        if kernel.in_dtype == kernel.out_dtype
+        else f"{kernel.in_dtype}->{kernel.out_dtype}"
+    )
+    return f"{kernel.q_cols}/{kernel.k_cols} {kinds}, {rows:,} rows"
 
 
 def time_text(us: float) -> str:

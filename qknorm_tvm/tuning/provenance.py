@@ -68,10 +68,10 @@ class Provenance:
         if self.damage and self.path.exists():
             self.path.replace(self.path.with_name(FILE_NAME + ".rejected"))
 
-    def describe(self, device: Device, found: Mapping[str, Any]) -> None:
+    def describe(self, device: Device, versions: Mapping[str, Any]) -> None:
         """Set what holds for the whole folder."""
         self.content["device"] = {"folder": device.folder, **device.details}
-        self.content["versions"] = dict(found)
+        self.content["versions"] = dict(versions)
 
     def workload(self, name: str, spec: str, rows: int) -> None:
         """Say what a workload's hash stands for."""
@@ -79,7 +79,9 @@ class Provenance:
 
     def session(self, about: Mapping[str, Any]) -> None:
         """Add a session, or replace it where it is known by its date already."""
-        sessions = [one for one in self.content["sessions"] if one.get("date") != about["date"]]
+        sessions = [
+            session for session in self.content["sessions"] if session.get("date") != about["date"]
+        ]
         self.content["sessions"] = [*sessions, dict(about)]
 
     def write(self) -> None:

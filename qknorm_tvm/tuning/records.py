@@ -103,15 +103,15 @@ def read_logs(folder: Path) -> Logs:
     path = folder / WORKLOADS
     for number, text in _lines(path):
         try:
-            found = _workload(text)
+            name = _workload(text)
         except ValueError as error:
             logs.problems.append(Problem(path, number, str(error), text))
             # A blank line was inserted; it stands for no workload that a record could name.
             if text.strip():
                 hashes.append(None)
             continue
-        hashes.append(found)
-        logs.workloads.setdefault(found, text)
+        hashes.append(name)
+        logs.workloads.setdefault(name, text)
     path = folder / RECORDS
     for number, text in _lines(path):
         try:
@@ -148,7 +148,7 @@ def _value(text: str) -> Any:
 def _workload(text: str) -> str:
     """Check a workload's line and return its hash."""
     value = _value(text)
-    if len(value) != 2 or not all(isinstance(one, str) for one in value):
+    if len(value) != 2 or not all(isinstance(part, str) for part in value):
         raise ValueError("foreign line: must be [hash, module], two strings")
     name, encoded = value
     if not name.isdigit():
@@ -185,16 +185,18 @@ def _record(text: str, hashes: Sequence[str | None]) -> Record:
         raise ValueError(f"its workload, line {index + 1} of {WORKLOADS}, is not usable")
     if not isinstance(seconds, list) or not seconds:
         raise ValueError("it holds no times")
-    if not all(isinstance(one, (int, float)) and 0 < one < _FAILED_S for one in seconds):
+    if not all(isinstance(time, (int, float)) and 0 < time < _FAILED_S for time in seconds):
         raise ValueError("it is of a candidate that failed, or its times are no times")
     if not isinstance(target, dict) or "kind" not in target:
         raise ValueError("foreign line: it names no target")
     shapes_ok = isinstance(arguments, list) and all(
-        isinstance(one, list) and len(one) == 3 and one[0] == "TENSOR" for one in arguments
+        isinstance(info, list) and len(info) == 3 and info[0] == "TENSOR" for info in arguments
     )
-    if not shapes_ok or len(arguments) not in {len(one.tensors) for one in OPERATIONS.values()}:
+    if not shapes_ok or len(arguments) not in {
+        len(operation.tensors) for operation in OPERATIONS.values()
+    }:
         raise ValueError("foreign line: its arguments are no operation's tensors")
-    return Record(workload, sampled_fields(trace), [float(one) for one in seconds], content)
+    return Record(workload, sampled_fields(trace), [float(time) for time in seconds], content)
 
 
 # ---- changing files -------------------------------------------------------------------------
@@ -239,8 +241,8 @@ def write_logs(logs: Logs) -> None:
     """
     index = {name: number for number, name in enumerate(logs.workloads)}
     records = [
-        json.dumps([index[one.workload], one.content], separators=(",", ":"))
-        for one in logs.records
+        json.dumps([index[record.workload], record.content], separators=(",", ":"))
+        for record in logs.records
     ]
     _finish_replacement(logs.folder)
     for name, lines in ((RECORDS, records), (WORKLOADS, list(logs.workloads.values()))):

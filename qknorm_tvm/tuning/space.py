@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import Schedule
@@ -38,18 +39,11 @@ class _FieldFeatures(ms.feature_extractor.PyFeatureExtractor):
     """
 
     def extract_from(self, context: Any, candidates: Any) -> list[Any]:
-        found = []
-        for candidate in candidates:
-            fields = sampled_fields(plain(candidate.sch.trace.as_json()))
-            row = [math.log2(1 + value) for value in fields.values()]
-            found.append(tvm.runtime.tensor(_float_matrix([row])))
-        return found
-
-
-def _float_matrix(rows: list[list[float]]) -> Any:
-    import numpy as np
-
-    return np.array(rows, np.float64)
+        rows = [
+            [math.log2(1 + value) for value in fields_of(candidate).values()]
+            for candidate in candidates
+        ]
+        return [tvm.runtime.tensor(np.array([row], np.float64)) for row in rows]
 
 
 def make_cost_model(name: str, seed: int) -> Any:
@@ -131,17 +125,17 @@ class Search:
             return []
         size = math.prod(len(values) for values in self.choices.values())
         picked = self._random.sample(range(size), min(size, count + len(known)))
-        found = []
+        drawn = []
         for index in picked:
             fields = {}
             for name, values in self.choices.items():
                 index, place = divmod(index, len(values))
                 fields[name] = values[place]
             if tuple(sorted(fields.items())) not in known:
-                found.append(self.candidate(fields))
-            if len(found) == count:
+                drawn.append(self.candidate(fields))
+            if len(drawn) == count:
                 break
-        return found
+        return drawn
 
     def batches(self) -> Iterator[list[Any]]:
         """Propose candidates until the space is exhausted; `learn` is to follow each batch."""
@@ -159,9 +153,9 @@ class Search:
     def learn(self, candidates: Sequence[Any], seconds: Sequence[Sequence[float] | None]) -> None:
         """Tell strategy and cost model what candidates took; None for one that failed."""
         results = [
-            ms.runner.RunnerResult(None, "failed") if one is None
-            else ms.runner.RunnerResult(list(one), None)
-            for one in seconds
+            ms.runner.RunnerResult(None, "failed") if times is None
+            else ms.runner.RunnerResult(list(times), None)
+            for times in seconds
         ]  # fmt: skip
         self._context.notify_runner_results(candidates, results)
         self._cost_model.update(self._context, candidates, results)

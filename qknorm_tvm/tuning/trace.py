@@ -15,7 +15,7 @@ def plain(value: Any) -> Any:
         return value
     if hasattr(value, "value"):
         return value.value
-    return [plain(one) for one in value]
+    return [plain(part) for part in value]
 
 
 def sampled_fields(trace: Sequence[Any]) -> dict[str, int]:
