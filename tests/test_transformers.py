@@ -130,14 +130,15 @@ def test_scales_of_another_type(kind: str) -> None:
     hidden = torch.randn(2, 3, Q_HEADS * HEAD_DIM).bfloat16()
 
     def outputs() -> tuple[Any, Any]:
-        one = attentions(model)[0]
-        return one.q_norm(one.q_proj(hidden)), one.k_norm(one.k_proj(hidden))
+        attention = attentions(model)[0]
+        q = attention.q_norm(attention.q_proj(hidden))
+        return q, attention.k_norm(attention.k_proj(hidden))
 
     wanted = outputs()
     patch(model, statistics="torch")
-    for got, one in zip(outputs(), wanted, strict=True):
-        assert got.dtype == one.dtype
-        assert torch.equal(got, one)
+    for got, expected in zip(outputs(), wanted, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
 
 
 def test_no_rows() -> None:
@@ -177,7 +178,7 @@ def test_modules_and_parameters_stay() -> None:
         for parameter in other.parameters():
             parameter.mul_(1.25)
     modules, keys = list(model.modules()), list(model.state_dict())
-    attributes = [set(vars(one)) for one in modules]
+    attributes = [set(vars(module)) for module in modules]
     patch(model, statistics="torch")
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert list(model.state_dict()) == keys
@@ -190,7 +191,7 @@ def test_modules_and_parameters_stay() -> None:
     assert torch.equal(model(ids).logits, other(ids).logits)
     other.load_state_dict(model.state_dict())
     unpatch(model)
-    assert [set(vars(one)) for one in modules] == attributes
+    assert [set(vars(module)) for module in modules] == attributes
 
 
 @pytest.mark.filterwarnings("ignore:attention computes its norms one by one:RuntimeWarning")
@@ -206,10 +207,10 @@ def test_hooks_see_what_they_saw() -> None:
     model(ids)
     wanted, seen = seen, []
     patch(model, statistics="torch")(ids)
-    for got, one in zip(seen, wanted, strict=True):
-        assert got[0] == one[0]
-        assert torch.equal(got[1], one[1])
-        assert torch.equal(got[2], one[2])
+    for got, expected in zip(seen, wanted, strict=True):
+        assert got[0] == expected[0]
+        assert torch.equal(got[1], expected[1])
+        assert torch.equal(got[2], expected[2])
 
 
 def _double(module: Any, inputs: Any, output: Any = None) -> None:
@@ -470,7 +471,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", world_size=4, rank=rank
     )
-    pairs = [torch.distributed.new_group(one) for one in ([0, 1], [2, 3])]
+    pairs = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     for kind in ("Olmo2", "MiniMaxM2"):
         _check_sharded(kind, torch.distributed.group.WORLD, heads=(8, 2))
         _check_sharded(kind, pairs[rank // 2], heads=(4, 2))

@@ -124,7 +124,9 @@ def exchange(report: Report, members: Members) -> list[Report]:
 
 def disagreement(reports: Sequence[Report]) -> str | None:
     """Return what is wrong among the ranks, in the same words on each, or None."""
-    failed = [f"on rank {rank}: {one.error}" for rank, one in enumerate(reports) if one.error]
+    failed = [
+        f"on rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error
+    ]
     if failed:
         return f"arguments must be right on every rank, got {'; '.join(failed)}"
     for name in reports[0].alike:

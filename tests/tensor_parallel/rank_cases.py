@@ -96,22 +96,22 @@ def ordered(tensor: torch.Tensor) -> torch.Tensor:
     return torch.where(number < 0, -(number & 0x7FFF), number)
 
 
-def is_near(case: Case, found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    assert found.dtype == wanted.dtype
-    assert found.shape == wanted.shape
-    if found.dtype == torch.float32:
-        return bool(((found - wanted).abs() <= FLOAT32_RELATIVE * wanted.abs()).all())
-    apart = (ordered(found) - ordered(wanted)).abs()
+def is_near(case: Case, got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    assert got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
+    if got.dtype == torch.float32:
+        return bool(((got - wanted).abs() <= FLOAT32_RELATIVE * wanted.abs()).all())
+    apart = (ordered(got) - ordered(wanted)).abs()
     return bool((apart <= HALF_ULPS[case.cast_before_gamma]).all())
 
 
-def check_near(case: Case, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    worst = (found.double() - wanted.double()).abs().max() if found.numel() else 0
-    assert is_near(case, found, wanted), f"differs by up to {worst} from the unsharded layer"
+def check_near(case: Case, got: torch.Tensor, wanted: torch.Tensor) -> None:
+    worst = (got.double() - wanted.double()).abs().max() if got.numel() else 0
+    assert is_near(case, got, wanted), f"differs by up to {worst} from the unsharded layer"
 
 
-def check_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert torch.equal(bits(found), bits(wanted)), "not bit-equal"
+def check_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert torch.equal(bits(got), bits(wanted)), "not bit-equal"
 
 
 def gathered(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ def gathered(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
         return [tensor] * dist.get_world_size(group)
     mine = tensor.contiguous()
     raw = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather([one.view(torch.uint8) for one in raw], mine.view(torch.uint8), group=group)
+    dist.all_gather([x.view(torch.uint8) for x in raw], mine.view(torch.uint8), group=group)
     return raw
 
 
@@ -152,8 +152,8 @@ def check_layer(case: Case, group: Any = None) -> None:
     qk_var = reduced(q, k, case.statistics, group=group)
     for other in gathered(qk_var, group):
         check_same(other, qk_var)
-    for found, wanted in zip(outputs, case.expected(q, k, qk_var, *gammas), strict=True):
-        check_same(found, wanted)
+    for got, wanted in zip(outputs, case.expected(q, k, qk_var, *gammas), strict=True):
+        check_same(got, wanted)
 
     # By default, and by totals: the same, since the weights are powers of two.
     totals = {
@@ -164,8 +164,8 @@ def check_layer(case: Case, group: Any = None) -> None:
     no_rounding = world & (world - 1) == 0
     for extra in ({}, {"validate": True}, *([totals] if no_rounding else [])):
         again = tp.qk_rms_norm(q, k, *gammas, EPSILON, group=group, **case.options, **extra)
-        for found, wanted in zip(again, outputs, strict=True):
-            check_same(found, wanted)
+        for got, wanted in zip(again, outputs, strict=True):
+            check_same(got, wanted)
 
     q_all, k_all = (gathered(out, group) for out in outputs)
     for other in range(world):
@@ -189,7 +189,7 @@ def check_gamma_cut_by_rank_is_noticed() -> None:
         q[:, layout.q_slice], k[:, layout.k_slice], layout.shard_gamma_q(gamma_q), by_rank, EPSILON
     )
     assert is_near(case, k_out, case.unsharded()[1][:, layout.k_slice]) == right
-    wrong = [not one.item() for one in gathered(torch.tensor([right]))]
+    wrong = [not x.item() for x in gathered(torch.tensor([right]))]
     assert any(wrong) == (world > 2), wrong
 
 
@@ -441,17 +441,17 @@ def check_compiled(backend: str = "aot_eager") -> None:
         norm.load_full(gamma_q, gamma_k)
         arguments = q[:, norm.layout.q_slice], k[:, norm.layout.k_slice]
         wanted = norm(*arguments)
-        found = torch.compile(norm, fullgraph=True, backend=backend)(*arguments)
-        for mine, other in zip(found, wanted, strict=True):
+        got = torch.compile(norm, fullgraph=True, backend=backend)(*arguments)
+        for mine, other in zip(got, wanted, strict=True):
             check_same(mine, other)
 
 
 def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
     """Return what to run with so many ranks, by name."""
-    found: list[tuple[str, Callable[[], object]]] = []
+    listed: list[tuple[str, Callable[[], object]]] = []
 
     def layer(name: str, *sizes: Any, **options: Any) -> None:
-        found.append((name, lambda: check_layer(Case(*sizes, **options))))
+        listed.append((name, lambda: check_layer(Case(*sizes, **options))))
 
     for rows in (0, 1, 7, 16):
         for dtype in (torch.bfloat16, torch.float32):
@@ -464,8 +464,8 @@ def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
     if world < 16:
         layer("OLMo-2 32B (heads of 16)", 40, 8, 16, 5)
     else:
-        found.append(("OLMo-2 32B is refused", check_heads_that_do_not_divide))
-    found += [
+        listed.append(("OLMo-2 32B is refused", check_heads_that_do_not_divide))
+    listed += [
         ("gamma cut by rank", check_gamma_cut_by_rank_is_noticed),
         ("uneven shards, bfloat16", lambda: check_uneven(torch.bfloat16, 7)),
         ("uneven shards, float32", lambda: check_uneven(torch.float32, 16)),
@@ -478,5 +478,5 @@ def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
         ("what only apply refuses", check_what_only_apply_refuses),
     ]
     if world == 2:  # once: it takes seconds
-        found.append(("torch.compile", check_compiled))
-    return found
+        listed.append(("torch.compile", check_compiled))
+    return listed

@@ -100,8 +100,8 @@ class RankLayer:
 
     def check_outputs(self, wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Compare the outputs, bit for bit."""
-        for found, one in zip(self.outputs, wanted, strict=True):
-            check_same(found, one)
+        for out, value in zip(self.outputs, wanted, strict=True):
+            check_same(out, value)
 
 
 def check_replays(place: Place, case: Case) -> None:
@@ -109,19 +109,19 @@ def check_replays(place: Place, case: Case) -> None:
 
     Replays on other inputs in the same memory too: statistics kept from the capture would show.
     """
-    one = RankLayer(place, case)
-    call = one.with_all_reduce
-    one.poison()
+    rank_layer = RankLayer(place, case)
+    call = rank_layer.with_all_reduce
+    rank_layer.poison()
     call()
-    one.check_outputs(one.expected())
+    rank_layer.check_outputs(rank_layer.expected())
     graph = capture(lambda _: call(), 1)
     for _ in range(2):
-        wanted = one.expected()
+        wanted = rank_layer.expected()
         for _ in range(3):
-            one.poison()
+            rank_layer.poison()
             graph.replay()
-            one.check_outputs(wanted)
-        for x in one.inputs[:2]:
+            rank_layer.check_outputs(wanted)
+        for x in rank_layer.inputs[:2]:
             x.mul_(3)
     # A communicator is not destroyed before the graphs that use it.
     graph.reset()

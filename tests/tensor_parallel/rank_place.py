@@ -39,9 +39,9 @@ class Place:
 
     def everywhere(self, value: Any) -> list[Any]:
         """Return every rank's value."""
-        found = [None] * self.world
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def say(self, *parts: Any) -> None:
         """Print, once for all ranks."""
@@ -77,11 +77,11 @@ def join(device: str | None, share_gpu: bool, timeout: float) -> Place:
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     backend, index = "gloo", None
     if share_gpu or device == "cuda" or (device is None and torch.cuda.is_available()):
-        needed, found = 1 if share_gpu else on_one_host, torch.cuda.device_count()
-        if found < needed:
+        needed, count = 1 if share_gpu else on_one_host, torch.cuda.device_count()
+        if count < needed:
             instead = "" if share_gpu else "--share-gpu for one GPU, or "
             raise ValueError(
-                f"GPUs must be {needed} for {on_one_host} ranks, got {found}: "
+                f"GPUs must be {needed} for {on_one_host} ranks, got {count}: "
                 f"give {instead}--device cpu"
             )
         backend, index = ("gloo", 0) if share_gpu else ("nccl", local)

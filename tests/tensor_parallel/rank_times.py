@@ -38,41 +38,41 @@ _GRAPH_CALLS, _REPLAYS = 20, 20
 _EAGER_CALLS = 20
 
 
-def candidates(one: RankLayer, case: Case, torch_compile: bool) -> list[Candidate]:
+def candidates(rank_layer: RankLayer, case: Case, torch_compile: bool) -> list[Candidate]:
     """Return what is timed, results checked; torch.compile, which may fail, last."""
-    wanted = one.expected()
-    for call in (one.layer, one.with_all_reduce):
-        one.poison()
+    wanted = rank_layer.expected()
+    for call in (rank_layer.layer, rank_layer.with_all_reduce):
+        rank_layer.poison()
         call()
-        one.check_outputs(wanted)
-    for found, value in zip(one.torch_layer(*one.inputs), wanted, strict=True):
-        assert is_near(case, found, value), "unfused torch differs"
-    found = [
-        Candidate(OURS, one.with_all_reduce),
-        Candidate(ALONE, one.all_reduce),
-        Candidate(WITHOUT, one.without_all_reduce),
-        Candidate(TORCH, lambda: one.torch_layer(*one.inputs)),
+        rank_layer.check_outputs(wanted)
+    for got, value in zip(rank_layer.torch_layer(*rank_layer.inputs), wanted, strict=True):
+        assert is_near(case, got, value), "unfused torch differs"
+    timed = [
+        Candidate(OURS, rank_layer.with_all_reduce),
+        Candidate(ALONE, rank_layer.all_reduce),
+        Candidate(WITHOUT, rank_layer.without_all_reduce),
+        Candidate(TORCH, lambda: rank_layer.torch_layer(*rank_layer.inputs)),
     ]
-    if one.place.world == 1:
-        found.insert(1, Candidate(LAYER, one.layer))
+    if rank_layer.place.world == 1:
+        timed.insert(1, Candidate(LAYER, rank_layer.layer))
     if torch_compile:
-        found.append(_compiled(one, case, wanted))
-    return found
+        timed.append(_compiled(rank_layer, case, wanted))
+    return timed
 
 
-def _compiled(one: RankLayer, case: Case, wanted: Sequence[torch.Tensor]) -> Candidate:
+def _compiled(rank_layer: RankLayer, case: Case, wanted: Sequence[torch.Tensor]) -> Candidate:
     notes = []
     for fullgraph in (True, False):
         torch.compiler.reset()
-        made = torch.compile(one.torch_layer, dynamic=False, fullgraph=fullgraph)
+        made = torch.compile(rank_layer.torch_layer, dynamic=False, fullgraph=fullgraph)
         try:
-            outputs, failed = made(*one.inputs), ""
+            outputs, failed = made(*rank_layer.inputs), ""
         except Exception as error:
             failed = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-        if not any(one.place.everywhere(failed)):
+        if not any(rank_layer.place.everywhere(failed)):
             near = all(is_near(case, a, b) for a, b in zip(outputs, wanted, strict=True))
             notes += [] if near else ["differs by more than the bound"]
-            call = functools.partial(made, *one.inputs)
+            call = functools.partial(made, *rank_layer.inputs)
             return Candidate(TORCH_COMPILE, call, note="; ".join(notes))
         notes.append(f"{'not in one graph' if fullgraph else 'failed'} ({failed})")
     return Candidate(TORCH_COMPILE, None, note="; ".join(notes))
@@ -124,24 +124,26 @@ def measure(place: Place, timed: Sequence[Candidate]) -> list[Timing]:
         Seconds a call, in the order of the candidates, of the rank whose median is the largest.
     """
     graphs, samplers = [], {}
-    for one in timed:
-        if one.function is None:
+    for candidate in timed:
+        if candidate.function is None:
             continue
-        function, failed = one.function, ""
+        function, failed = candidate.function, ""
         if not place.captures:
-            samplers[one.name] = _eager_sampler(function, place.device != "cpu")
+            samplers[candidate.name] = _eager_sampler(function, place.device != "cpu")
             continue
         try:
             graphs.append(capture(lambda _, call=function: call(), _GRAPH_CALLS))
         except RuntimeError as error:
-            if one.name != TORCH_COMPILE:
+            if candidate.name != TORCH_COMPILE:
                 raise
             torch.cuda.synchronize()
             failed = str(error).splitlines()[0][:100]
         if any(place.everywhere(failed)):
-            one.note = "; ".join(filter(None, [one.note, f"cannot be captured ({failed})"]))
+            candidate.note = "; ".join(
+                filter(None, [candidate.note, f"cannot be captured ({failed})"])
+            )
         else:
-            samplers[one.name] = _graph_sampler(graphs[-1])
+            samplers[candidate.name] = _graph_sampler(graphs[-1])
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for turn in range(1 + _SAMPLES):
         for name, sample in samplers.items():
@@ -151,15 +153,15 @@ def measure(place: Place, timed: Sequence[Candidate]) -> list[Timing]:
     for graph in graphs:  # before the communicator that they use
         graph.reset()
     everyones = place.everywhere(samples)
-    found = []
-    for one in timed:
+    timings = []
+    for candidate in timed:
         quartiles = [(float("nan"),) * 3]
-        if one.name in samplers:
-            quartiles = [np.percentile(ranks[one.name], [25, 50, 75]) for ranks in everyones]
+        if candidate.name in samplers:
+            quartiles = [np.percentile(ranks[candidate.name], [25, 50, 75]) for ranks in everyones]
         q1, median, q3 = map(float, max(quartiles, key=lambda three: three[1]))
-        count = len(samples.get(one.name, ()))
-        found.append(Timing(one.name, median, q1, q3, count, 0, None, one.note))
-    return found
+        count = len(samples.get(candidate.name, ()))
+        timings.append(Timing(candidate.name, median, q1, q3, count, 0, None, candidate.note))
+    return timings
 
 
 def time_layer(
@@ -169,8 +171,8 @@ def time_layer(
     made = output.table("M", "", "µs", "quartiles", "beyond all-reduce", left=(1,))
     notes = []
     for case in cases:
-        one = RankLayer(place, case)
-        timings = measure(place, candidates(one, case, torch_compile))
+        rank_layer = RankLayer(place, case)
+        timings = measure(place, candidates(rank_layer, case, torch_compile))
         alone = next(timing.median for timing in timings if timing.name == ALONE)
         for index, timing in enumerate(timings):
             reduces = timing.name not in (ALONE, LAYER, WITHOUT)
@@ -184,7 +186,7 @@ def time_layer(
             )
             if timing.note:
                 notes.append(f"{name}, M = {case.rows}, {timing.name}: {timing.note}")
-    cols = f"{one.layout.q_cols}/{one.layout.k_cols}"
+    cols = f"{rank_layer.layout.q_cols}/{rank_layer.layout.k_cols}"
     made.title = f"{name}, {cols} columns a rank, bfloat16, {place.world} over {place.backend}"
     return made, notes
 

@@ -76,8 +76,10 @@ def test_minimax_m2(world_size: int) -> None:
 def test_replicated_gamma_k_is_cut_by_head_and_not_by_rank() -> None:
     """By rank, ranks 1, 3, ... would get another head's scales, and rank 8 on none at all."""
     of_head = np.repeat(np.arange(8), 128)
-    found = [np.unique(one.shard_gamma_k(of_head)).tolist() for one in layouts(*MINIMAX_M2, 16)]
-    assert found == [[rank // 2] for rank in range(16)]
+    held = [
+        np.unique(layout.shard_gamma_k(of_head)).tolist() for layout in layouts(*MINIMAX_M2, 16)
+    ]
+    assert held == [[rank // 2] for rank in range(16)]
 
 
 @pytest.mark.frameworks

@@ -49,10 +49,10 @@ def wanted() -> tuple[Any, Any]:
     return qknorm_tvm.qk_rms_norm(*inputs(), EPSILON)
 
 
-def check_same(found: Any, wanted: Any) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one.reshape(other.shape), other)
+def check_same(got: Any, wanted: Any) -> None:
+    for x, other in zip(got, wanted, strict=True):
+        assert x.dtype == other.dtype
+        assert torch.equal(x.reshape(other.shape), other)
 
 
 # ---- the group ------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def test_one_rank_is_one_launch(group: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_statistics_by_torch_on_one_rank() -> None:
     q, k, *gammas = inputs()
     qk_var = torch.stack([x.float().pow(2).mean(-1) for x in (q, k)], 1)
-    found = tp.qk_rms_norm(q, k, *gammas, EPSILON, statistics="torch")
-    check_same(found, qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas, EPSILON))
+    got = tp.qk_rms_norm(q, k, *gammas, EPSILON, statistics="torch")
+    check_same(got, qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas, EPSILON))
 
 
 # ---- shapes and outputs ---------------------------------------------------------------------
@@ -123,13 +123,13 @@ def test_statistics_by_torch_on_one_rank() -> None:
 def test_leading_dimensions() -> None:
     """Viewable or not, a result has the input's shape."""
     q, k, *gammas = inputs()
-    found = tp.qk_rms_norm(q.view(1, 2, 3, -1), k.view(1, 2, 3, -1), *gammas)
-    assert found[0].shape == (1, 2, 3, Q_COLS)
-    check_same(found, wanted())
+    got = tp.qk_rms_norm(q.view(1, 2, 3, -1), k.view(1, 2, 3, -1), *gammas)
+    assert got[0].shape == (1, 2, 3, Q_COLS)
+    check_same(got, wanted())
     turned = [x.view(2, 3, -1).transpose(0, 1) for x in (q, k)]  # no view as rows
-    found = tp.qk_rms_norm(*turned, *gammas)
-    assert found[1].shape == (3, 2, K_COLS)
-    check_same([x.transpose(0, 1).reshape(6, -1) for x in found], wanted())
+    got = tp.qk_rms_norm(*turned, *gammas)
+    assert got[1].shape == (3, 2, K_COLS)
+    check_same([x.transpose(0, 1).reshape(6, -1) for x in got], wanted())
     empty = tp.qk_rms_norm(q[:0].view(2, 0, Q_COLS), k[:0].view(2, 0, K_COLS), *gammas)
     assert [tuple(x.shape) for x in empty] == [(2, 0, Q_COLS), (2, 0, K_COLS)]
 
@@ -142,12 +142,12 @@ def test_outputs_given_and_in_place() -> None:
         q_out = torch.empty(2, 3, Q_COLS, dtype=torch.bfloat16)
         k_out = torch.empty(2, 3, K_COLS, dtype=torch.bfloat16)
         outputs = {"q_out": q_out, "k_out": k_out}
-        found = tp.qk_rms_norm(
+        got = tp.qk_rms_norm(
             q.view(2, 3, -1), k.view(2, 3, -1), *gammas, statistics=statistics, **outputs
         )
-        assert found[0] is q_out
-        assert found[1] is k_out
-        check_same(found, result)
+        assert got[0] is q_out
+        assert got[1] is k_out
+        check_same(got, result)
         mine = q.clone(), k.clone()
         check_same(
             tp.qk_rms_norm(*mine, *gammas, statistics=statistics, q_out=mine[0], k_out=mine[1]),
@@ -482,7 +482,7 @@ def test_compiled_calls() -> None:
                 tp.qk_rms_norm(q.view(2, 3, -1), k.view(2, 3, -1), *gammas, 1e-5, **options),
             )
         mine = q.clone(), k.clone()
-        found = compiled(*mine, *gammas, EPSILON, q_out=mine[0], k_out=mine[1])
-        check_same(found, wanted())
+        got = compiled(*mine, *gammas, EPSILON, q_out=mine[0], k_out=mine[1])
+        check_same(got, wanted())
         check_same(mine, wanted())
     torch._dynamo.reset()

@@ -28,8 +28,8 @@ def ranks(*changes: dict[str, Any], **of_all: Any) -> list[Report]:
     """Return what ranks tell: of each what is different there, of all what is for all."""
     told = [{**ALIKE, **COLUMNS, **of_all, **change} for change in changes]
     return [
-        Report({name: one[name] for name in ALIKE}, {name: one[name] for name in COLUMNS})
-        for one in told
+        Report({name: facts[name] for name in ALIKE}, {name: facts[name] for name in COLUMNS})
+        for facts in told
     ]
 
 

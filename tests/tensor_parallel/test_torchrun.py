@@ -55,9 +55,9 @@ def test_a_run_that_hangs_is_ended() -> None:
 
 def test_too_few_gpus() -> None:
     """The first CUDA call that fails says nothing about what to do."""
-    found = torch.cuda.device_count()
-    if found > 1:
-        pytest.skip(f"two ranks have a GPU each here, found {found}")
+    count = torch.cuda.device_count()
+    if count > 1:
+        pytest.skip(f"two ranks have a GPU each here, found {count}")
     status, output = run("--device", "cuda")
     assert status != 0
-    assert f"GPUs must be 2 for 2 ranks, got {found}: give --share-gpu for one GPU, or" in output
+    assert f"GPUs must be 2 for 2 ranks, got {count}: give --share-gpu for one GPU, or" in output

@@ -71,12 +71,12 @@ def options() -> argparse.Namespace:
 
 def layers(world: int) -> dict[str, tuple[int, int, int]]:
     """Return the layers that so many ranks can share, one with copies of KV heads among them."""
-    found = dict(LAYERS)
+    shared = dict(LAYERS)
     if world > 1:
-        found["KV heads copied"] = (48, max(1, world // 2), 128)
+        shared["KV heads copied"] = (48, max(1, world // 2), 128)
     return {
         name: (q_heads, kv_heads, head_dim)
-        for name, (q_heads, kv_heads, head_dim) in found.items()
+        for name, (q_heads, kv_heads, head_dim) in shared.items()
         if not q_heads % world and not (kv_heads % world and world % kv_heads)
     }
 
@@ -109,12 +109,12 @@ def cases(place: Place, rows: Sequence[int]) -> Iterator[tuple[str, Callable[[],
 def check(place: Place, rows: Sequence[int]) -> None:
     """Run all cases, saying which."""
     start = time.monotonic()
-    found = list(cases(place, rows))
-    for name, case in found:
+    listed = list(cases(place, rows))
+    for name, case in listed:
         place.say(f"{time.monotonic() - start:6.1f} s  {name}")
         case()
     ranks = output.plural(place.world, "rank")
-    place.say(f"all {len(found)} cases passed on {ranks} over {place.backend}")
+    place.say(f"all {len(listed)} cases passed on {ranks} over {place.backend}")
     if not place.captures:
         place.say(f"not run: replays of CUDA graphs, since {place.backend} cannot be captured")
 
@@ -144,20 +144,20 @@ def fail(place: Place, how: str, timeout: float) -> None:
 
 def facts(place: Place) -> list[tuple[str, str]]:
     """Return what a run was made on, and the command."""
-    found = {"device": f"{machine.cpu_name()}, {machine.usable_processors()} processors"}
+    known = {"device": f"{machine.cpu_name()}, {machine.usable_processors()} processors"}
     if place.device != "cpu":
-        found = device_facts()
+        known = device_facts()
         shared = place.backend == "gloo" and place.world > 1
-        found["GPUs"] = f"1, shared by {place.world} ranks" if shared else str(place.world)
+        known["GPUs"] = f"1, shared by {place.world} ranks" if shared else str(place.world)
     if place.backend == "nccl":
         version = ".".join(map(str, torch.cuda.nccl.version()))
-        found["NCCL"] = f"{version}, NCCL_NVLS_ENABLE={os.environ['NCCL_NVLS_ENABLE']}"
+        known["NCCL"] = f"{version}, NCCL_NVLS_ENABLE={os.environ['NCCL_NVLS_ENABLE']}"
     versions = machine.library_versions().items()
-    found["versions"] = ", ".join(f"{name} {version}" for name, version in versions)
+    known["versions"] = ", ".join(f"{name} {version}" for name, version in versions)
     script = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
     start = f"torchrun --standalone --nproc-per-node {place.world}"
-    found["command"] = f"{start} {shlex.join(script)}"
-    return list(found.items())
+    known["command"] = f"{start} {shlex.join(script)}"
+    return list(known.items())
 
 
 def report_times(place: Place, torch_compile: bool) -> None:
@@ -175,8 +175,8 @@ def report_times(place: Place, torch_compile: bool) -> None:
         notes += more
     if place.rank == 0:
         console = output.console()
-        for one in tables:
-            console.print(one)
+        for table in tables:
+            console.print(table)
         for note in notes:
             console.print(note)
 
