@@ -52,7 +52,7 @@ def synthetic(
     `slower` is for ours alone, `speed` for the whole machine; `spread` is half the distance
     between quartiles.
     """
-    found = []
+    lines = []
     for q_cols, k_cols in shapes:
         for m in rows:
             timings = []
@@ -67,8 +67,8 @@ def synthetic(
             result = CaseResult(
                 m, q_cols, k_cols, dtype, out_dtype, threads, moved, [*timings, missing]
             )
-            found += rows_of(result, {**FACTS, "device": device})
-    return found
+            lines += rows_of(result, {**FACTS, "device": device})
+    return lines
 
 
 def on_gpu(**fields: object) -> list[Row]:
@@ -191,13 +191,13 @@ def test_pictures_show_every_candidate_and_say_their_units(make: Make) -> None:
     pytest.importorskip("matplotlib", reason="draws with matplotlib, which is not installed")
     rows = make(shapes=((1536, 256), (6144, 1024)))
     where = "GPU" if rows[0].threads == 0 else "1-thread"
-    found = benchmark_plots.pictures(rows)
-    assert list(found) == [
+    pictures = benchmark_plots.pictures(rows)
+    assert list(pictures) == [
         f"roof-bfloat16-{where}",
         f"alternatives-1536-256-bfloat16-{where}",
         f"alternatives-6144-1024-bfloat16-{where}",
     ]
-    _, figure = found[f"alternatives-1536-256-bfloat16-{where}"]
+    _, figure = pictures[f"alternatives-1536-256-bfloat16-{where}"]
     times, shares = figure.axes
     assert (times.get_xscale(), times.get_yscale()) == ("log", "log")
     assert times.get_ylabel() == "time of a call (µs)"
@@ -213,7 +213,7 @@ def test_pictures_show_every_candidate_and_say_their_units(make: Make) -> None:
         row.median_us for row in rows if row.candidate == "ours" and row.q_cols == 1536
     ]
     assert all(bars.has_yerr for bars in times.containers)
-    _, roof = found[f"roof-bfloat16-{where}"]
+    _, roof = pictures[f"roof-bfloat16-{where}"]
     assert len(roof.axes) == 2
     assert roof.axes[0].get_ylabel() == "bytes moved (GB/s)"
     first = next(row for row in rows if row.candidate == "copy")
@@ -272,11 +272,11 @@ def test_without_matplotlib_one_sentence_says_what_to_install(
 @BOTH
 def test_compare_finds_a_slowdown_beyond_the_spread(make: Make) -> None:
     comparison = compare(make(), make(slower=1.2))
-    assert [one.verdict for one in comparison.changes] == ["slower"] * len(ROWS)
-    assert all(one.change == pytest.approx(0.2, abs=1e-3) for one in comparison.changes)
-    assert [one.verdict for one in compare(make(slower=1.2), make()).changes] == ["faster"] * len(
-        ROWS
-    )
+    assert [change.verdict for change in comparison.changes] == ["slower"] * len(ROWS)
+    assert all(change.change == pytest.approx(0.2, abs=1e-3) for change in comparison.changes)
+    assert [change.verdict for change in compare(make(slower=1.2), make()).changes] == [
+        "faster"
+    ] * len(ROWS)
 
 
 @BOTH
@@ -295,14 +295,14 @@ def test_compare_ignores_noise_within_the_spread(make: Make) -> None:
 def test_compare_says_where_noise_hides_everything() -> None:
     """A run on a busy machine that reads as: nothing got slower."""
     comparison = compare(synthetic(), synthetic(spread=0.2, slower=1.25))
-    assert [one.verdict for one in comparison.changes] == ["unclear"] * len(ROWS)
+    assert [change.verdict for change in comparison.changes] == ["unclear"] * len(ROWS)
     assert len(comparison.unclear) == len(ROWS)
     assert not comparison.slower
 
 
 def test_compare_names_rows_without_a_partner() -> None:
     comparison = compare(synthetic(rows=(1, 16)), synthetic(rows=(16, 256)))
-    assert [one.row.rows for one in comparison.changes] == [16]
+    assert [change.row.rows for change in comparison.changes] == [16]
     assert comparison.only_old == ["M = 1, 1536/256 bfloat16, 1 thread"]
     assert comparison.only_new == ["M = 256, 1536/256 bfloat16, 1 thread"]
 
@@ -362,8 +362,8 @@ def test_compare_command_on_two_files(
     else:
         assert "slower beyond the noise: nothing of 1" in shown
     assert main([*given, "--json"]) == status
-    found = json.loads(capsys.readouterr().out)["comparison"]
-    assert [one["verdict"] for one in found["cases"]] == ["slower" if status else "same"]
+    comparison = json.loads(capsys.readouterr().out)["comparison"]
+    assert [case["verdict"] for case in comparison["cases"]] == ["slower" if status else "same"]
 
 
 @pytest.mark.parametrize(
@@ -393,8 +393,8 @@ def test_compare_command_refuses_another_device(
         cases_of(on_gpu(), on_gpu=False)
     with pytest.raises(ValueError, match="the old run is a CPU's: leave out --device cuda"):
         cases_of(synthetic(), on_gpu=True)
-    found = cases_of(on_gpu(shapes=((1536, 256), (8, 8)), out_dtype="float32"), on_gpu=True)
-    assert found == {
+    options = cases_of(on_gpu(shapes=((1536, 256), (8, 8)), out_dtype="float32"), on_gpu=True)
+    assert options == {
         "shapes": ((1536, 256), (8, 8)),
         "rows": ROWS,
         "dtypes": ("bfloat16",),
@@ -428,7 +428,7 @@ def test_report_and_compare_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     # The same cases once more; of what is this short the verdict means nothing.
     old = str(folder / "results.csv")
     assert main(["bench", "--compare", old, "--min-time", "0", "--json"]) in (0, 1)
-    found = json.loads(capsys.readouterr().out)
-    assert [line["candidate"] for line in found["timings"]] == ["ours", "copy"] * 2
-    assert len(found["comparison"]["cases"]) == 2
-    assert not found["comparison"]["only_old"]
+    answer = json.loads(capsys.readouterr().out)
+    assert [line["candidate"] for line in answer["timings"]] == ["ours", "copy"] * 2
+    assert len(answer["comparison"]["cases"]) == 2
+    assert not answer["comparison"]["only_old"]

@@ -30,7 +30,7 @@ from .timing import (
     Timing,
     measure,
 )
-from .workload import NOT_INSTALLED, Workload, flat_bytes
+from .workload import NOT_INSTALLED, Workload
 
 #: Bytes by which an output lies off its input within a page, one after the other. What a call takes
 #: depends on them by a factor of two: loads wait for stores to the same offset of other pages.
@@ -50,6 +50,11 @@ def outputs_beside(x: npt.NDArray, shape: Sequence[int], dtype: npt.DTypeLike) -
     start = (x.ctypes.data - memory.ctypes.data) % _PAGE
     places = [memory[start + offset : start + offset + size] for offset in OFFSETS]
     return [place.view(dtype).reshape(shape) for place in places]
+
+
+def _flat_bytes(array: npt.NDArray) -> npt.NDArray:
+    """Return a packed array's memory."""
+    return array.reshape(-1).view(np.uint8)
 
 
 class CpuWorkload(Workload):
@@ -103,7 +108,7 @@ class CpuWorkload(Workload):
     def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
         arguments = operation_arguments(self.spec.op, tensors, self.activations.epsilon)
         for name in self.operation.outputs:
-            flat_bytes(tensors[name])[...] = 0xA5
+            _flat_bytes(tensors[name])[...] = 0xA5
         function(*arguments)
         return arguments
 
@@ -139,7 +144,7 @@ class CpuWorkload(Workload):
                 x = np.ones((x.nbytes + targets[0].nbytes) // 2, np.uint8)
                 targets = outputs_beside(x, x.shape, np.uint8)
             for pairs, target in zip(sets, targets, strict=True):
-                pairs.append((flat_bytes(target), flat_bytes(x)))
+                pairs.append((_flat_bytes(target), _flat_bytes(x)))
         torch = torch_or_none()
         if self.threads > 1 and torch is not None:
             # In elements of the array's own size: torch splits work among threads by elements.
@@ -182,7 +187,7 @@ class CpuWorkload(Workload):
 
     def _read(self) -> Candidate:
         """Return one read of q and k: a sum over the same bytes as 64-bit integers."""
-        memory = [flat_bytes(x) for x in (self.activations.q, self.activations.k)]
+        memory = [_flat_bytes(x) for x in (self.activations.q, self.activations.k)]
         words = [x[: len(x) // 8 * 8].view(np.int64) for x in memory]
         if self.threads == 1:
             note = "a sum over the bytes by numpy.add.reduce"

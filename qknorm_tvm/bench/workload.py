@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ..check.inputs import Activations, aligned_copy, generate
 from ..check.reference_torch import apply_qk_rms_norm as torch_apply
@@ -262,8 +261,3 @@ class Workload(abc.ABC):
 
     def _graph_is_exact(self, outputs: Any) -> bool | None:
         return self.is_exact(outputs) if self.benchmark.is_comparable else None
-
-
-def flat_bytes(array: npt.NDArray) -> npt.NDArray:
-    """Return a packed array's memory."""
-    return array.reshape(-1).view(np.uint8)

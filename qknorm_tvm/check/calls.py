@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from ..call.arrays import adapter_of
 from ..operations import OPERATIONS
-from .inputs import Activations
 
 
 def call_arguments(op: str, tensors: Mapping[str, Any], epsilon: float) -> tuple[Any, ...]:
@@ -35,11 +34,3 @@ def operation_arguments(
         for name in operation.tensors
     }
     return (*call_arguments(op, views, epsilon), 1)
-
-
-def module_arguments(
-    activations: Activations, q_out: npt.NDArray, k_out: npt.NDArray
-) -> tuple[Any, ...]:
-    """Return what a module's ``apply_qk_rms_norm`` takes; see `operation_arguments`."""
-    arrays = {**activations.tensors, "q_out": q_out, "k_out": k_out}
-    return operation_arguments("apply_qk_rms_norm", arrays, activations.epsilon)

@@ -189,7 +189,7 @@ def row_mean_of_squares_qk(
     q: npt.NDArray, k: npt.NDArray, *, fused: bool = True, order: str = "cpu"
 ) -> npt.NDArray:
     """Compute both operands' statistics; see `qknorm_tvm.row_mean_of_squares_qk`."""
-    means = [row_mean_of_squares(one, fused=fused, order=order) for one in (q, k)]
+    means = [row_mean_of_squares(x, fused=fused, order=order) for x in (q, k)]
     return np.stack(means, axis=1)
 
 

@@ -88,4 +88,4 @@ def row_mean_of_squares_qk(q: Any, k: Any) -> Any:
     """
     import torch
 
-    return torch.stack([one.float().pow(2).mean(-1) for one in (q, k)], dim=1)
+    return torch.stack([x.float().pow(2).mean(-1) for x in (q, k)], dim=1)

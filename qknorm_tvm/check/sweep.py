@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..load.module import Module
 from ..spec import KernelSpec
 from . import reference
-from .calls import module_arguments
+from .calls import operation_arguments
 from .inputs import Activations, aligned_empty
 from .reference_torch import to_numpy, to_torch, torch_or_none
 
@@ -88,10 +88,10 @@ def sweep(
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(_block, module, at, stop) for at in blocks]
             for job in concurrent.futures.as_completed(jobs):
-                found = job.result()
-                result.compared += found.compared
-                result.different += found.different
-                result.first_difference = result.first_difference or found.first_difference
+                block = job.result()
+                result.compared += block.compared
+                result.different += block.different
+                result.first_difference = result.first_difference or block.first_difference
                 progress(min(_CHUNK * _BLOCK, stop - start))
     finally:
         set_threads(0)
@@ -124,7 +124,8 @@ def _block(module: Module, start: int, stop: int) -> SweepResult:
                 q, q, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, 0.0, "float32"
             )
             for out_dtype, outs in outputs.items():
-                module.apply_qk_rms_norm(*module_arguments(inputs, *outs))
+                arrays = {**inputs.tensors, "q_out": outs[0], "k_out": outs[1]}
+                module.apply_qk_rms_norm(*operation_arguments("apply_qk_rms_norm", arrays, 0.0))
                 for out, product, (var, gamma) in zip(outs, weighted, pairs, strict=True):
                     wrong = reference.differing(out, _rounded(product, out_dtype))
                     result.compared += out.size

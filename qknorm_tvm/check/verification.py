@@ -26,7 +26,7 @@ from .reference import NUMPY_DTYPES
 from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch, torch_or_none
 
-#: Every in and out dtype. A module for NumPy calls names bfloat16 first, see ``entry.c``.
+#: Every in and out dtype.
 PAIRINGS = tuple((a, b) for a in DTYPE_BYTES for b in DTYPE_BYTES)
 #: Columns of Q and K where a spec leaves them open: each number is once Q's and once K's.
 COLUMNS = ((1, 7), (7, 257), (257, 1537), (1537, 1536), (1536, 8192), (8192, 1))

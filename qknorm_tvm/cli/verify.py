@@ -205,7 +205,7 @@ def _sweep(targets: tuple[str, ...]) -> int:
             workers=usable_processors(),
             progress=lambda patterns: progress.advance(task, patterns),
         )
-    pairs = "; ".join(f"{var:g}, {gamma:g}" for two in sweep.PAIRS for var, gamma in two)
+    pairs = "; ".join(f"{var:g}, {gamma:g}" for call in sweep.PAIRS for var, gamma in call)
     by = "torch's rounding" if torch_or_none() else "NumPy's rounding"
     lines = {
         "machine": cpu_name(),
