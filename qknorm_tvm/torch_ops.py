@@ -11,9 +11,9 @@ Importing this module registers them in the namespace ``qknorm_tvm`` for CPU and
 The functions of this module are thin: each calls its operator under ``torch.ops.qknorm_tvm``. Plain
 eager code is served faster by the functions of `qknorm_tvm` itself, which skip torch's dispatcher.
 
-There is no backward. With an argument that requires grad, under grad mode, every operator raises a
-``ValueError``, in eager mode and while a graph is traced: call under ``torch.no_grad()``, or
-detach.
+There is no derivative. With an argument that requires grad, under grad mode, or one that has a
+tangent of forward-mode AD, every operator raises a ``ValueError``, in eager mode, under the
+transforms of ``torch.func`` and while a graph is traced: call under ``torch.no_grad()``, or detach.
 
 An exported program that uses them needs this module imported before ``torch.export.load``, and
 Python to run in: their kernels are Python functions.
@@ -25,11 +25,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import qknorm_tvm
 
 from .call.arrays import canonical_dtype
-from .dtypes import DTYPE_BYTES
+from .call.torch_autograd import forward_mode, refuse_derivative
+from .dtypes import DTYPE_BYTES, ELEMENT_TYPES
+from .operations import (
+    IN_DTYPE,
+    K_COLS,
+    OPERATIONS,
+    OUT_DTYPE,
+    Q_COLS,
+    ROWS,
+    Operation,
+    TensorArgument,
+)
 
 __all__ = [
     "apply_qk_rms_norm",
@@ -54,47 +66,59 @@ _TAGS = (
 # ---- checks -----------------------------------------------------------------------------------
 
 
-def _refuse_grad(op: str, **tensors: Tensor) -> None:
-    """Raise for a tensor that requires grad under grad mode: torch would drop it in silence."""
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def _named(operation: Operation, args: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Tensor]:
+    """Return an operator's tensors by name: inputs in the signature's order, then outputs."""
+    tensors = dict(zip(operation.signature, args, strict=False))
+    return tensors | dict(zip(operation.outputs, outputs, strict=False))
+
+
+def _refuse_derivatives(form: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{name} must not require grad (qknorm_tvm::{op} has no backward), got a tensor "
-                "that does: call under torch.no_grad(), or pass a detached tensor"
-            )
+        refuse_derivative(name, tensor, f"qknorm_tvm::{form}")
 
 
-def _check(
-    name: str,
-    tensor: Tensor,
-    dtype: torch.dtype,
-    shape: Sequence[Any],
-    like: Tensor,
-) -> None:
+def _require(condition: Any, message: str) -> None:
+    torch._check_value(condition, lambda: message)
+
+
+def _check(argument: TensorArgument, tensors: dict[str, Tensor], out_dtype: torch.dtype) -> None:
     """Raise for what is wrong with a fake tensor, in the words of the module's own checks.
 
-    ``None`` in `shape` is any number of columns. Sizes may be symbols: comparing them through
-    torch's checks makes a guard, or an assertion at run time where nothing is known of them.
+    Sizes may be symbols: comparing them through torch's checks makes a guard, or an assertion at
+    run time where nothing is known of them.
     """
-    if tensor.dim() != len(shape):
-        plural = "" if len(shape) == 1 else "s"
-        raise ValueError(f"{name} must have {len(shape)} dimension{plural}, got {tensor.dim()}")
+    name, tensor, q = argument.name, tensors[argument.name], tensors["q"]
+    dimensions = len(argument.shape)
+    if tensor.dim() != dimensions:
+        plural = "" if dimensions == 1 else "s"
+        raise ValueError(f"{name} must have {dimensions} dimension{plural}, got {tensor.dim()}")
+    dtypes = {IN_DTYPE: q.dtype, OUT_DTYPE: out_dtype}
+    dtype = dtypes.get(argument.dtype) or ELEMENT_TYPES[argument.dtype].torch
+    if argument.dtype in dtypes and _dtype_name(dtype) not in DTYPE_BYTES:
+        raise TypeError(
+            f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {_dtype_name(tensor.dtype)}"
+        )
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {_dtype_name(dtype)}, got {_dtype_name(tensor.dtype)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like q, got a tensor on {tensor.device}")
-    cols, wanted = tensor.shape[-1], shape[-1]
-    if len(shape) == 2:
-        rows = tensor.shape[0]
-        torch._check_value(
-            rows == shape[0], lambda: f"{name} must have {shape[0]} rows like q, got {rows}"
-        )
-    if wanted is not None:
-        unit = "elements" if len(shape) == 1 else "columns"
-        torch._check_value(cols == wanted, lambda: f"{name} must have {wanted} {unit}, got {cols}")
-    torch._check_value(cols >= 1, lambda: f"{name} must have at least 1 column, got 0")
-    stride = tensor.stride(-1)
-    empty = isinstance(shape[0], int) and shape[0] == 0
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} like q, got a tensor on {tensor.device}")
+    for size, extent in zip(tensor.shape, argument.shape, strict=True):
+        if extent == ROWS:
+            rows = q.shape[0]
+            _require(size == rows, f"{name} must have {rows} rows like q, got {size}")
+            continue
+        owner = {Q_COLS: "q", K_COLS: "k"}.get(str(extent))
+        wanted = tensors[owner].shape[1] if owner else extent
+        unit = "elements" if dimensions == 1 else "columns"
+        if owner != name:
+            _require(size == wanted, f"{name} must have {wanted} {unit}, got {size}")
+        _require(size >= 1, f"{name} must have at least 1 column, got 0")
+    stride, cols = tensor.stride(-1), tensor.shape[-1]
+    empty = argument.shape[0] == ROWS and isinstance(q.shape[0], int) and q.shape[0] == 0
     # A stride that is a symbol is left to the check at run time.
     if isinstance(stride, int) and stride != 1 and not empty and cols > 1:
         raise ValueError(
@@ -102,299 +126,197 @@ def _check(
         )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).rpartition(".")[2]
+# ---- overlap ----------------------------------------------------------------------------------
 
 
-def _check_operands(q: Tensor, k: Tensor) -> None:
-    if q.dim() == 2 and _dtype_name(q.dtype) not in DTYPE_BYTES:
-        raise TypeError(f"q must be one of {', '.join(DTYPE_BYTES)}, got {_dtype_name(q.dtype)}")
-    rows = q.shape[0] if q.dim() else 0
-    _check("q", q, q.dtype, (rows, None), q)
-    _check("k", k, q.dtype, (rows, None), q)
+def _place(tensor: Tensor) -> tuple[Any, Any, Any, Any]:
+    """Return a tensor's first byte in its storage, rows, bytes from row to row, bytes of a row."""
+    rows, step = (tensor.shape[0], tensor.stride(0)) if tensor.dim() == 2 else (1, 0)
+    size = tensor.element_size()
+    return tensor.storage_offset() * size, rows, step * size, tensor.shape[-1] * size
 
 
-def _check_scales(q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor) -> None:
-    _check("gamma_q", gamma_q, torch.float32, (q.shape[1],), q)
-    _check("gamma_k", gamma_k, torch.float32, (k.shape[1],), q)
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two fake tensors share memory, where that is known while tracing.
+
+    A compiler may give the kernel copies of arguments that overlap, and the kernel then cannot see
+    it.
+    """
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    numbers = (*_place(a), *_place(b))
+    if any(free_unbacked_symbols(number) for number in numbers if not isinstance(number, int)):
+        return False  # known to the data alone: left to the check at run time
+    a_start, a_rows, a_step, a_row, b_start, b_rows, b_step, b_row = numbers
+    if a_rows == 0 or b_rows == 0:
+        return False
+    if a_step == b_step and a_step >= a_row + b_row:
+        # Rows side by side in one buffer: compare places within its rows, whatever their number.
+        distance = (b_start - a_start) % a_step
+        if a_row <= distance and distance + b_row <= a_step:
+            return False
+    a_end, b_end = a_start + (a_rows - 1) * a_step + a_row, b_start + (b_rows - 1) * b_step + b_row
+    if a_end <= b_start or b_end <= a_start:
+        return False
+    if not all(isinstance(number, int) for number in numbers):
+        # Walking over the rows would fix their number in the graph.
+        return bool(a_step == b_step)
+    i = j = 0
+    while i < a_rows and j < b_rows:
+        a_at, b_at = a_start + i * a_step, b_start + j * b_step
+        if a_at + a_row <= b_at:
+            i += 1
+        elif b_at + b_row <= a_at:
+            j += 1
+        else:
+            return True
+    return False
 
 
-def _check_outputs(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor) -> None:
-    if _dtype_name(q_out.dtype) not in DTYPE_BYTES:
-        raise TypeError(
-            f"q_out must be one of {', '.join(DTYPE_BYTES)}, got {_dtype_name(q_out.dtype)}"
-        )
-    _check("q_out", q_out, q_out.dtype, q.shape, q)
-    _check("k_out", k_out, q_out.dtype, k.shape, q)
-
-
-def _new_outputs(q: Tensor, k: Tensor, out_dtype: torch.dtype | None) -> Pair:
-    if out_dtype is not None:
-        canonical_dtype("out_dtype", out_dtype)
-    # Packed row by row, as the kernel's: empty_like would keep a slice's row stride.
-    return q.new_empty(q.shape, dtype=out_dtype), k.new_empty(k.shape, dtype=out_dtype)
+def _check_overlap(operation: Operation, tensors: dict[str, Tensor]) -> None:
+    """Raise for outputs that overlap, in the words of the module's own check."""
+    for index, out in enumerate(operation.outputs):
+        for earlier in operation.outputs[:index]:
+            if _overlap(tensors[out], tensors[earlier]):
+                raise ValueError(f"{out} must not overlap {earlier}, got tensors that share memory")
+    for out in operation.outputs:
+        own = operation[out].in_place_of
+        for name in operation.tensors[len(operation.outputs) :]:
+            a, b = tensors[out], tensors[name]
+            if name == own and _place(a) == _place(b) and a.dtype.itemsize == b.dtype.itemsize:
+                continue
+            if not _overlap(a, b):
+                continue
+            if name == own:
+                raise ValueError(
+                    f"{out} must be {name} itself (same address, strides and element size) or not "
+                    "overlap it, got tensors that share memory otherwise"
+                )
+            raise ValueError(f"{out} must not overlap {name}, got tensors that share memory")
 
 
 # ---- registration -----------------------------------------------------------------------------
 
+#: Keys of a call with ordinary tensors: nothing wraps, traces or transforms them.
+_ORDINARY = {
+    (torch._C.DispatchKeySet(key) | torch._C.DispatchKeySet(autograd)).raw_repr()
+    for key, autograd in (
+        (torch._C.DispatchKey.CPU, torch._C.DispatchKey.AutogradCPU),
+        (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA),
+    )
+}
 
-def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define one operator with its kernel, and the function that traces it on fake tensors.
 
-    Not `torch.library.custom_op`: with outputs given it took 39 µs a call where this took 10.
+def _register(
+    operation: Operation, form: str, schema: str, run: Callable[..., Any], *, in_place: bool = False
+) -> None:
+    """Define one operator: `run` on tensors in memory, and what traces it on fake tensors.
 
-    No kernel for the dispatch key of autograd either: that would be a second Python function on
-    the way. Kernels see ``requires_grad`` and grad mode as the caller set them, and refuse there.
+    Not `torch.library.custom_op`: with outputs given it took 39 µs a call where this took 10. For
+    the same reason autograd's kernel calls `run` itself, unless something else has to see the call
+    first: it refuses derivatives, also those of the transforms of ``torch.func``, whose wrappers no
+    later kernel would see.
     """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=_TAGS)
+    name, count, outputs = operation.name + form, len(operation.signature), operation.outputs
+
+    def tensors_of(args: Sequence[Any], options: dict[str, Any]) -> dict[str, Tensor]:
+        if in_place:
+            return _named(
+                operation,
+                args,
+                [
+                    args[operation.signature.index(operation[out].in_place_of or "")]
+                    for out in outputs
+                ],
+            )
+        return _named(operation, args[:count], [options[out] for out in outputs if out in options])
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        try:
+            return run(*args, **options)
+        except ValueError as error:  # nothing has been written
+            refused = error
+        _refuse_derivatives(name, tensors_of(args, options))  # the same, naming the operator
+        raise refused
+
+    def autograd(keys: Any, *args: Any, **options: Any) -> Any:
+        if keys.raw_repr() in _ORDINARY:
+            return kernel(*args, **options)
+        if torch.is_grad_enabled() or forward_mode():
+            _refuse_derivatives(name, tensors_of(args, options))
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **options)
+
+    def fake(*args: Any, **options: Any) -> Any:
+        tensors = tensors_of(args, options)
+        out_dtype = options.get("out_dtype") or tensors.get(outputs[0], tensors["q"]).dtype
+        if options.get("out_dtype") is not None:
+            canonical_dtype("out_dtype", out_dtype)
+        for argument in operation.checked:
+            if argument.name in tensors:
+                _check(argument, tensors, out_dtype)
+        if outputs[0] in tensors:
+            _check_overlap(operation, tensors)
+            return None
+        new = []
+        for argument in operation.arguments[: len(outputs)]:
+            sizes = {ROWS: tensors["q"].shape[0], Q_COLS: tensors["q"].shape[1]}
+            sizes[K_COLS] = tensors["k"].shape[1]
+            shape: list[Any] = [sizes.get(str(extent), extent) for extent in argument.shape]
+            dtypes = {OUT_DTYPE: out_dtype}
+            dtype = dtypes.get(argument.dtype) or ELEMENT_TYPES[argument.dtype].torch
+            # Packed row by row, as the kernel's: empty_like would keep a slice's row stride.
+            new.append(tensors["q"].new_empty(shape, dtype=dtype))
+        return tuple(new) if len(new) > 1 else new[0]
+
+    _library.define(name + schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"qknorm_tvm::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.qknorm_tvm, name).default
 
 
-def _written(*tensors: Tensor) -> None:
-    """Count a write, so that autograd sees it in a tensor saved for someone else's backward."""
-    for tensor in tensors:  # torch 2.4 takes one at a time
-        torch.autograd.graph.increment_version(tensor)
+def _register_forms(operation: Operation) -> None:
+    """Register an operation that returns its outputs, is given them, and works in place."""
+    function = getattr(qknorm_tvm, operation.name)
+    inputs, outputs = operation.signature, operation.outputs
+    scalars = "".join(f", float {one.name}={one.default}" for one in operation.scalars)
+    flags = "".join(
+        f", bool {field}=False" for field in operation.spec_fields if field == "cast_before_gamma"
+    )
+    tensors = ", ".join(f"Tensor {name}" for name in inputs)
+    dtype = ", ScalarType? out_dtype=None" if "out_dtype" in operation.spec_fields else ""
+    options = f", *{dtype}{flags}" if dtype or flags else ""
+    results = ", ".join("Tensor" for _ in outputs)
+    results = f"({results})" if len(outputs) > 1 else results
+    _register(operation, "", f"({tensors}{scalars}{options}) -> {results}", function)
 
+    alias = dict(zip(outputs, "abcdefgh", strict=False))
+    given = ", ".join(f"Tensor({alias[name]}!) {name}" for name in outputs)
+    keywords = {name: operation[name].api_name for name in outputs}
 
-# ---- row_mean_of_squares_qk -------------------------------------------------------------------
+    def write(*args: Any, **options: Any) -> None:
+        function(*args, **{keywords.get(name, name): value for name, value in options.items()})
 
-
-def _row_mean_of_squares_qk(q: Tensor, k: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        _refuse_grad("row_mean_of_squares_qk", q=q, k=k)
-    return qknorm_tvm.row_mean_of_squares_qk(q, k)
-
-
-def _row_mean_of_squares_qk_fake(q: Tensor, k: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        _refuse_grad("row_mean_of_squares_qk", q=q, k=k)
-    _check_operands(q, k)
-    return q.new_empty((q.shape[0], 2), dtype=torch.float32)
-
-
-def _row_mean_of_squares_qk_out(q: Tensor, k: Tensor, *, qk_var: Tensor) -> None:
-    if torch.is_grad_enabled():
-        _refuse_grad("row_mean_of_squares_qk_out", q=q, k=k, qk_var=qk_var)
-    qknorm_tvm.row_mean_of_squares_qk(q, k, qk_var_out=qk_var)
-    _written(qk_var)
-
-
-def _row_mean_of_squares_qk_out_fake(q: Tensor, k: Tensor, *, qk_var: Tensor) -> None:
-    if torch.is_grad_enabled():
-        _refuse_grad("row_mean_of_squares_qk_out", q=q, k=k, qk_var=qk_var)
-    _check_operands(q, k)
-    _check("qk_var", qk_var, torch.float32, (q.shape[0], 2), q)
-
-
-_register(
-    "row_mean_of_squares_qk(Tensor q, Tensor k) -> Tensor",
-    _row_mean_of_squares_qk,
-    _row_mean_of_squares_qk_fake,
-)
-_register(
-    "row_mean_of_squares_qk_out(Tensor q, Tensor k, *, Tensor(a!) qk_var) -> ()",
-    _row_mean_of_squares_qk_out,
-    _row_mean_of_squares_qk_out_fake,
-)
-
-
-# ---- apply_qk_rms_norm ------------------------------------------------------------------------
-
-
-def _check_apply(
-    op: str, q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor
-) -> None:
-    if torch.is_grad_enabled():
-        _refuse_grad(op, q=q, k=k, qk_var=qk_var, gamma_q=gamma_q, gamma_k=gamma_k)
-    _check_operands(q, k)
-    _check("qk_var", qk_var, torch.float32, (q.shape[0], 2), q)
-    _check_scales(q, k, gamma_q, gamma_k)
-
-
-def _apply_qk_rms_norm(
-    q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, out_dtype: torch.dtype | None = None, cast_before_gamma: bool = False,
-) -> Pair:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad("apply_qk_rms_norm", q=q, k=k, qk_var=qk_var, gamma_q=gamma_q, gamma_k=gamma_k)
-    return qknorm_tvm.apply_qk_rms_norm(
-        q, k, qk_var, gamma_q, gamma_k, epsilon,
-        out_dtype=out_dtype, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-
-
-def _apply_qk_rms_norm_fake(
-    q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, out_dtype: torch.dtype | None = None, cast_before_gamma: bool = False,
-) -> Pair:  # fmt: skip
-    _check_apply("apply_qk_rms_norm", q, k, qk_var, gamma_q, gamma_k)
-    return _new_outputs(q, k, out_dtype)
-
-
-def _apply_qk_rms_norm_out(
-    q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, q_out: Tensor, k_out: Tensor, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(
-            "apply_qk_rms_norm_out", q=q, k=k, qk_var=qk_var, gamma_q=gamma_q, gamma_k=gamma_k,
-            q_out=q_out, k_out=k_out,
-        )  # fmt: skip
-    qknorm_tvm.apply_qk_rms_norm(
-        q, k, qk_var, gamma_q, gamma_k, epsilon,
-        q_out=q_out, k_out=k_out, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-    _written(q_out, k_out)
-
-
-def _apply_qk_rms_norm_out_fake(
-    q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, q_out: Tensor, k_out: Tensor, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    _check_apply("apply_qk_rms_norm_out", q, k, qk_var, gamma_q, gamma_k)
-    if torch.is_grad_enabled():
-        _refuse_grad("apply_qk_rms_norm_out", q_out=q_out, k_out=k_out)
-    _check_outputs(q, k, q_out, k_out)
-
-
-def _apply_qk_rms_norm_(
-    q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(
-            "apply_qk_rms_norm_", q=q, k=k, qk_var=qk_var, gamma_q=gamma_q, gamma_k=gamma_k
-        )
-    qknorm_tvm.apply_qk_rms_norm(
-        q, k, qk_var, gamma_q, gamma_k, epsilon,
-        q_out=q, k_out=k, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-    _written(q, k)
-
-
-def _apply_qk_rms_norm__fake(
-    q: Tensor, k: Tensor, qk_var: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    _check_apply("apply_qk_rms_norm_", q, k, qk_var, gamma_q, gamma_k)
-
-
-_register(
-    "apply_qk_rms_norm(Tensor q, Tensor k, Tensor qk_var, Tensor gamma_q, Tensor gamma_k, "
-    "float epsilon=1e-6, *, ScalarType? out_dtype=None, bool cast_before_gamma=False) "
-    "-> (Tensor, Tensor)",
-    _apply_qk_rms_norm,
-    _apply_qk_rms_norm_fake,
-)
-_register(
-    "apply_qk_rms_norm_out(Tensor q, Tensor k, Tensor qk_var, Tensor gamma_q, Tensor gamma_k, "
-    "float epsilon=1e-6, *, Tensor(a!) q_out, Tensor(b!) k_out, bool cast_before_gamma=False) "
-    "-> ()",
-    _apply_qk_rms_norm_out,
-    _apply_qk_rms_norm_out_fake,
-)
-_register(
-    "apply_qk_rms_norm_(Tensor(a!) q, Tensor(b!) k, Tensor qk_var, Tensor gamma_q, "
-    "Tensor gamma_k, float epsilon=1e-6, *, bool cast_before_gamma=False) -> ()",
-    _apply_qk_rms_norm_,
-    _apply_qk_rms_norm__fake,
-)
-
-
-# ---- qk_rms_norm ------------------------------------------------------------------------------
-
-
-def _check_norm(op: str, q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor) -> None:
-    if torch.is_grad_enabled():
-        _refuse_grad(op, q=q, k=k, gamma_q=gamma_q, gamma_k=gamma_k)
-    _check_operands(q, k)
-    _check_scales(q, k, gamma_q, gamma_k)
-
-
-def _qk_rms_norm(
-    q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, out_dtype: torch.dtype | None = None, cast_before_gamma: bool = False,
-) -> Pair:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad("qk_rms_norm", q=q, k=k, gamma_q=gamma_q, gamma_k=gamma_k)
-    return qknorm_tvm.qk_rms_norm(
-        q, k, gamma_q, gamma_k, epsilon, out_dtype=out_dtype, cast_before_gamma=cast_before_gamma
+    _register(operation, "_out", f"({tensors}{scalars}, *, {given}{flags}) -> ()", write)
+    if not operation.in_place:
+        return
+    places = {name: inputs.index(operation[name].in_place_of or "") for name in outputs}
+    written = {place: alias[name] for name, place in places.items()}
+    tensors = ", ".join(
+        f"Tensor({written[place]}!) {name}" if place in written else f"Tensor {name}"
+        for place, name in enumerate(inputs)
     )
 
+    def write_in_place(*args: Any, **options: Any) -> None:
+        function(*args, **{name: args[place] for name, place in places.items()}, **options)
 
-def _qk_rms_norm_fake(
-    q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, out_dtype: torch.dtype | None = None, cast_before_gamma: bool = False,
-) -> Pair:  # fmt: skip
-    _check_norm("qk_rms_norm", q, k, gamma_q, gamma_k)
-    return _new_outputs(q, k, out_dtype)
+    options = f", *{flags}" if flags else ""
+    _register(operation, "_", f"({tensors}{scalars}{options}) -> ()", write_in_place, in_place=True)
 
 
-def _qk_rms_norm_out(
-    q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, q_out: Tensor, k_out: Tensor, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(
-            "qk_rms_norm_out", q=q, k=k, gamma_q=gamma_q, gamma_k=gamma_k, q_out=q_out, k_out=k_out
-        )
-    qknorm_tvm.qk_rms_norm(
-        q, k, gamma_q, gamma_k, epsilon,
-        q_out=q_out, k_out=k_out, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-    _written(q_out, k_out)
-
-
-def _qk_rms_norm_out_fake(
-    q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, q_out: Tensor, k_out: Tensor, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    _check_norm("qk_rms_norm_out", q, k, gamma_q, gamma_k)
-    if torch.is_grad_enabled():
-        _refuse_grad("qk_rms_norm_out", q_out=q_out, k_out=k_out)
-    _check_outputs(q, k, q_out, k_out)
-
-
-def _qk_rms_norm_(
-    q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad("qk_rms_norm_", q=q, k=k, gamma_q=gamma_q, gamma_k=gamma_k)
-    qknorm_tvm.qk_rms_norm(
-        q, k, gamma_q, gamma_k, epsilon, q_out=q, k_out=k, cast_before_gamma=cast_before_gamma
-    )
-    _written(q, k)
-
-
-def _qk_rms_norm__fake(
-    q: Tensor, k: Tensor, gamma_q: Tensor, gamma_k: Tensor, epsilon: float = 1e-6,
-    *, cast_before_gamma: bool = False,
-) -> None:  # fmt: skip
-    _check_norm("qk_rms_norm_", q, k, gamma_q, gamma_k)
-
-
-_register(
-    "qk_rms_norm(Tensor q, Tensor k, Tensor gamma_q, Tensor gamma_k, float epsilon=1e-6, *, "
-    "ScalarType? out_dtype=None, bool cast_before_gamma=False) -> (Tensor, Tensor)",
-    _qk_rms_norm,
-    _qk_rms_norm_fake,
-)
-_register(
-    "qk_rms_norm_out(Tensor q, Tensor k, Tensor gamma_q, Tensor gamma_k, float epsilon=1e-6, *, "
-    "Tensor(a!) q_out, Tensor(b!) k_out, bool cast_before_gamma=False) -> ()",
-    _qk_rms_norm_out,
-    _qk_rms_norm_out_fake,
-)
-_register(
-    "qk_rms_norm_(Tensor(a!) q, Tensor(b!) k, Tensor gamma_q, Tensor gamma_k, "
-    "float epsilon=1e-6, *, bool cast_before_gamma=False) -> ()",
-    _qk_rms_norm_,
-    _qk_rms_norm__fake,
-)
+for _operation in OPERATIONS.values():
+    _register_forms(_operation)
 
 
 # ---- for callers ------------------------------------------------------------------------------

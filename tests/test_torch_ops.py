@@ -187,6 +187,97 @@ def test_an_argument_that_requires_grad(op: str, name: str, call: Callable[..., 
         _same(got, wanted)
 
 
+def _tangent(function: Callable[..., Any], q: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+
+#: Ways to ask for a derivative by q other than `requires_grad`, and what is refused.
+DERIVATIVES: dict[str, tuple[Callable[..., Any], str]] = {
+    "grad": (lambda f, q: torch.func.grad(f)(q), "must not require grad"),
+    "vjp": (lambda f, q: torch.func.vjp(f, q)[1](torch.tensor(1.0)), "must not require grad"),
+    "jacrev": (lambda f, q: torch.func.jacrev(f)(q), "must not require grad"),
+    "jvp": (lambda f, q: torch.func.jvp(f, (q,), (torch.ones_like(q),)), "must not have a tangent"),
+    "jacfwd": (lambda f, q: torch.func.jacfwd(f)(q), "must not have a tangent"),
+    "dual": (_tangent, "must not have a tangent"),
+}
+
+
+def _differentiated(api: Any, form: str, k: Any, gamma_q: Any, gamma_k: Any) -> Callable[..., Any]:
+    """Return a function of q alone whose result is a number, by one form of the operation."""
+
+    def function(q: Any) -> Any:
+        if form == "new":
+            return api.qk_rms_norm(q, k, gamma_q, gamma_k)[0].sum()
+        if form == "in place":
+            q_out, k_out = q * 1, k.clone()
+            if api is torch_ops:
+                api.qk_rms_norm_(q_out, k_out, gamma_q, gamma_k)
+            else:
+                api.qk_rms_norm(q_out, k_out, gamma_q, gamma_k, q_out=q_out, k_out=k_out)
+        else:
+            q_out, k_out = torch.empty(q.shape), torch.empty(k.shape)
+            api.qk_rms_norm(q, k, gamma_q, gamma_k, q_out=q_out, k_out=k_out)
+        return q_out.sum() + 0 * q.sum()
+
+    return function
+
+
+@pytest.mark.parametrize("way", DERIVATIVES)
+@pytest.mark.parametrize("form", ["new", "given", "in place"])
+@pytest.mark.parametrize("api", [torch_ops, qknorm_tvm], ids=["operators", "api"])
+def test_a_derivative_asked_for_otherwise(api: Any, form: str, way: str) -> None:
+    """A gradient of 0, or a tangent dropped, without a word."""
+    q, *others = _inputs("qk_rms_norm", dtype="float32")
+    function = _differentiated(api, form, *others)
+    ask, message = DERIVATIVES[way]
+    with pytest.raises(ValueError, match=rf"^\w+ {message} "):
+        ask(function, q)
+    function(q)  # and nothing is refused for good
+
+
+def test_transforms_that_ask_for_no_derivative() -> None:
+    """A refusal of what has been right: a constant within a differentiated function, and vmap."""
+    inputs = _inputs("qk_rms_norm", dtype="float32")
+    wanted = torch_ops.qk_rms_norm(*inputs)
+
+    def constant(x: Any) -> Any:
+        return (torch_ops.qk_rms_norm(*inputs)[0] * x).sum()
+
+    _same(torch.func.grad(constant)(inputs[0]), wanted[0])
+    batched = torch.func.vmap(lambda q: torch_ops.qk_rms_norm(q, *inputs[1:]))
+    got = batched(torch.stack([inputs[0], inputs[0]]))
+    _same((got[0][1], got[1][1]), wanted)
+    with torch.autograd.forward_ad.dual_level():
+        _same(torch_ops.qk_rms_norm(*inputs), wanted)
+        _same(qknorm_tvm.qk_rms_norm(*inputs), wanted)
+
+
+def test_a_wrapped_tensor_has_no_memory() -> None:
+    """torch's "Cannot access data pointer", which names neither the argument nor the way out."""
+    q, *others = _inputs("qk_rms_norm", dtype="float32")
+    with pytest.raises(TypeError, match=r"^q must be a tensor in memory, got one that a transform"):
+        torch.func.vmap(lambda one: qknorm_tvm.qk_rms_norm(one, *others))(torch.stack([q, q]))
+
+
+@pytest.mark.parametrize("op", INPUTS)
+@pytest.mark.parametrize("way", ["short", "long"])
+def test_writes_of_the_python_api_are_counted(op: str, way: str) -> None:
+    """A tensor saved for a backward and then overwritten: a wrong gradient without an error."""
+    inputs, outputs = _inputs(op, dtype="float32"), _outputs(op, dtype="float32")
+    if way == "long":  # numbers that the short way does not take
+        inputs[0] = from_torch(inputs[0])
+    keywords = {"qk_var": "qk_var_out"}
+    weights = [torch.ones_like(out, requires_grad=True) for out in outputs.values()]
+    saved = [(weight * out).sum() for weight, out in zip(weights, outputs.values(), strict=True)]
+    getattr(qknorm_tvm, op)(*inputs, **{keywords.get(n, n): out for n, out in outputs.items()})
+    assert [out._version for out in outputs.values()] == [1] * len(outputs)
+    for total in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+
+
 def test_inference_mode() -> None:
     tensors = _tensors()
     wanted = torch_ops.apply_qk_rms_norm(**tensors)
@@ -427,6 +518,68 @@ def test_compiled_code_sees_writes(function: Callable[..., Any], backend: str) -
     wanted = function(*inputs)
     _same(_compiled(function, backend)(*copies), wanted)
     _same(tuple(copies), tuple(inputs))
+
+
+def _overlapping_views(x: Any) -> tuple[Any, Any]:
+    base = x + 1
+    return base[:, :16], base[:, 8:24]
+
+
+def _views_of_a_view(x: Any) -> tuple[Any, Any]:
+    base = (x + 1).view(-1).view(x.shape)
+    return base[:, :16], base[:, 8:24]
+
+
+def _detached_view(x: Any) -> tuple[Any, Any]:
+    base = x + 1
+    return base[:, :16].detach(), base[:, 8:24]
+
+
+def _views_of_other_strides(x: Any) -> tuple[Any, Any]:
+    base = (x + 1).view(-1)
+    return base[:64].view(4, 16), base.as_strided((4, 16), (32, 1), 48)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "views", [_overlapping_views, _views_of_a_view, _detached_view, _views_of_other_strides]
+)
+def test_overlap_is_refused_when_traced(views: Any, dynamic: bool, backend: str) -> None:
+    """A compiler gives the kernel copies: it computes what eager code refuses."""
+    if dynamic and views is _views_of_other_strides:
+        pytest.skip("strides that differ, with rows that are not known, are left to the call")
+    gamma = torch.ones(16)
+
+    def function(x: Any) -> Any:
+        q, k = views(x)
+        torch_ops.qk_rms_norm_(q, k, gamma, gamma)
+        return q * 2, k * 2
+
+    message = "k_out must not overlap q_out, got tensors that share memory"
+    with pytest.raises(ValueError, match=message):
+        function(torch.ones(4, 32))
+    compiled = _compiled(function, backend, dynamic=dynamic)
+    with torch.no_grad(), pytest.raises(Exception, match=message):
+        compiled(torch.ones(4, 32))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_views_that_do_not_overlap_are_traced(dynamic: bool) -> None:
+    """A refusal of slices side by side, or of rows one after the other."""
+    gamma = torch.ones(16)
+
+    def function(x: Any) -> Any:
+        base = x + 1
+        torch_ops.qk_rms_norm_(base[:, :16], base[:, 16:32], gamma, gamma)
+        torch_ops.qk_rms_norm_(base[:2, 8:24], base[2:4, 8:24], gamma, gamma)
+        flat = base.view(-1)
+        near, far = flat.as_strided((2, 8), (16, 1)), flat.as_strided((2, 8), (48, 1), 8)
+        torch_ops.qk_rms_norm_(near, far, gamma[:8], gamma[:8])
+        return base + 0
+
+    x = torch.rand(4, 32)
+    _same(_compiled(function, "aot_eager", dynamic=dynamic)(x), function(x))
 
 
 # ---- exported ---------------------------------------------------------------------------------

@@ -262,6 +262,8 @@ def _general(
             tensor.name: adapter_of(tensor.api_name, arrays[tensor.name])
             for tensor in operation.arguments
         }
+        for tensor in operation.checked:
+            adapters[tensor.name].refuse_derivative(tensor.api_name, arrays[tensor.name])
         views = [
             adapters[tensor.name].view(
                 tensor.api_name, arrays[tensor.name], writable=tensor.is_output

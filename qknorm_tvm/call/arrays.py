@@ -107,6 +107,9 @@ class Adapter:
         except Exception as error:
             raise TypeError(f"{name} cannot be passed by DLPack: {error}") from error
 
+    def refuse_derivative(self, name: str, array: Any) -> None:
+        """Refuse an array whose derivative is asked for."""
+
     def count_write(self, array: Any) -> None:
         """Tell the array's framework that it has been written to, where that counts."""
 
@@ -276,6 +279,11 @@ class TorchAdapter(Adapter):
                 adapter_of("output", output).count_write(output)"""
         return _spelt_out(spec, " and ".join(conditions), {}, after, names)
 
+    def refuse_derivative(self, name: str, array: Any) -> None:
+        from .torch_autograd import refuse_derivative
+
+        refuse_derivative(name, array)
+
     def count_write(self, array: Any) -> None:
         from .torch_autograd import count_writes
 
@@ -309,9 +317,8 @@ class TorchAdapter(Adapter):
             raise TypeError(f"{name} must be a dense tensor, got {kind or array.layout}")
         if array.device.type not in ("cpu", "cuda"):
             raise ValueError(f"{name} must be on the CPU or a CUDA device, got {array.device}")
-        from .torch_autograd import is_wrapped, refuse_derivative
+        from .torch_autograd import is_wrapped
 
-        refuse_derivative(name, array)
         if is_wrapped(array):
             raise TypeError(
                 f"{name} must be a tensor in memory, got one that a transform of torch.func wraps: "
