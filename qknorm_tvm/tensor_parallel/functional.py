@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-import qknorm_tvm
-
+from ..call import api
 from ..call.arrays import canonical_dtype
 from ..call.torch_autograd import count_writes
 from .arguments import Call, check_no_derivative
@@ -163,7 +162,7 @@ def _local_statistics(call: Call, members: Members) -> torch.Tensor | None:
         return torch.stack([x.float().pow(2).mean(-1) for x in (call.q, call.k)], dim=1)
     if members.world_size == 1:
         return None
-    return qknorm_tvm.row_mean_of_squares_qk(call.q, call.k)
+    return api.row_mean_of_squares_qk(call.q, call.k)
 
 
 def _normalise(call: Call, qk_var: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,9 +174,9 @@ def _normalise(call: Call, qk_var: torch.Tensor | None) -> tuple[torch.Tensor, t
     }
     scales = (call.gamma_q, call.gamma_k, call.epsilon)
     if qk_var is None:
-        outputs = qknorm_tvm.qk_rms_norm(call.q, call.k, *scales, **options)
+        outputs = api.qk_rms_norm(call.q, call.k, *scales, **options)
     else:
-        outputs = qknorm_tvm.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
+        outputs = api.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
     if call.outputs:
         count_writes(tuple(call.outputs.values()))
     return outputs
