@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-import qknorm_tvm
-
+from .call import api
 from .call.arrays import canonical_dtype
 from .call.torch_autograd import forward_mode, refuse_derivative
 from .dtypes import DTYPE_BYTES, ELEMENT_TYPES
@@ -278,7 +277,7 @@ def _register(
 
 def _register_forms(operation: Operation) -> None:
     """Register an operation that returns its outputs, is given them, and works in place."""
-    function = getattr(qknorm_tvm, operation.name)
+    function = getattr(api, operation.name)
     inputs, outputs = operation.signature, operation.outputs
     scalars = "".join(f", float {one.name}={one.default}" for one in operation.scalars)
     flags = "".join(

@@ -158,8 +158,8 @@ def _package_status() -> os.stat_result:
 def serves(held: KernelSpec, spec: KernelSpec) -> bool:
     """Whether code for one spec serves calls of another: but for open columns and the target.
 
-    Every other field of a spec decides the bits of a result. What is loaded runs on this machine, so
-    that of the target only the kind of device counts.
+    Every other field of a spec decides the bits of a result. What is loaded runs on this machine:
+    of the target only the kind of device counts.
     """
     columns = {
         name: getattr(spec, name) for name in ("q_cols", "k_cols") if getattr(held, name) is None
