@@ -1,4 +1,4 @@
-"""Thread settings before a module is loaded: the pool's own rules, and nothing compiled."""
+"""Thread settings before a module is loaded: by the pool's own rules, and without a compiler."""
 
 from __future__ import annotations
 
