@@ -1,8 +1,8 @@
 """What is timed: an entry for each operation, and what its candidates share on every device.
 
 A new operation joins with an entry in `BENCHMARKS`: the graph that users would write in torch, and
-the names of its candidates. Its tensors are those of `qknorm_tvm.operations`. What a candidate is on a
-device is said once for all operations, in `qknorm_tvm.bench.cpu` and `qknorm_tvm.bench.cuda`.
+the names of its candidates. Its tensors are those of `qknorm_tvm.operations`. What a candidate is
+on a device is said once for all operations, in `qknorm_tvm.bench.cpu` and `qknorm_tvm.bench.cuda`.
 """
 
 from __future__ import annotations
