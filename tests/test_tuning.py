@@ -46,7 +46,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TVM_NUM_THREADS", "1")
         began = time.monotonic()
         summary = tune([SPEC], rows=(1, 16), trials=10, cost_model="random", logs=logs)
-        assert time.monotonic() - began < 60
+        # Most of it is the start of the processes that decide: 25 s here on an idle machine.
+        assert time.monotonic() - began < 180
     assert summary.failed == 0, summary.first_failure
     assert [one.rows for one in summary.outcomes] == [1, 16]
     assert [one.trials for one in summary.outcomes] == [summary.measured - 10, 10]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..build.configs import bucket_ends
 from ..spec import KernelSpec
-from .decision import PROCESSES, Verdict, judge, paired_ratio
+from .decision import MIN_GAIN, PROCESSES, Verdict, judge, paired_ratio
 from .measure import Plan
 from .target import Built, TunableTarget
 from .workers import ComparisonError, Pool, Runner, build_task, outcome
@@ -116,10 +116,16 @@ class Measurer:
             best = 0
         return configs[best], samples[best]
 
-    def against_default(self, spec: KernelSpec, rows: int, config: Any) -> Verdict:
-        """Time a config and the default in turns, in `PROCESSES` fresh processes."""
+    def against_default(self, spec: KernelSpec, rows: int, config: Any, least: float) -> Verdict:
+        """Time a config and the default in turns, in `PROCESSES` fresh processes.
+
+        One process is enough where the gain is not above `least` in it.
+        """
         pair = [self._target.default(spec, rows), config]
-        return judge(rows, [self.compare(spec, rows, pair) for _ in range(PROCESSES)])
+        processes = [self.compare(spec, rows, pair)]
+        if judge(rows, processes).gain.low > least:
+            processes += [self.compare(spec, rows, pair) for _ in range(PROCESSES - 1)]
+        return judge(rows, processes)
 
     def confirm(
         self, spec: KernelSpec, rows: int, config: Any, measured: Sequence[int]
@@ -148,12 +154,12 @@ class Measurer:
         ComparisonError
             The config or the default fails.
         """
-        verdicts = [self.against_default(spec, rows, config)]
+        verdicts = [self.against_default(spec, rows, config, MIN_GAIN)]
         if not verdicts[0].faster:
             return verdicts, verdicts[0].reason()
         for end in bucket_ends(rows, measured):
             if end != rows and self._target.default(spec, end) != config:
-                verdicts.append(self.against_default(spec, end, config))
+                verdicts.append(self.against_default(spec, end, config, 0))
                 if verdicts[-1].slower:
                     return verdicts, verdicts[-1].reason()
         return verdicts, ""
