@@ -91,9 +91,9 @@ class Operation:
         inputs = {tensor.name for tensor in self.arguments if not tensor.is_output}
         assert set(self.signature) == inputs, f"{self.name}: the signature is not its inputs"
         assert len(self.tensors) == len(set(self.tensors)), f"{self.name}: a name stands twice"
-        first_input = self.arguments.index(self[self.signature[0]])
-        assert all(tensor.is_output for tensor in self.arguments[: len(self.outputs)])
-        assert first_input >= len(self.outputs) > 0, f"{self.name}: outputs come first"
+        first = self.arguments[: len(self.outputs)]
+        assert all(tensor.is_output for tensor in first), f"{self.name}: outputs come first"
+        assert first, f"{self.name}: it writes nothing"
 
     def __getitem__(self, name: str) -> TensorArgument:
         return next(tensor for tensor in self.arguments if tensor.name == name)
@@ -122,6 +122,19 @@ class Operation:
     def summary(self) -> str:
         """What the entry point takes, for messages."""
         return f"{len(self.names)} arguments ({', '.join(self.names)})"
+
+    def shapes(self, rows: int, q_cols: int, k_cols: int) -> dict[str, tuple[int, ...]]:
+        """Return the tensors' shapes, by name."""
+        extents = {ROWS: rows, Q_COLS: q_cols, K_COLS: k_cols}
+        return {
+            tensor.name: tuple(extents[e] if isinstance(e, str) else e for e in tensor.shape)
+            for tensor in self.arguments
+        }
+
+    def dtypes(self, in_dtype: str, out_dtype: str) -> dict[str, str]:
+        """Return the tensors' element types, by name."""
+        types = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype}
+        return {tensor.name: types.get(tensor.dtype, tensor.dtype) for tensor in self.arguments}
 
     @property
     def has_epsilon(self) -> bool:

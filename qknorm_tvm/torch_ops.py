@@ -256,15 +256,11 @@ def _register(
         if outputs[0] in tensors:
             _check_overlap(operation, tensors)
             return None
-        new = []
-        for argument in operation.arguments[: len(outputs)]:
-            sizes = {ROWS: tensors["q"].shape[0], Q_COLS: tensors["q"].shape[1]}
-            sizes[K_COLS] = tensors["k"].shape[1]
-            shape: list[Any] = [sizes.get(str(extent), extent) for extent in argument.shape]
-            dtypes = {OUT_DTYPE: out_dtype}
-            dtype = dtypes.get(argument.dtype) or ELEMENT_TYPES[argument.dtype].torch
-            # Packed row by row, as the kernel's: empty_like would keep a slice's row stride.
-            new.append(tensors["q"].new_empty(shape, dtype=dtype))
+        q, k = tensors["q"], tensors["k"]
+        shapes = operation.shapes(q.shape[0], q.shape[1], k.shape[1])
+        dtypes = operation.dtypes(_dtype_name(q.dtype), _dtype_name(out_dtype))
+        # Packed row by row, as the kernel's: empty_like would keep a slice's row stride.
+        new = [q.new_empty(shapes[out], dtype=ELEMENT_TYPES[dtypes[out]].torch) for out in outputs]
         return tuple(new) if len(new) > 1 else new[0]
 
     _library.define(name + schema, tags=_TAGS)

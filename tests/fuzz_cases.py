@@ -73,22 +73,11 @@ class Kind:
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes that its tensors must have."""
-        every: dict[str, tuple[int, ...]] = {
-            "q_out": (rows, self.q_cols),
-            "k_out": (rows, self.k_cols),
-            "gamma_q": (self.q_cols,),
-            "gamma_k": (self.k_cols,),
-            "qk_var": (rows, 2),
-            "q": (rows, self.q_cols),
-            "k": (rows, self.k_cols),
-        }
-        return {name: every[name] for name in self.op.tensors}
+        return self.op.shapes(rows, self.q_cols, self.k_cols)
 
     def dtypes(self) -> dict[str, str]:
         """Return the dtypes that its tensors must have."""
-        own = {"q": self.in_dtype, "k": self.in_dtype}
-        own |= {"q_out": self.out_dtype, "k_out": self.out_dtype}
-        return {name: own.get(name, "float32") for name in self.op.tensors}
+        return self.op.dtypes(self.in_dtype, self.out_dtype)
 
     def expected(
         self,
