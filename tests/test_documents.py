@@ -36,7 +36,7 @@ _IDS = [path.name for path in DOCUMENTS]
 OPTIONAL = ("torch", "transformers", "jax", "xgboost", "tornado")
 #: Blocks of README.md that are not run here, by document and by what they hold.
 SKIPPED = {
-    ("README.md", "pip install -q '.[compile]' &&"): ".ci/run makes an environment; qknorm-tvm run: test_cli",
+    ("README.md", "pip install -q '.[compile]' &&"): ".ci/run does; qknorm-tvm run: test_cli",
     ("README.md", "'.[test,tune]' &&"): "it is the command that runs these tests, see .ci/run",
     ("README.md", "qknorm-tvm tune --shapes"): "takes minutes and a GPU; see test_tuning",
     ("README.md", "rpc_tracker"): "leaves processes behind; see test_tuning_fleet",
