@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 from ..declare.norm import declare
 from ..errors import BuildError
 from ..load.module_file import seal
-from ..lower.cuda import DEPENDENT_ATTR
-from ..schedules import cuda_statistics
-from ..schedules.cuda import schedule
+from ..lower.cuda import join_operands
+from ..schedules import cuda, cuda_row
 from ..schedules.cuda_config import CudaConfig, CudaVariant
+from ..schedules.cuda_device import DEPENDENT_ATTR
 from .configs import cuda_buckets
 from .native import Level, Variant, compile_entry, exported_symbols, run_compiler, tables
 
@@ -353,11 +353,11 @@ def link_cuda(objects: Sequence[Path], out: Path) -> None:
 
 
 def scheduled_variant(spec: KernelSpec, variant: CudaVariant) -> tirx.PrimFunc:
-    """Declare and schedule one kernel."""
+    """Declare a spec for a variant, and make its kernel: a function bound to one grid."""
     func = declare(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
     if spec.op == "apply_qk_rms_norm":
-        return schedule(func, variant.config)
-    return cuda_statistics.schedule(func, variant.config)
+        return join_operands(cuda.schedule(func, variant.config))
+    return cuda_row.schedule(func, spec, variant.config)
 
 
 def build(
