@@ -231,7 +231,7 @@ def test_report_writes_files_that_the_page_names(make: Make, tmp_path: Path) -> 
 
     folder = tmp_path / "report"
     rows = make()
-    written = benchmark_report.write_report(folder, rows)
+    written = benchmark_plots.write_report(folder, rows)
     assert sorted(written) == sorted(folder.iterdir())
     page = (folder / "README.md").read_text()
     pictures = [path for path in written if path.suffix == ".png"]

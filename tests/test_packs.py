@@ -127,6 +127,26 @@ def test_first_call_neither_writes_nor_connects_nor_imports(tmp_path: Path) -> N
     assert not cache_folder.exists()
 
 
+def test_first_call_takes_under_5_milliseconds(tmp_path: Path) -> None:
+    """Of processor time, the best of some processes: what other programs take is not ours."""
+    other = compiled("packs-open", KernelSpec(in_dtype="float32", target=host_cpu_target()))
+    folder = make_pack(tmp_path / "pack", smallest(), other)
+    code = """
+    import time
+    import numpy as np
+    import qknorm_tvm, tvm_ffi
+    q, k, var = np.ones((2, 33), "f4"), np.ones((2, 7), "f4"), np.ones((2, 2), "f4")
+    start = time.process_time()
+    qknorm_tvm.apply_qk_rms_norm(q, k, var, q[0], k[0], 0.0)
+    print(time.process_time() - start)
+    """
+    env = {"QKNORM_TVM_MODULES": str(folder)}
+    taken = []
+    while len(taken) < 8 and min(taken, default=1.0) >= 5e-3:
+        taken.append(float(run_python(code, env=env).stdout))
+    assert min(taken) < 5e-3, taken
+
+
 def test_get_num_threads_needs_no_compiler(tmp_path: Path) -> None:
     """A question about threads that compiles a kernel."""
     folder = make_pack(tmp_path / "pack", smallest())

@@ -83,19 +83,18 @@ class CpuWorkload(Workload):
         scalar: Module | None = None,
     ):
         super().__init__(spec, module, activations, unique_rows)
-        a, dtype = activations, reference.NUMPY_DTYPES[str(spec.out_dtype)]
         self.threads, self._scalar = threads, scalar
         module.library.get_function("qknorm_set_num_threads")(threads)
         torch = torch_or_none()
         if torch is not None and threads:
             torch.set_num_threads(threads)
-        shapes = {"q_out": a.q.shape, "k_out": a.k.shape, "qk_var": (a.rows, 2)}
-        self.sets = [dict(a.tensors) for _ in OFFSETS]
+        self.sets = [dict(activations.tensors) for _ in OFFSETS]
         for name in self.operation.outputs:
-            beside = a.k if name == "k_out" else a.q
-            for tensors, array in zip(
-                self.sets, outputs_beside(beside, shapes[name], dtype), strict=True
-            ):
+            tensor = self.operation[name]
+            beside = activations.tensors[tensor.in_place_of or self.operation.signature[0]]
+            dtype = self._element_type(tensor).numpy
+            arrays = outputs_beside(beside, self._shape(tensor), dtype)
+            for tensors, array in zip(self.sets, arrays, strict=True):
                 tensors[name] = array
 
     def _reference(self, a: Activations) -> Sequence[Any]:
@@ -113,7 +112,7 @@ class CpuWorkload(Workload):
         return arguments
 
     def _torch_tensors(self) -> list[dict[str, Any]]:
-        return [{name: to_torch(self.sets[0][name]) for name in self.benchmark.inputs}]
+        return [{name: to_torch(self.sets[0][name]) for name in self.operation.signature}]
 
     def candidate(self, name: str) -> Candidate:
         """Return one of the candidates of `Benchmark.candidates`, its result checked."""

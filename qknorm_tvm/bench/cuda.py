@@ -210,13 +210,12 @@ class CudaWorkload(Workload):
             name: to_torch(np.ascontiguousarray(array)).to(self._device, copy=True)
             for name, array in self.activations.tensors.items()
         }
-        if self.operation.normalises:
-            dtype = getattr(torch, str(self.spec.out_dtype))
-            for operand in "qk":
-                tensors[f"{operand}_out"] = torch.empty_like(tensors[operand], dtype=dtype)
-        if self._misaligned:
-            for name in {"q", "k", "q_out", "k_out"} & set(tensors):
-                tensors[name] = _misaligned(tensors[name])
+        for name in self.operation.outputs:
+            tensor = self.operation[name]
+            dtype = self._element_type(tensor).torch
+            tensors[name] = torch.empty(self._shape(tensor), dtype=dtype, device=self._device)
+        for name in self.operation.strided if self._misaligned else ():
+            tensors[name] = _misaligned(tensors[name])
         return tensors
 
     def _reference(self, a: Activations) -> Sequence[Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QKNormError
-from .report import Group, Row, candidates_of, groups_of
-from .timing import COPY, EMPTY, NUMPY, OURS, SCALAR, TORCH, TORCH_COMPILE, TWO_COPIES
+from .report import CSV_NAME, PAGE_NAME, Group, Row, candidates_of, groups_of, page, write_csv
+from .timing import COPY, EMPTY, NUMPY, OURS, SCALAR, TORCH, TORCH_COMPILE, TWO_COPIES, Timing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -263,4 +263,29 @@ def write_pictures(folder: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:
     for name, (title, figure) in pictures(rows).items():
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
         written.append((title, f"{name}.png"))
+    return written
+
+
+def write_report(
+    folder: Path,
+    rows: Sequence[Row],
+    *,
+    host_timings: Sequence[Timing] = (),
+    warning: str = "",
+) -> list[Path]:
+    """Write the CSV file, the pictures and the page; returns the files.
+
+    Raises
+    ------
+    QKNormError
+        matplotlib is not installed.
+    """
+    folder.mkdir(exist_ok=True)
+    written = [folder / CSV_NAME]
+    write_csv(written[0], rows)
+    pictures = write_pictures(folder, rows)
+    written += [folder / file for _, file in pictures]
+    text = page(rows, pictures, host_timings=host_timings, warning=warning)
+    written.append(folder / PAGE_NAME)
+    written[-1].write_text(text)
     return written

@@ -351,30 +351,3 @@ def page(
         f"All figures: [{CSV_NAME}]({CSV_NAME}).",
     ]
     return "\n".join(lines) + "\n"
-
-
-def write_report(
-    folder: Path,
-    rows: Sequence[Row],
-    *,
-    host_timings: Sequence[Timing] = (),
-    warning: str = "",
-) -> list[Path]:
-    """Write the CSV file, the pictures and the page; returns the files.
-
-    Raises
-    ------
-    QKNormError
-        matplotlib is not installed.
-    """
-    from .plots import write_pictures
-
-    folder.mkdir(exist_ok=True)
-    written = [folder / CSV_NAME]
-    write_csv(written[0], rows)
-    pictures = write_pictures(folder, rows)
-    written += [folder / file for _, file in pictures]
-    text = page(rows, pictures, host_timings=host_timings, warning=warning)
-    written.append(folder / PAGE_NAME)
-    written[-1].write_text(text)
-    return written

@@ -1,8 +1,8 @@
 """What is timed: an entry for each operation, and what its candidates share on every device.
 
 A new operation joins with an entry in `BENCHMARKS`: the graph that users would write in torch, and
-the names of its candidates. What a candidate is on a device is said once for all operations, in
-`qknorm_tvm.bench.cpu` and `qknorm_tvm.bench.cuda`.
+the names of its candidates. Its tensors are those of `qknorm_tvm.operations`. What a candidate is
+on a device is said once for all operations, in `qknorm_tvm.bench.cpu` and `qknorm_tvm.bench.cuda`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,9 @@ from ..check.inputs import Activations, aligned_copy, generate
 from ..check.reference_torch import apply_qk_rms_norm as torch_apply
 from ..check.reference_torch import row_mean_of_squares_qk as torch_statistics
 from ..check.reference_torch import torch_or_none
+from ..dtypes import ELEMENT_TYPES, ElementType
 from ..load.module import Module
+from ..operations import IN_DTYPE, K_COLS, OUT_DTYPE, Q_COLS, ROWS, TensorArgument
 from ..spec import KernelSpec
 from .timing import (
     COPY,
@@ -61,22 +64,14 @@ class Benchmark:
     Parameters
     ----------
     graph : callable
-        The operation in torch, unfused. Takes `inputs`; where it normalises also epsilon, the
-        outputs' type and whether to cast before gamma.
-    inputs : tuple of str
-        Tensors, by the operation's names.
+        The operation in torch, unfused. Takes the inputs in the operation's order; where it
+        normalises also epsilon, the outputs' type and whether to cast before gamma.
     candidates : mapping of str to tuple of str
         What ours is timed against, by kind of device.
     """
 
     graph: Callable[..., Any]
-    inputs: tuple[str, ...]
     candidates: Mapping[str, tuple[str, ...]]
-
-    @property
-    def is_comparable(self) -> bool:
-        """Whether the graph has the same bits as ours: torch sums statistics in another order."""
-        return "qk_var" in self.inputs
 
 
 _BY_TORCH = (TORCH, TORCH_COMPILE)
@@ -84,7 +79,6 @@ _BY_TORCH = (TORCH, TORCH_COMPILE)
 BENCHMARKS = {
     "apply_qk_rms_norm": Benchmark(
         _apply,
-        ("q", "k", "qk_var", "gamma_q", "gamma_k"),
         {
             "cpu": (COPY, NUMPY, *_BY_TORCH, SCALAR),
             "cuda": (EMPTY, COPY, TWO_COPIES, *_BY_TORCH),
@@ -92,12 +86,10 @@ BENCHMARKS = {
     ),
     "row_mean_of_squares_qk": Benchmark(
         torch_statistics,
-        ("q", "k"),
         {"cpu": (FLOOR, *_BY_TORCH), "cuda": (EMPTY, COPY, *_BY_TORCH)},
     ),
     "qk_rms_norm": Benchmark(
         _layer,
-        ("q", "k", "gamma_q", "gamma_k"),
         {"cpu": (FLOOR, *_BY_TORCH), "cuda": (EMPTY, COPY, TWO_LAUNCHES, *_BY_TORCH)},
     ),
 }
@@ -172,9 +164,19 @@ class Workload(abc.ABC):
         self.module, self.activations = module, activations
         self.operation, self.benchmark = spec.operation, BENCHMARKS[spec.op]
         self._unique_rows = max(1, unique_rows or activations.rows)
-        a = activations
-        element = spec.in_bytes + (spec.out_bytes if self.operation.normalises else 0)
-        self.bytes = a.rows * (a.q_cols + a.k_cols) * element
+        streams = [tensor for tensor in self.operation.arguments if tensor.is_stream]
+        self.bytes = sum(
+            math.prod(self._shape(tensor)) * self._element_type(tensor).bytes for tensor in streams
+        )
+
+    def _shape(self, tensor: TensorArgument) -> tuple[int, ...]:
+        a = self.activations
+        sizes = {ROWS: a.rows, Q_COLS: a.q_cols, K_COLS: a.k_cols}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+
+    def _element_type(self, tensor: TensorArgument) -> ElementType:
+        names = {IN_DTYPE: self.spec.in_dtype, OUT_DTYPE: str(self.spec.out_dtype)}
+        return ELEMENT_TYPES[names.get(tensor.dtype, tensor.dtype)]
 
     # ---- what a device says --------------------------------------------------------------------
 
@@ -253,11 +255,12 @@ class Workload(abc.ABC):
     def _graph_arguments(self, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
         import torch
 
-        inputs = tuple(tensors[name] for name in self.benchmark.inputs)
+        inputs = tuple(tensors[name] for name in self.operation.signature)
         if not self.operation.normalises:
             return inputs
         dtype = getattr(torch, str(self.spec.out_dtype))
         return (*inputs, self.activations.epsilon, dtype, self.spec.cast_before_gamma)
 
     def _graph_is_exact(self, outputs: Any) -> bool | None:
-        return self.is_exact(outputs) if self.benchmark.is_comparable else None
+        # torch sums statistics in another order.
+        return self.is_exact(outputs) if "qk_var" in self.operation.signature else None

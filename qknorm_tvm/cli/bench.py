@@ -128,7 +128,8 @@ def bench(
     if against is not None:
         return _compare_files(compare, against, as_json)
     check_device(device)
-    from ..bench.report import read_csv, rows_of, write_csv, write_report
+    from ..bench.plots import write_report
+    from ..bench.report import read_csv, rows_of, write_csv
     from ..bench.timing import COPY, TORCH_COMPILE
     from ..bench.workload import BENCHMARKS
     from ..machine import load_warning
