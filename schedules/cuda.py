@@ -89,7 +89,7 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
 def schedule_body(sch: Schedule, config: CudaConfig) -> None:
     """Apply the schedule's primitives, all of which a trace records.
 
-    `qknorm_tvm.lower.cuda.join_operands` completes the result, also of a trace that is applied again.
+    `qknorm_tvm.lower.cuda.join_operands` completes the result, of a trace applied again too.
     """
     func = sch.mod["main"]
     aligned = {

@@ -34,6 +34,8 @@ operands in one block of threads, or for registers that are read before the sum 
 kernel is written out, for the parameters of the declared function.
 """
 
+# ruff: noqa: SIM102 -- nested, a condition that is True when the kernel is made leaves no code
+
 from __future__ import annotations
 
 import dataclasses
@@ -138,7 +140,7 @@ class _Operand:
         return ((first + part * self.warps) * WARP + (thread - self.first_thread)) * VECTOR
 
     def held_column(self, thread: Any, part: Any, first: Any) -> Any:
-        """Return the first column that a thread holds; unaligned, the next ones are a warp apart."""
+        """Return the first of the columns that a thread holds; unaligned, they are 32 apart."""
         if self.aligned:
             return self.summed_column(thread, part, first)
         return self.chunk(thread, part, first) * CHUNK + _lane(thread)
