@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from qknorm_tvm.lower import cuda as lowering_cuda
-
-from .cuda_config import WARP
+from .cuda_config import NOTE, WARP
+from .cuda_device import aligned_elements
 
 if TYPE_CHECKING:
     from tvm import tirx
@@ -73,7 +72,8 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
     Returns
     -------
     tirx.PrimFunc
-        The function bound to one grid, ready for `qknorm_tvm.build.cuda.cuda_source`.
+        Loops over threads for Q and for K, which `qknorm_tvm.lower.cuda.join_operands` makes one
+        kernel.
 
     Raises
     ------
@@ -83,19 +83,17 @@ def schedule(func: tirx.PrimFunc, config: CudaConfig) -> tirx.PrimFunc:
     sch = Schedule(IRModule({"main": func}))
     sch.work_on("main")
     schedule_body(sch, config)
-    return lowering_cuda.join_operands(sch.mod["main"])
+    return sch.mod["main"]
 
 
 def schedule_body(sch: Schedule, config: CudaConfig) -> None:
     """Apply the schedule's primitives, all of which a trace records.
 
-    `lowering_cuda.join_operands` completes the result, also of a trace that is applied again.
+    `qknorm_tvm.lower.cuda.join_operands` completes the result, of a trace applied again too.
     """
     func = sch.mod["main"]
     aligned = {
-        param.name: lowering_cuda.aligned_elements(param)
-        for param in func.params
-        if hasattr(param, "shape")
+        param.name: aligned_elements(param) for param in func.params if hasattr(param, "shape")
     }
 
     # 1. One statement an element: inline the intermediates, in the order of the contract.
@@ -132,7 +130,7 @@ def schedule_body(sch: Schedule, config: CudaConfig) -> None:
 
         # 5. Say what the loop over threads is to become.
         for field, value in config.to_dict().items():
-            sch.annotate(thread, lowering_cuda.NOTE + field, value)
+            sch.annotate(thread, NOTE + field, value)
 
 
 def _split(sch: Schedule, out: SBlockRV, config: CudaConfig) -> LoopRV:

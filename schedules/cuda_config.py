@@ -16,6 +16,9 @@ DEPENDENT_LAUNCHES = ("off", "exit", "after_loads", "first")
 #: Which blocks of the grid are neighbours.
 GRID_ORDERS = ("rows", "columns")
 
+#: Head of the annotations by which a schedule says its config: this and the name of a field.
+NOTE = "qknorm."
+
 #: Bytes of the widest memory access.
 ACCESS_BYTES = 16
 #: Threads of a warp.
@@ -321,9 +324,9 @@ def default_variants(spec: KernelSpec, config: CudaConfig | None = None) -> list
         `config` needs columns that are a multiple of its vector.
     """
     if spec.op != "apply_qk_rms_norm":
-        from . import cuda_statistics_config
+        from . import cuda_row_config
 
-        return cuda_statistics_config.default_variants(spec, config)
+        return cuda_row_config.default_variants(spec, config)
     general = _general_variants(spec)
     if config is None:
         vector = vector_width(spec)

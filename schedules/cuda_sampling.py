@@ -23,7 +23,7 @@ WORDS: dict[str, Sequence[Any]] = {
 }
 #: Fields on which the shape of the loops depends. A trace would freeze what Python decides from
 #: them, so each of their combinations is a design space of its own. Where rows are added up there
-#: are none: the lowering alone makes the threads.
+#: are none: the kernel is made of the config, not of the trace.
 STRUCTURAL: tuple[str, ...] = ("vector", "columns", "rows")
 
 
@@ -62,11 +62,11 @@ def sample(
         One for each combination of the structural fields. Every field is annotated as
         ``qknorm.<field>``, so that a record's trace says the whole config.
     """
-    from . import cuda, cuda_statistics
+    from . import cuda, cuda_row
 
     schedule_body, structural = cuda.schedule_body, STRUCTURAL
-    if cuda_statistics.adds_rows(sch):
-        schedule_body, structural = cuda_statistics.schedule_body, ()
+    if cuda_row.adds_rows(sch):
+        schedule_body, structural = cuda_row.schedule_body, ()
     fixed = [
         choices[name] if decisions is None else [decisions[name]] for name in structural
     ]  # fmt: skip

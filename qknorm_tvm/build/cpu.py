@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from tvm import tirx
 from ..declare.norm import declare
 from ..errors import BuildError
 from ..lower.cpu import STREAM_ALIGNMENT, lower
+from ..lower.tvm_version import llvm_module
 from ..schedules.cpu import schedule
 from ..schedules.cpu_config import CpuConfig, default_config
 from ..spec import KernelSpec
@@ -141,8 +141,7 @@ def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]
             tvm.IRModule({variant.symbol: func})
         )
         lowered.update(lower(bound, config, spec, streaming=variant.name == "stream"))
-    # `tvm.tirx.build` is a function that hides the module of that name.
-    return importlib.import_module("tvm.tirx.build").codegen_build(lowered, target)
+    return llvm_module(lowered, target)
 
 
 def _object_code(module: Any) -> bytes:

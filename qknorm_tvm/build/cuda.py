@@ -3,9 +3,9 @@
 TVM writes the kernels, and for each a host function with tvm-ffi's calling convention
 (``tvm.backend.cuda.export_cuda_host``): it takes the stream from tvm-ffi's environment
 (``TVMFFIEnvGetStream``, torch's current stream when torch called) and makes the tensors' device
-current while it launches. `cuda_source` changes these things in that text, and checks each:
+current while it launches. Two things are as TVM does not do them by itself:
 
-* ``__restrict__`` goes. With it nvcc reads q, k and qk_var through the non-coherent path
+* No pointer is ``__restrict__``. With it nvcc reads q, k and qk_var through the non-coherent path
   (``ld.global.nc``) and may move those loads across the wait for the previous kernel; neither is
   allowed when that kernel wrote them, nor when q_out is q. Without it every access is coherent and
   stays on its side of the wait, and as all loads of a thread come before its first store, nothing
@@ -13,26 +13,26 @@ current while it launches. `cuda_source` changes these things in that text, and 
 * Kernels go through `_LAUNCHER`, which asks for programmatic dependent launch where the loaded
   machine code waits for the previous kernel, that is, where it was compiled for sm_90 or newer.
   TVM's CUDA host code cannot ask for it.
-* The host functions are hidden: a module exports its entry points only.
+
+The host functions are hidden when the module is linked: it exports its entry points only.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..declare.norm import declare
 from ..errors import BuildError
 from ..load.module_file import seal
-from ..lower.cuda import DEPENDENT_ATTR
-from ..schedules import cuda_statistics
-from ..schedules.cuda import schedule
+from ..lower.cuda import join_operands
+from ..schedules import cuda, cuda_row
 from ..schedules.cuda_config import CudaConfig, CudaVariant
+from ..schedules.cuda_device import DEPENDENT_ATTR
 from .configs import cuda_buckets
 from .native import Level, Variant, compile_entry, exported_symbols, run_compiler, tables
 
@@ -138,48 +138,6 @@ extern "C" __attribute__((visibility("hidden"))) int qkn_check_device(int device
 }
 """
 
-_KERNEL = re.compile(r'extern "C" __global__ void [^;{]*?\b(\w+)_kernel\([^)]*\)')
-_LAUNCH = re.compile(
-    r"::(?P<kernel>(?P<name>\w+)_kernel)<<<(?P<grid>dim3\([^)]*\)), (?P<block>dim3\([^)]*\)), 0, "
-    r"cuda_stream>>>\((?P<arguments>[^;]*)\);\n"
-    r" *if \(::tvm_cuda_host_check\(cudaGetLastError\(\), true\) != 0\) return -1;"
-)
-_EXPORTED = "#define TVM_DLL TVM_FFI_DLL_EXPORT\n"
-_HIDDEN = '#define TVM_DLL __attribute__((visibility("hidden")))\n'
-
-
-def _plain_pointers(source: str, names: Iterable[str]) -> str:
-    """Take ``__restrict__`` off every kernel's pointers."""
-    found: set[str] = set()
-
-    def one_kernel(match: re.Match[str]) -> str:
-        found.add(match[1])
-        return match[0].replace("* __restrict__ ", "* ")
-
-    source = _KERNEL.sub(one_kernel, source)
-    if found != set(names) or "__restrict__" in source:
-        raise AssertionError(f"expected kernels {sorted(names)} in TVM's source, got {found}")
-    return source
-
-
-def _launch_through(source: str, names: Iterable[str], dependent: set[str]) -> str:
-    """Launch every kernel through `_LAUNCHER`."""
-    found: set[str] = set()
-
-    def one_launch(match: re.Match[str]) -> str:
-        found.add(match["name"])
-        flag = "true" if match["name"] in dependent else "false"
-        return (
-            f"if (::tvm_cuda_host_check(::qkn_launch<::{match['kernel']}, {flag}>(cuda_device, "
-            f"{match['grid']}, {match['block']}, cuda_stream, {match['arguments']})) != 0) "
-            "return -1;"
-        )
-
-    source = _LAUNCH.sub(one_launch, source)
-    if found != set(names) or "<<<" in source:
-        raise AssertionError(f"expected launches of {sorted(names)} in TVM's source, got {found}")
-    return source
-
 
 def cuda_source(functions: Sequence[tuple[str, tirx.PrimFunc]]) -> str:
     """Generate one CUDA source for scheduled functions, kernels and host functions.
@@ -196,7 +154,8 @@ def cuda_source(functions: Sequence[tuple[str, tirx.PrimFunc]]) -> str:
         CUDA C++ for every architecture from sm_80 on. It needs tvm-ffi's headers.
     """
     import tvm
-    from tvm.backend.cuda import export_cuda_host
+
+    from ..lower.tvm_version import cuda_host_source
 
     names = [name for name, _ in functions]
     module = tvm.IRModule(
@@ -205,18 +164,12 @@ def cuda_source(functions: Sequence[tuple[str, tirx.PrimFunc]]) -> str:
             for name, func in functions
         }
     )
-    # This architecture only bounds what TVM may use. Its checks of arguments are the entry
-    # point's already.
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}, host={"kind": "cuda_host"})
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        built = tvm.compile(module, target=target)
-    source = export_cuda_host(built.mod)
-    source = _plain_pointers(source, names)
     dependent = {name for name, func in functions if func.attrs[DEPENDENT_ATTR]}
-    source = _launch_through(source, names, dependent)
-    if source.count(_EXPORTED) != 1:
-        raise AssertionError(f"expected {_EXPORTED!r} once in TVM's source")
-    return _PRELUDE + source.replace(_EXPORTED, _HIDDEN + _LAUNCHER)
+
+    def launch(name: str) -> str:
+        return f"::qkn_launch<::{name}_kernel, {'true' if name in dependent else 'false'}>"
+
+    return _PRELUDE + _LAUNCHER + cuda_host_source(module, launch, names)
 
 
 def device_check_source(symbol: str, archs: Sequence[str]) -> str:
@@ -353,11 +306,11 @@ def link_cuda(objects: Sequence[Path], out: Path) -> None:
 
 
 def scheduled_variant(spec: KernelSpec, variant: CudaVariant) -> tirx.PrimFunc:
-    """Declare and schedule one kernel."""
+    """Declare a spec for a variant, and make its kernel: a function bound to one grid."""
     func = declare(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
     if spec.op == "apply_qk_rms_norm":
-        return schedule(func, variant.config)
-    return cuda_statistics.schedule(func, variant.config)
+        return join_operands(cuda.schedule(func, variant.config))
+    return cuda_row.schedule(func, spec, variant.config)
 
 
 def build(

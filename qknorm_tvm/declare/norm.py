@@ -11,43 +11,38 @@ computed, with every float32 intermediate named, so that the order of rounding c
     out      = cast(weighted, out_dtype)
 
 once for Q (column 0) and once for K (column 1); ``row_mean_of_squares_qk`` computes ``qk_var`` in
-the target's order of `declaration_statistics`; ``qk_rms_norm`` is the one after the other, with
+the target's order of `declare.statistics`; ``qk_rms_norm`` is the one after the other, with
 statistics that never leave the registers. ``qknorm_tvm.schedules`` decides the rest, per target.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 from tvm.script import tirx as T
 
+from . import steps
 from .statistics import sum_of_squares
 
 if TYPE_CHECKING:
     from ..spec import KernelSpec
 
 
-def _one_operand(tag: str, spec: KernelSpec):
+def _normalise(tag: str, spec: KernelSpec) -> Callable[..., Any]:
     """Return the statements that normalise one operand, their blocks named after `tag`.
 
     A factory, because TVM numbers the blocks of a second expansion of one inline function.
     """
     rs_name, x32_name, out_name = f"rs_{tag}", f"x32_{tag}", f"{tag}_out"
     scaled_name, weighted_name = f"scaled_{tag}", f"weighted_{tag}"
-    in_dtype, out_dtype, reproducible = spec.in_dtype, spec.out_dtype, spec.reproducible
-    cast_before_gamma = spec.cast_before_gamma and in_dtype != "float32"
-
-    def rounded(x):
-        return T.Cast("float32", T.Cast(in_dtype, x)) if cast_before_gamma else x
-
-    def inverse_root(x):
-        # T.rsqrt is each target's own: 1/sqrt with both steps correctly rounded on LLVM, rsqrtf on
-        # CUDA, as in the unfused graph of that device. Written out, it is the same on both.
-        return T.float32(1) / T.sqrt(x) if reproducible else T.rsqrt(x)
+    out_dtype, reproducible = spec.out_dtype, spec.reproducible
+    before_gamma = steps.type_before_gamma(spec)
 
     @T.inline
-    def one_operand(out, gamma, qk_var, column, x, rows, cols, epsilon):
+    def normalise(out, gamma, qk_var, column, x, rows, cols, epsilon):
         rs = T.sblock_alloc_buffer((rows,), "float32")
         x32 = T.sblock_alloc_buffer((rows, cols), "float32")
         scaled = T.sblock_alloc_buffer((rows, cols), "float32")
@@ -55,39 +50,89 @@ def _one_operand(tag: str, spec: KernelSpec):
         for i in range(rows):
             with T.sblock(rs_name):
                 vi = T.axis.spatial(rows, i)
-                rs[vi] = inverse_root(qk_var[vi, column] + epsilon)
+                rs[vi] = steps.inverse_root(qk_var[vi, column], epsilon, reproducible=reproducible)
         for i, j in T.grid(rows, cols):
             with T.sblock(x32_name):
                 vi, vj = T.axis.remap("SS", [i, j])
-                x32[vi, vj] = T.Cast("float32", x[vi, vj])
+                x32[vi, vj] = steps.widened(x[vi, vj])
         for i, j in T.grid(rows, cols):
             with T.sblock(scaled_name):
                 vi, vj = T.axis.remap("SS", [i, j])
-                scaled[vi, vj] = rounded(x32[vi, vj] * rs[vi])
+                scaled[vi, vj] = steps.scaled(x32[vi, vj], rs[vi], before_gamma)
         for i, j in T.grid(rows, cols):
             with T.sblock(weighted_name):
                 vi, vj = T.axis.remap("SS", [i, j])
-                weighted[vi, vj] = scaled[vi, vj] * gamma[vj]
+                weighted[vi, vj] = steps.weighted(scaled[vi, vj], gamma[vj])
         for i, j in T.grid(rows, cols):
             with T.sblock(out_name):
                 vi, vj = T.axis.remap("SS", [i, j])
-                out[vi, vj] = T.Cast(out_dtype, weighted[vi, vj])
+                out[vi, vj] = steps.rounded(weighted[vi, vj], out_dtype)
 
-    return one_operand
+    return normalise
 
 
-def _one_mean(tag: str):
+def _mean(tag: str) -> Callable[..., Any]:
     """Return the statement that divides one operand's sums."""
     mean_name = f"mean_{tag}"
 
     @T.inline
-    def one_mean(var, total, rows, cols):
+    def mean(var, total, rows, cols):
         for i in range(rows):
             with T.sblock(mean_name):
                 vi = T.axis.spatial(rows, i)
-                var[vi, T.int64(0)] = total[vi, T.int64(0)] / T.Cast("float32", cols)
+                var[vi, T.int64(0)] = steps.mean(total[vi, T.int64(0)], cols)
 
-    return one_mean
+    return mean
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameters:
+    """The tensors that a declared function takes, with what may be relied on about them."""
+
+    spec: KernelSpec
+    row_tile: int
+    stride_unit: int
+    alignment: int | None
+
+    @property
+    def columns(self) -> tuple[tirx.Expr, tirx.Expr]:
+        # int64 extents: 32-bit indices overflow at M * Nq >= 2**31.
+        q, k = (
+            tirx.Var(name, "int64") if cols is None else tirx.IntImm("int64", cols)
+            for name, cols in (("q_cols", self.spec.q_cols), ("k_cols", self.spec.k_cols))
+        )
+        return q, k
+
+    def rows(self, row_tiles: Any) -> Any:
+        return row_tiles * self.row_tile
+
+    def x(self, handle: Any, row_tiles: Any, cols: Any, stride: Any) -> Any:
+        """Declare q or k."""
+        return self._matrix(handle, row_tiles, cols, stride, self.spec.in_dtype, self.spec.in_bytes)
+
+    def out(self, handle: Any, row_tiles: Any, cols: Any, stride: Any) -> Any:
+        """Declare q_out or k_out."""
+        spec = self.spec
+        return self._matrix(handle, row_tiles, cols, stride, spec.out_dtype, spec.out_bytes)
+
+    def gamma(self, handle: Any, cols: Any) -> Any:
+        align = 4 if self.alignment is None else min(self.alignment, 16)
+        return T.match_buffer(handle, (cols,), "float32", align=align)
+
+    def qk_var(self, handle: Any, row_tiles: Any, stride: Any) -> Any:
+        shape, strides = (self.rows(row_tiles), T.int64(2)), [stride, T.int64(1)]
+        return T.match_buffer(handle, shape, "float32", strides=strides, align=4)
+
+    def _matrix(
+        self, handle: Any, row_tiles: Any, cols: Any, stride: Any, dtype: str, size: int
+    ) -> Any:
+        return T.match_buffer(
+            handle,
+            (self.rows(row_tiles), cols),
+            dtype,
+            strides=[stride * self.stride_unit, T.int64(1)],
+            align=self.alignment or size,
+        )
 
 
 def declare(
@@ -126,35 +171,17 @@ def declare(
         one, and the scalars: ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k,
         epsilon, row_tiles, q_out_stride, k_out_stride, q_stride, k_stride)``.
     """
-    in_align = alignment or spec.in_bytes
-    out_align = alignment or spec.out_bytes
-    gamma_align = 4 if alignment is None else min(alignment, 16)
     declare_operation = {
         "apply_qk_rms_norm": _apply_qk_rms_norm,
         "row_mean_of_squares_qk": _row_mean_of_squares_qk,
         "qk_rms_norm": _qk_rms_norm,
     }[spec.op]
-    return declare_operation(spec, row_tile, stride_unit, in_align, out_align, gamma_align)
+    return declare_operation(spec, _Parameters(spec, row_tile, stride_unit, alignment))
 
 
-def _columns(spec: KernelSpec) -> tuple[tirx.Expr, tirx.Expr]:
-    # int64 extents: 32-bit indices overflow at M * Nq >= 2**31.
-    nq = tirx.Var("q_cols", "int64") if spec.q_cols is None else tirx.IntImm("int64", spec.q_cols)
-    nk = tirx.Var("k_cols", "int64") if spec.k_cols is None else tirx.IntImm("int64", spec.k_cols)
-    return nq, nk
-
-
-def _apply_qk_rms_norm(
-    spec: KernelSpec,
-    row_tile: int,
-    stride_unit: int,
-    in_align: int,
-    out_align: int,
-    gamma_align: int,
-) -> tirx.PrimFunc:
-    in_dtype, out_dtype = spec.in_dtype, spec.out_dtype
-    nq, nk = _columns(spec)
-    normalise_q, normalise_k = _one_operand("q", spec), _one_operand("k", spec)
+def _apply_qk_rms_norm(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:
+    nq, nk = given.columns
+    normalise_q, normalise_k = _normalise("q", spec), _normalise("k", spec)
 
     @T.prim_func(s_tir=True)
     def apply_qk_rms_norm(
@@ -174,59 +201,21 @@ def _apply_qk_rms_norm(
     ):
         T.func_attr({"global_symbol": "apply_qk_rms_norm", "tirx.noalias": True})
         qk_var_stride = T.int64()
-        q_out = T.match_buffer(
-            q_out_handle,
-            (row_tiles * row_tile, nq),
-            out_dtype,
-            strides=[q_out_stride * stride_unit, T.int64(1)],
-            align=out_align,
-        )
-        k_out = T.match_buffer(
-            k_out_handle,
-            (row_tiles * row_tile, nk),
-            out_dtype,
-            strides=[k_out_stride * stride_unit, T.int64(1)],
-            align=out_align,
-        )
-        gamma_q = T.match_buffer(gamma_q_handle, (nq,), "float32", align=gamma_align)
-        gamma_k = T.match_buffer(gamma_k_handle, (nk,), "float32", align=gamma_align)
-        qk_var = T.match_buffer(
-            qk_var_handle,
-            (row_tiles * row_tile, T.int64(2)),
-            "float32",
-            strides=[qk_var_stride, T.int64(1)],
-            align=4,
-        )
-        q = T.match_buffer(
-            q_handle,
-            (row_tiles * row_tile, nq),
-            in_dtype,
-            strides=[q_stride * stride_unit, T.int64(1)],
-            align=in_align,
-        )
-        k = T.match_buffer(
-            k_handle,
-            (row_tiles * row_tile, nk),
-            in_dtype,
-            strides=[k_stride * stride_unit, T.int64(1)],
-            align=in_align,
-        )
-        normalise_q(q_out, gamma_q, qk_var, 0, q, row_tiles * row_tile, nq, epsilon)
-        normalise_k(k_out, gamma_k, qk_var, 1, k, row_tiles * row_tile, nk, epsilon)
+        q_out = given.out(q_out_handle, row_tiles, nq, q_out_stride)
+        k_out = given.out(k_out_handle, row_tiles, nk, k_out_stride)
+        gamma_q = given.gamma(gamma_q_handle, nq)
+        gamma_k = given.gamma(gamma_k_handle, nk)
+        qk_var = given.qk_var(qk_var_handle, row_tiles, qk_var_stride)
+        q = given.x(q_handle, row_tiles, nq, q_stride)
+        k = given.x(k_handle, row_tiles, nk, k_stride)
+        normalise_q(q_out, gamma_q, qk_var, 0, q, given.rows(row_tiles), nq, epsilon)
+        normalise_k(k_out, gamma_k, qk_var, 1, k, given.rows(row_tiles), nk, epsilon)
 
     return apply_qk_rms_norm
 
 
-def _row_mean_of_squares_qk(
-    spec: KernelSpec,
-    row_tile: int,
-    stride_unit: int,
-    in_align: int,
-    out_align: int,
-    gamma_align: int,
-) -> tirx.PrimFunc:
-    in_dtype = spec.in_dtype
-    nq, nk = _columns(spec)
+def _row_mean_of_squares_qk(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:
+    nq, nk = given.columns
     add_up_q, add_up_k = (sum_of_squares(tag, spec.parsed_target.kind) for tag in ("q", "k"))
 
     @T.prim_func(s_tir=True)
@@ -240,57 +229,31 @@ def _row_mean_of_squares_qk(
     ):
         T.func_attr({"global_symbol": "row_mean_of_squares_qk", "tirx.noalias": True})
         qk_var_stride = T.int64()
-        qk_var = T.match_buffer(
-            qk_var_handle,
-            (row_tiles * row_tile, T.int64(2)),
-            "float32",
-            strides=[qk_var_stride, T.int64(1)],
-            align=4,
-        )
-        q = T.match_buffer(
-            q_handle,
-            (row_tiles * row_tile, nq),
-            in_dtype,
-            strides=[q_stride * stride_unit, T.int64(1)],
-            align=in_align,
-        )
-        k = T.match_buffer(
-            k_handle,
-            (row_tiles * row_tile, nk),
-            in_dtype,
-            strides=[k_stride * stride_unit, T.int64(1)],
-            align=in_align,
-        )
-        total_q = T.sblock_alloc_buffer((row_tiles * row_tile, T.int64(1)), "float32")
-        total_k = T.sblock_alloc_buffer((row_tiles * row_tile, T.int64(1)), "float32")
-        add_up_q(total_q, q, row_tiles * row_tile, nq)
-        add_up_k(total_k, k, row_tiles * row_tile, nk)
+        qk_var = given.qk_var(qk_var_handle, row_tiles, qk_var_stride)
+        q = given.x(q_handle, row_tiles, nq, q_stride)
+        k = given.x(k_handle, row_tiles, nk, k_stride)
+        total_q = T.sblock_alloc_buffer((given.rows(row_tiles), T.int64(1)), "float32")
+        total_k = T.sblock_alloc_buffer((given.rows(row_tiles), T.int64(1)), "float32")
+        add_up_q(total_q, q, given.rows(row_tiles), nq)
+        add_up_k(total_k, k, given.rows(row_tiles), nk)
         # One block: two that wrote to one buffer could not be made parallel.
-        for i, column in T.grid(row_tiles * row_tile, T.int64(2)):
+        for i, column in T.grid(given.rows(row_tiles), T.int64(2)):
             with T.sblock("mean"):
                 vi, vc = T.axis.remap("SS", [i, column])
                 qk_var[vi, vc] = T.if_then_else(
                     vc == T.int64(0),
-                    total_q[vi, T.int64(0)] / T.Cast("float32", nq),
-                    total_k[vi, T.int64(0)] / T.Cast("float32", nk),
+                    steps.mean(total_q[vi, T.int64(0)], nq),
+                    steps.mean(total_k[vi, T.int64(0)], nk),
                 )
 
     return row_mean_of_squares_qk
 
 
-def _qk_rms_norm(
-    spec: KernelSpec,
-    row_tile: int,
-    stride_unit: int,
-    in_align: int,
-    out_align: int,
-    gamma_align: int,
-) -> tirx.PrimFunc:
-    in_dtype, out_dtype = spec.in_dtype, spec.out_dtype
-    nq, nk = _columns(spec)
-    normalise_q, normalise_k = _one_operand("q", spec), _one_operand("k", spec)
+def _qk_rms_norm(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:
+    nq, nk = given.columns
+    normalise_q, normalise_k = _normalise("q", spec), _normalise("k", spec)
     add_up_q, add_up_k = (sum_of_squares(tag, spec.parsed_target.kind) for tag in ("q", "k"))
-    mean_q, mean_k = _one_mean("q"), _one_mean("k")
+    mean_q, mean_k = _mean("q"), _mean("k")
 
     @T.prim_func(s_tir=True)
     def qk_rms_norm(
@@ -308,45 +271,21 @@ def _qk_rms_norm(
         k_stride: T.int64,
     ):
         T.func_attr({"global_symbol": "qk_rms_norm", "tirx.noalias": True})
-        q_out = T.match_buffer(
-            q_out_handle,
-            (row_tiles * row_tile, nq),
-            out_dtype,
-            strides=[q_out_stride * stride_unit, T.int64(1)],
-            align=out_align,
-        )
-        k_out = T.match_buffer(
-            k_out_handle,
-            (row_tiles * row_tile, nk),
-            out_dtype,
-            strides=[k_out_stride * stride_unit, T.int64(1)],
-            align=out_align,
-        )
-        gamma_q = T.match_buffer(gamma_q_handle, (nq,), "float32", align=gamma_align)
-        gamma_k = T.match_buffer(gamma_k_handle, (nk,), "float32", align=gamma_align)
-        q = T.match_buffer(
-            q_handle,
-            (row_tiles * row_tile, nq),
-            in_dtype,
-            strides=[q_stride * stride_unit, T.int64(1)],
-            align=in_align,
-        )
-        k = T.match_buffer(
-            k_handle,
-            (row_tiles * row_tile, nk),
-            in_dtype,
-            strides=[k_stride * stride_unit, T.int64(1)],
-            align=in_align,
-        )
-        var_q = T.sblock_alloc_buffer((row_tiles * row_tile, T.int64(1)), "float32")
-        var_k = T.sblock_alloc_buffer((row_tiles * row_tile, T.int64(1)), "float32")
-        total_q = T.sblock_alloc_buffer((row_tiles * row_tile, T.int64(1)), "float32")
-        total_k = T.sblock_alloc_buffer((row_tiles * row_tile, T.int64(1)), "float32")
-        add_up_q(total_q, q, row_tiles * row_tile, nq)
-        mean_q(var_q, total_q, row_tiles * row_tile, nq)
-        add_up_k(total_k, k, row_tiles * row_tile, nk)
-        mean_k(var_k, total_k, row_tiles * row_tile, nk)
-        normalise_q(q_out, gamma_q, var_q, 0, q, row_tiles * row_tile, nq, epsilon)
-        normalise_k(k_out, gamma_k, var_k, 0, k, row_tiles * row_tile, nk, epsilon)
+        q_out = given.out(q_out_handle, row_tiles, nq, q_out_stride)
+        k_out = given.out(k_out_handle, row_tiles, nk, k_out_stride)
+        gamma_q = given.gamma(gamma_q_handle, nq)
+        gamma_k = given.gamma(gamma_k_handle, nk)
+        q = given.x(q_handle, row_tiles, nq, q_stride)
+        k = given.x(k_handle, row_tiles, nk, k_stride)
+        var_q = T.sblock_alloc_buffer((given.rows(row_tiles), T.int64(1)), "float32")
+        var_k = T.sblock_alloc_buffer((given.rows(row_tiles), T.int64(1)), "float32")
+        total_q = T.sblock_alloc_buffer((given.rows(row_tiles), T.int64(1)), "float32")
+        total_k = T.sblock_alloc_buffer((given.rows(row_tiles), T.int64(1)), "float32")
+        add_up_q(total_q, q, given.rows(row_tiles), nq)
+        mean_q(var_q, total_q, given.rows(row_tiles), nq)
+        add_up_k(total_k, k, given.rows(row_tiles), nk)
+        mean_k(var_k, total_k, given.rows(row_tiles), nk)
+        normalise_q(q_out, gamma_q, var_q, 0, q, given.rows(row_tiles), nq, epsilon)
+        normalise_k(k_out, gamma_k, var_k, 0, k, given.rows(row_tiles), nk, epsilon)
 
     return qk_rms_norm

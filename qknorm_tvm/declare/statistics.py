@@ -39,6 +39,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from . import steps
+
 #: Partial sums of a row. As many as keep four registers of 16 busy, the fewest that hide the
 #: latency of an addition on AVX-512; AVX2 has registers for them too.
 LANES = 64
@@ -114,7 +116,7 @@ def _sum_on_cpu(tag: str) -> Callable[..., Any]:
         for i, j in T.grid(rows, T.ceildiv(cols, BLOCK) * BLOCK):
             with T.sblock(x32_name):
                 vi, vj = T.axis.remap("SS", [i, j])
-                x32[vi, vj] = T.if_then_else(vj < cols, T.Cast("float32", x[vi, vj]), T.float32(0))
+                x32[vi, vj] = T.if_then_else(vj < cols, steps.widened(x[vi, vj]), T.float32(0))
         for i, block, lane, step in T.grid(
             rows, T.ceildiv(cols, BLOCK), T.int64(LANES), T.int64(STEPS)
         ):
@@ -122,10 +124,8 @@ def _sum_on_cpu(tag: str) -> Callable[..., Any]:
                 vi, vb, vl, vs = T.axis.remap("SSSR", [i, block, lane, step])
                 with T.init():
                     partial[vi, vb, vl] = T.float32(0)
-                partial[vi, vb, vl] = T.fma(
-                    x32[vi, (vb * STEPS + vs) * LANES + vl],
-                    x32[vi, (vb * STEPS + vs) * LANES + vl],
-                    partial[vi, vb, vl],
+                partial[vi, vb, vl] = steps.add_square(
+                    partial[vi, vb, vl], x32[vi, (vb * STEPS + vs) * LANES + vl]
                 )
         for i, lane, block in T.grid(rows, T.int64(LANES), T.ceildiv(cols, BLOCK)):
             with T.sblock(lanes_name):
@@ -195,16 +195,14 @@ def _sum_on_cuda(tag: str) -> Callable[..., Any]:
         for i, j in T.grid(rows, chunks * CHUNK):
             with T.sblock(x32_name):
                 vi, vj = T.axis.remap("SS", [i, j])
-                x32[vi, vj] = T.if_then_else(vj < cols, T.Cast("float32", x[vi, vj]), T.float32(0))
+                x32[vi, vj] = T.if_then_else(vj < cols, steps.widened(x[vi, vj]), T.float32(0))
         for i, chunk, lane, column in T.grid(rows, chunks, T.int64(WARP), T.int64(VECTOR)):
             with T.sblock(vector_name):
                 vi, vc, vl, vj = T.axis.remap("SSSR", [i, chunk, lane, column])
                 with T.init():
                     vectors[vi, vc, vl] = T.float32(0)
-                vectors[vi, vc, vl] = T.fma(
-                    x32[vi, (vc * WARP + vl) * VECTOR + vj],
-                    x32[vi, (vc * WARP + vl) * VECTOR + vj],
-                    vectors[vi, vc, vl],
+                vectors[vi, vc, vl] = steps.add_square(
+                    vectors[vi, vc, vl], x32[vi, (vc * WARP + vl) * VECTOR + vj]
                 )
         chunk16(chunks16, vectors, rows, chunks)
         chunk8(chunks8, chunks16, rows, chunks)

@@ -101,11 +101,11 @@ def _even_odd(expr: tirx.Expr, lanes: int, rounding: str) -> tuple[tirx.Expr, ti
     A vector that is stored in order is read as two halves and shuffled; it is one of the operands
     shared by the rows of a tile, so that the shuffle is too.
     """
-    if isinstance(expr, tirx.Mul):
+    if isinstance(expr, (tirx.Add, tirx.Sub, tirx.Mul)):
         (a_even, a_odd), (b_even, b_odd) = (
-            _even_odd(one, lanes, rounding) for one in (expr.a, expr.b)
+            _even_odd(operand, lanes, rounding) for operand in (expr.a, expr.b)
         )
-        return tirx.Mul(a_even, b_even), tirx.Mul(a_odd, b_odd)
+        return type(expr)(a_even, b_even), type(expr)(a_odd, b_odd)
     if isinstance(expr, tirx.Cast) and isinstance(expr.value, tirx.Cast):
         # Rounded to q's type before gamma.
         halves = _even_odd(expr.value.value, lanes, rounding)

@@ -23,47 +23,15 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
-from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import Range, TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize
+from tvm.script import tirx as T
 
+from ..schedules import cuda_device
+from ..schedules.cuda_config import NOTE
 from .substitution import substitute
 
-#: Annotations on the loops over threads: this and the name of a field of ``CudaConfig``.
-NOTE = "qknorm."
-#: Attribute of a lowered function: whether it is to be launched as a dependent of the kernel
-#: before it.
-DEPENDENT_ATTR = "qknorm.dependent_launch"
-
 _Stage = tuple[str, tirx.Stmt]
-
-
-def aligned_elements(buffer: tirx.Buffer) -> int:
-    """Return how many elements the promised alignment of a buffer spans, up to 16 bytes."""
-    item = tvm.DataType(str(buffer.dtype)).bits // 8
-    return max(1, min(16, int(buffer.data_alignment)) // item)
-
-
-def int64(value: int) -> tirx.IntImm:
-    """Return a constant: every index is 64 bits wide."""
-    return tirx.IntImm("int64", value)
-
-
-def device_call(name: str, *args: tirx.Expr, code: str) -> tirx.Stmt:
-    """Call a device function, given as its CUDA code from the list of parameters on."""
-    source = f"__device__ __forceinline__ void {name}{code}"
-    return tirx.Evaluate(cuda_func_call(name, *args, source_code=source))
-
-
-def grid_dependency(action: str) -> tirx.Stmt:
-    """Return ``griddepcontrol``, which machine code for GPUs before sm_90 does not have."""
-    code = f"""() {{
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.{action};" : : : "memory");
-#endif
-}}
-"""
-    return device_call(f"qknorm_{action}", code=code)
 
 
 # ---- 1. distribute ---------------------------------------------------------------------------
@@ -132,7 +100,7 @@ class _Distributor:
     def _expand(self, buffer: tirx.Buffer, loops: list[tirx.For]) -> None:
         bound = tvm.sym.Analyzer().const_int_bound
         shape = [loop.extent for loop in loops]
-        shape += [int64(bound(extent).max_value) for extent in buffer.shape]
+        shape += [T.int64(bound(extent).max_value) for extent in buffer.shape]
         expanded = tirx.decl_buffer(
             shape, buffer.dtype, buffer.name, scope=buffer.scope(), data_alignment=16
         )
@@ -181,38 +149,21 @@ class _Distributor:
 # ---- 2. and 3. join and wait -------------------------------------------------------------------
 
 
-def _vector_store(words: int, streaming: bool) -> tuple[str, str]:
-    """Return name and code of a device function that stores 32-bit words in one access.
-
-    Left to itself nvcc 13.0 makes four 32-bit stores of some of them.
-    """
-    instruction = "st.global.cs" if streaming else "st.global"
-    kind, suffix, parts = {
-        1: ("uint", "b32", ("",)),
-        2: ("uint2", "v2.b32", (".x", ".y")),
-        4: ("uint4", "v4.b32", (".x", ".y", ".z", ".w")),
-    }[words]
-    registers = ", ".join(f"%{1 + i}" for i in range(words))
-    registers = registers if words == 1 else f"{{{registers}}}"
-    values = ", ".join(f'"r"(v{part})' for part in parts)
-    code = f"""(void* to, const void* from) {{
-  {kind} v = *(const {kind}*)from;
-  asm volatile("{instruction}.{suffix} [%0], {registers};" : : "l"(to), {values} : "memory");
-}}
-"""
-    return f"qknorm_store{'_streaming' if streaming else ''}_{4 * words}", code
+def _dependency(action: str) -> tirx.Stmt:
+    return tirx.Evaluate(cuda_device.grid_dependency(action))
 
 
-def vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
+def _vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
     """Spell out the vector accesses of a thread's stores to global memory."""
 
     def one_copy(store: tirx.BufferStore, lane: tirx.For) -> tirx.Stmt:
-        bits = tvm.DataType(str(store.buffer.dtype)).bits * int(lane.extent)
-        name, code = _vector_store(bits // 32, streaming)
-        first = [(lane.loop_var, int64(0))]
-        indices = [substitute(index, first) for index in store.indices]
-        to = tirx.address_of(tirx.BufferLoad(store.buffer, indices))
-        return device_call(name, to, tirx.address_of(substitute(store.value, first)), code=code)
+        first = [(lane.loop_var, T.int64(0))]
+        index = [substitute(term, first) for term in store.indices]
+        registers = substitute(store.value, first)
+        place, lanes = registers.indices, int(lane.extent)
+        return tirx.Evaluate(
+            cuda_device.store_vector(store.buffer, index, registers.source, place, lanes, streaming)
+        )
 
     def vectors(loop: tirx.For) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.VECTORIZED:
@@ -236,21 +187,21 @@ def _one_thread(loop: tirx.For, tag: str, config: dict[str, Any]) -> tuple[list[
     if sorted(stages) != sorted(expected):
         raise ValueError(f"expected blocks {sorted(expected)} for {tag}, got {sorted(stages)}")
     gamma, load, rs, compute, store = (stages[name] for name in expected)
-    store = [vector_stores(stage, bool(config["streaming_stores"])) for stage in store]
+    store = [_vector_stores(stage, bool(config["streaming_stores"])) for stage in store]
     loads = [*load, *gamma, *rs]
     if config["dependent_launch"] != "off":
-        loads.insert(0, grid_dependency("wait"))
+        loads.insert(0, _dependency("wait"))
     if config["dependent_launch"] == "after_loads":
-        loads.append(grid_dependency("launch_dependents"))
+        loads.append(_dependency("launch_dependents"))
     return [*loads, *compute, *store], nest.buffers
 
 
 def bind_axis(var: tirx.Var, extent: tirx.Expr, tag: str, body: tirx.Stmt) -> tirx.For:
     """Return a loop over an axis of the grid or the block."""
     axis = tirx.IterVar(
-        Range(int64(0), extent), tirx.Var(tag, "int64"), tirx.IterVar.ThreadIndex, tag
+        Range(T.int64(0), extent), tirx.Var(tag, "int64"), tirx.IterVar.ThreadIndex, tag
     )
-    return tirx.For(var, int64(0), extent, tirx.ForKind.THREAD_BINDING, body, axis)
+    return tirx.For(var, T.int64(0), extent, tirx.ForKind.THREAD_BINDING, body, axis)
 
 
 def config_of(loop: tirx.For) -> dict[str, Any]:
@@ -301,7 +252,7 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
     # 2. One range of threads, cut into blocks.
     thread, part = tirx.Var("thread", "int64"), tirx.Var("part", "int64")
     total = simplify(first.extent + second.extent)
-    parts = simplify(tirx.floordiv(total + (threads - 1), int64(threads)))
+    parts = simplify(tirx.floordiv(total + (threads - 1), T.int64(threads)))
     one_part = isinstance(parts, tirx.IntImm) and parts.value == 1
     place = thread if one_part else part * threads + thread
     q_body = substitute(tirx.SeqStmt(q_order), [(first.loop_var, place)])
@@ -312,9 +263,9 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     # 3. Let the next kernel start at once, if the config says so.
     if config["dependent_launch"] == "first":
-        body = tirx.SeqStmt([grid_dependency("launch_dependents"), body])
+        body = tirx.SeqStmt([_dependency("launch_dependents"), body])
     registers = [tirx.AllocBuffer(buffer) for buffer in (*q_registers, *k_registers)]
-    body = bind_axis(thread, int64(threads), "threadIdx.x", tirx.SeqStmt([*registers, body]))
+    body = bind_axis(thread, T.int64(threads), "threadIdx.x", tirx.SeqStmt([*registers, body]))
     if one_part:
         body = bind_axis(tiles.loop_var, tiles.extent, "blockIdx.x", body)
     elif config["grid_order"] == "rows":
@@ -331,4 +282,4 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
         )
         body = bind_axis(block, tiles.extent * parts, "blockIdx.x", body)
     func = func.with_body(SBlockRealize([], True, SBlock([], [], [], "root", body)))
-    return func.with_attr(DEPENDENT_ATTR, config["dependent_launch"] != "off")
+    return func.with_attr(cuda_device.DEPENDENT_ATTR, config["dependent_launch"] != "off")

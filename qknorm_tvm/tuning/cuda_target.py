@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import tvm
 
 from ..build.configs import cuda_default, cuda_workload
-from ..lower.cuda_operands import deal_chunks
 from ..schedules import cuda_sampling
 from ..schedules.cuda_config import (
     DEPENDENT_LAUNCHES,
@@ -23,7 +22,7 @@ from ..schedules.cuda_config import (
     default_variants,
     vector_width,
 )
-from ..schedules.cuda_statistics_config import CHUNK
+from ..schedules.cuda_row_config import CHUNK, partition_chunks
 from ..spec import KernelSpec
 from ..targets import parse_target
 from .target import Built, encode
@@ -116,7 +115,7 @@ class CudaTarget:
         # are the same kernel.
 
         def dealt(columns: int) -> Any:
-            return deal_chunks(chunks, columns) or (columns, None)  # none: a row in rounds
+            return partition_chunks(chunks, columns) or (columns, None)  # none: a row in rounds
 
         by_warps: dict[Any, int] = {}
         for columns in (1, 2, 4):

@@ -25,6 +25,7 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .cuda_config import _MANY_BLOCKS, ACCESS_BYTES, CudaConfig, CudaVariant, _ceil_div, _reachable
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 #: Neighbouring columns of a thread, and the columns of a warp's vectors: the order of summation.
 VECTOR, CHUNK = 8, 256
+#: Most vectors of a row that a thread holds.
+MAX_PARTS = 4
+#: Warps that go through a row of any length in rounds.
+ROUND_WARPS = 8
+# Most warps of a block.
+_MAX_WARPS = 32
 # Warps of a row, with a vector a thread, beyond which a thread has several vectors of it,
 _MANY_WARPS = 16
 # and up to which a block takes four rows, where that saves starting more than 2,700 blocks.
@@ -42,6 +49,28 @@ _FEW_WARPS = 4
 _GENERAL_COLUMNS = 4
 # Vectors of the call from which the fused kernel takes rows in pairs.
 _MANY_VECTORS = 320 * 1024
+
+
+def partition_chunks(chunks: Sequence[int], wanted: int) -> tuple[int, tuple[int, ...]] | None:
+    """Partition the chunks of Q and of K among the warps of a block.
+
+    Parameters
+    ----------
+    chunks : sequence of int
+        How many a row of each has.
+    wanted : int
+        Vectors of a row that a thread is to hold; it holds more where warps do not suffice.
+
+    Returns
+    -------
+    (int, tuple of int) or None
+        Vectors that a thread holds, and warps of each; None where a block cannot hold a row.
+    """
+    for parts in range(min(wanted, MAX_PARTS), MAX_PARTS + 1):
+        warps = tuple(-(-count // parts) for count in chunks)
+        if sum(warps) <= _MAX_WARPS:
+            return parts, warps
+    return None
 
 
 def stride_unit(spec: KernelSpec) -> int:

@@ -1,0 +1,60 @@
+"""Every float32 step of the operations, as an expression: the one source of what is rounded when.
+
+The declared blocks are made of these, and so is every kernel that primitives do not make from the
+declaration. Each function takes and returns expressions of one element.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tvm.script import tirx as T
+
+if TYPE_CHECKING:
+    from ..spec import KernelSpec
+
+
+def widened(x: Any) -> Any:
+    """Return an element as float32, which holds all of its values."""
+    return T.Cast("float32", x)
+
+
+def add_square(total: Any, x32: Any) -> Any:
+    """Return a sum with one more square, rounded once: a fused multiply-add."""
+    return T.fma(x32, x32, total)
+
+
+def mean(total: Any, cols: Any) -> Any:
+    """Return the mean of a row's `cols` squares; a division, correctly rounded."""
+    return total / T.Cast("float32", cols)
+
+
+def inverse_root(variance: Any, epsilon: Any, *, reproducible: bool) -> Any:
+    """Return rs of a row.
+
+    ``T.rsqrt`` is each target's own: 1/sqrt with both steps correctly rounded on LLVM, ``rsqrtf``
+    on CUDA, as in the unfused graph of that device. Written out, it is the same on both.
+    """
+    x = variance + epsilon
+    return T.float32(1) / T.sqrt(x) if reproducible else T.rsqrt(x)
+
+
+def type_before_gamma(spec: KernelSpec) -> str:
+    """Return the type to which x times rs is rounded before it is multiplied by gamma."""
+    return spec.in_dtype if spec.cast_before_gamma else "float32"
+
+
+def scaled(x32: Any, rs: Any, dtype: str) -> Any:
+    """Return x times rs, in the values of `dtype` (`type_before_gamma`)."""
+    product = x32 * rs
+    return product if dtype == "float32" else widened(rounded(product, dtype))
+
+
+def weighted(scaled_x: Any, gamma: Any) -> Any:
+    """Return the scaled element times gamma."""
+    return scaled_x * gamma
+
+
+def rounded(x: Any, dtype: str) -> Any:
+    """Return a result in the output's type, rounded to nearest even."""
+    return T.Cast(dtype, x)

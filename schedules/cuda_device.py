@@ -1,0 +1,122 @@
+"""What the CUDA kernels say to the device that TensorIR has no statement for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.script import tirx as T
+
+from .cuda_config import ACCESS_BYTES
+
+#: Attribute of a function: whether it is to be launched as a dependent of the kernel before it.
+DEPENDENT_ATTR = "qknorm.dependent_launch"
+
+
+def aligned_elements(buffer: tirx.Buffer) -> int:
+    """Return how many elements the promised alignment of a buffer spans, up to 16 bytes."""
+    item = tvm.DataType(str(buffer.dtype)).bits // 8
+    return max(1, min(ACCESS_BYTES, int(buffer.data_alignment)) // item)
+
+
+def device_call(name: str, *args: tirx.Expr, code: str) -> tirx.Expr:
+    """Call a device function, given as its CUDA code from the list of parameters on."""
+    source = f"__device__ __forceinline__ void {name}{code}"
+    return cuda_func_call(name, *args, source_code=source)
+
+
+def grid_dependency(action: str) -> tirx.Expr:
+    """Return ``griddepcontrol``, which machine code for GPUs before sm_90 does not have.
+
+    Parameters
+    ----------
+    action : str
+        ``"wait"`` for the previous kernel, or ``"launch_dependents"``: the next one may start.
+    """
+    code = f"""() {{
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.{action};" : : : "memory");
+#endif
+}}
+"""
+    return device_call(f"qknorm_{action}", code=code)
+
+
+def store_vector(
+    to: tirx.Buffer, index: Sequence[Any], source: tirx.Buffer, place: Sequence[Any], lanes: int,
+    streaming: bool,
+) -> tirx.Expr:  # fmt: skip
+    """Store neighbouring registers in one access: left to itself nvcc 13.0 makes four of some.
+
+    Parameters
+    ----------
+    to, index
+        Where the first element goes, in global memory.
+    source, place
+        Where it is, in registers.
+    lanes : int
+        Elements, of 4, 8 or 16 bytes together.
+    streaming : bool
+        Mark the place as not used again soon.
+    """
+    item = tvm.DataType(str(to.dtype)).bits // 8
+    count = lanes * item // 4
+    store = T.ptx.st.global_.cs if streaming else T.ptx.st.global_
+    store = {1: store.b32, 2: store.v2.b32, 4: store.v4.b32}[count]
+    *outer, first = place
+    words = []
+    for word in range(count):
+        start = first + word * (4 // item)
+        if item < 4:
+            start = tirx.Ramp(start, T.int64(1), 4 // item)
+        words.append(T.reinterpret("uint32", tirx.BufferLoad(source, [*outer, start])))
+    return store(T.address_of(tirx.BufferLoad(to, list(index))), *words)
+
+
+_EXCHANGE = """(const TYPE* held, TYPE* neighbours) {
+  /* In CUDA, as TVM would put barriers of the block around shared memory that it knows of. */
+  __shared__ alignas(16) TYPE chunks[ELEMENTS];
+  TYPE* chunk = chunks + threadIdx.x / 32 * 256;
+  int lane = threadIdx.x % 32;
+  /* What was exchanged before has been taken. */
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < 8; ++e) chunk[e * 32 + lane] = held[e];
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < 8; ++e) neighbours[e] = chunk[lane * 8 + e];
+}
+"""
+_CUDA_TYPES = {"bfloat16": "nv_bfloat16", "float16": "half", "float32": "float"}
+
+
+def exchange(
+    held: tirx.Buffer, place: Sequence[Any], neighbours: tirx.Buffer, threads: int
+) -> tirx.Expr:
+    """Give each thread of a warp 8 neighbours of the 256 columns that the warp holds.
+
+    Parameters
+    ----------
+    held, place
+        Registers with every 32nd of the columns.
+    neighbours
+        Registers for 8 neighbouring ones.
+    threads : int
+        Of the block.
+    """
+    dtype, elements = str(held.dtype), threads * 8
+    code = _EXCHANGE.replace("TYPE", _CUDA_TYPES[dtype]).replace("ELEMENTS", str(elements))
+    source = T.address_of(tirx.BufferLoad(held, [*place, T.int64(0)]))
+    to = T.address_of(tirx.BufferLoad(neighbours, [T.int64(0)]))
+    return device_call(f"qknorm_exchange_{dtype}_{elements}", source, to, code=code)
+
+
+def _fma(call: tirx.Call) -> tirx.Expr:
+    """Fuse whatever the compiler's options: TVM has no CUDA code for ``fma``."""
+    return tirx.call_pure_extern("float32", "__fmaf_rn", *call.args)
+
+
+tirx.op.register_intrin_lowering("tirx.fma", target="cuda", f=_fma)
