@@ -19,6 +19,8 @@ HEADER = Path(__file__).parent / "native" / "cuda_emulation.h"
 _KERNEL = re.compile(
     r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{', re.MULTILINE
 )
+_STORE = re.compile(r'asm volatile\("st\.global.*;$', re.MULTILINE)
+_VALUES = re.compile(r'"[lr]"\((\w+)\)')
 
 
 class Kernel:
@@ -31,11 +33,10 @@ class Kernel:
     """
 
     def __init__(self, source: str):
-        first = re.search(r"__device__ __forceinline__ \w+ qknorm_", source)
-        assert first is not None
-        text = source[first.start() : source.index("#include <tvm/ffi/c_api.h>")]
-        # The stores, and what a GPU waits for.
-        text, _ = re.subn(r'asm volatile\("st\.global[^;]*;\n?[^;]*;', "STORE(to, v);", text)
+        head = "#define ushort unsigned short\n#endif\n"
+        text = source[source.index(head) + len(head) : source.index("#include <tvm/ffi/c_api.h>")]
+        # The stores, which are PTX: their address and words are parameters of a function.
+        text = _STORE.sub(lambda match: f"STORE({', '.join(_VALUES.findall(match[0]))});", text)
         text = text.replace("__shared__ alignas(16)", "alignas(16) __shared__")
         threads, name, parameters = _KERNEL.findall(text)[0]
         self.threads = int(threads)

@@ -20,7 +20,7 @@ from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.build.configs import cuda_buckets
 from qknorm_tvm.check import reference
 from qknorm_tvm.load.module_file import read_metadata
-from qknorm_tvm.schedules.cuda_config import CudaConfig, default_variants
+from qknorm_tvm.schedules.cuda_config import NOTE, CudaConfig, default_variants
 from qknorm_tvm.tuning import maintenance, records
 from qknorm_tvm.tuning.measure import InexactError, exactness_case
 from qknorm_tvm.tuning.target import decode, encode
@@ -78,15 +78,12 @@ def test_what_the_order_of_summation_fixes_is_not_sampled() -> None:
 # ---- traces ---------------------------------------------------------------------------------
 
 
-def _lowered(func: Any, op: str) -> Any:
-    """Return the kernel of a function whose annotations name words by their index."""
+def _in_words(func: Any) -> Any:
+    """Return a function whose annotations name words by their index, with the words instead."""
     import tvm_ffi
     from tvm import tirx
 
-    from qknorm_tvm.lower import cuda as lowering_cuda
-    from qknorm_tvm.lower import cuda_statistics as lowering_cuda_statistics
-
-    words = {lowering_cuda.NOTE + name: values for name, values in _target().words.items()}
+    words = {NOTE + name: values for name, values in _target().words.items()}
 
     def named(loop: Any) -> Any:
         notes = {
@@ -97,10 +94,20 @@ def _lowered(func: Any, op: str) -> Any:
             loop.loop_var, loop.min, loop.extent, loop.kind, loop.body, loop.thread_binding, notes
         )
 
-    func = func.with_body(tvm_ffi.structural_map(func.body, (tirx.For, named)))
-    if op == APPLY:
-        return lowering_cuda.join_operands(func)
-    return lowering_cuda_statistics.join_rows(func)
+    return func.with_body(tvm_ffi.structural_map(func.body, (tirx.For, named)))
+
+
+def _noted(func: Any) -> CudaConfig:
+    """Return the config that a function's annotations say; its kernel is made of that alone."""
+    import tvm_ffi
+    from tvm import tirx
+
+    notes: dict[str, Any] = {}
+    tvm_ffi.structural_walk(func.body, (tirx.For, lambda loop: notes.update(loop.annotations)))
+    fields = {str(name).removeprefix(NOTE): value for name, value in notes.items()}
+    fields = {name: getattr(value, "value", value) for name, value in fields.items()}
+    fields["streaming_stores"] = bool(fields["streaming_stores"])
+    return CudaConfig(**fields)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -110,7 +117,8 @@ def test_a_trace_replays_to_the_function_of_its_config(op: str) -> None:
     from tvm.s_tir import Schedule
     from tvm.s_tir import meta_schedule as ms
 
-    from qknorm_tvm.schedules import cuda, cuda_statistics
+    from qknorm_tvm.lower.cuda import join_operands
+    from qknorm_tvm.schedules import cuda
     from qknorm_tvm.tuning.space import Search, fields_of, make_cost_model
 
     target, spec, rows = _target(), _spec(op), 64
@@ -125,13 +133,16 @@ def test_a_trace_replays_to_the_function_of_its_config(op: str) -> None:
     candidates += next(search.batches())[:2]
     wanted += [decode(target, fields_of(one)) for one in candidates[2:]]
     assert len(set(wanted)) >= 3
-    schedule = cuda.schedule if op == APPLY else cuda_statistics.schedule
     for config, candidate in zip(wanted, candidates, strict=True):
         assert decode(target, fields_of(candidate)) == config
         replayed = Schedule(mod)
         candidate.sch.trace.apply_to_schedule(replayed, remove_postproc=True)
-        expected = schedule(mod["main"], config)
-        assert tvm_ffi.structural_equal(_lowered(replayed.mod["main"], op), expected), config
+        func = _in_words(replayed.mod["main"])
+        if op != APPLY:
+            assert _noted(func) == config
+            continue
+        expected = join_operands(cuda.schedule(mod["main"], config))
+        assert tvm_ffi.structural_equal(join_operands(func), expected), config
     search.close()
 
 

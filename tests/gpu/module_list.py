@@ -132,14 +132,14 @@ def file_name(name: str, specs: Sequence[KernelSpec]) -> str:
 def _no_wait() -> Iterator[None]:
     from tvm import tirx
 
-    from qknorm_tvm.lower import cuda as lowering_cuda
+    from qknorm_tvm.schedules import cuda_device
 
-    original = lowering_cuda.grid_dependency
+    original = cuda_device.grid_dependency
 
-    def without(action: str) -> tirx.Stmt:
-        return tirx.Evaluate(0) if action == "wait" else original(action)
+    def without(action: str) -> tirx.Expr:
+        return tirx.const(0) if action == "wait" else original(action)
 
-    with mock.patch.object(lowering_cuda, "grid_dependency", without):
+    with mock.patch.object(cuda_device, "grid_dependency", without):
         yield
 
 

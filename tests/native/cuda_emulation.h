@@ -56,12 +56,24 @@ struct nv_bfloat16 {
   }
 };
 
+struct alignas(4) nv_bfloat162 {
+  nv_bfloat16 x, y;
+};
+struct alignas(4) half2 {
+  half x, y;
+};
+
 static inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
 static inline half __float2half_rn(float x) { return (half)x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-/* For the stores that the kernels spell in PTX. */
-#define STORE(to, value) memcpy(to, &(value), sizeof(value))
+/* For the stores that the kernels spell in PTX: a vector of words must be aligned to its size. */
+template <typename... W>
+static inline void STORE(const void* to, W... values) {
+  uint32_t words[] = {values...};
+  if ((uintptr_t)to % sizeof words) __builtin_trap();
+  memcpy(const_cast<void*>(to), words, sizeof words);
+}
 
 namespace emulation {
 
