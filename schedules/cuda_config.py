@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def _general_variants(spec: KernelSpec) -> list[CudaVariant]:
     ]
 
 
-def _reachable(variants: list[CudaVariant]) -> list[CudaVariant]:
+def reachable(variants: list[CudaVariant]) -> list[CudaVariant]:
     """Drop variants that a call never gets to, as the first that fits is taken."""
     kept: list[CudaVariant] = []
     for variant in variants:
@@ -247,90 +246,12 @@ def _reachable(variants: list[CudaVariant]) -> list[CudaVariant]:
     return kept
 
 
-def fields_used(spec: KernelSpec) -> tuple[str, ...]:
-    """Return the fields that make a difference to a spec's code."""
-    unused: tuple[str, ...] = ()
-    if spec.op != "apply_qk_rms_norm":
-        unused = ("threads", "grid_order")  # the order of summation fixes them
-    if not spec.operation.normalises:
-        unused += ("streaming_stores",)
-    return tuple(field.name for field in dataclasses.fields(CudaConfig) if field.name not in unused)
-
-
-def changed_variants(spec: KernelSpec, changes: Mapping[str, Any]) -> list[CudaVariant]:
-    """Return the heuristic's kernels with some fields changed in each.
-
-    A changed `vector` is for the kernels for aligned rows; of 1 it leaves only those for any
-    layout.
-
-    Parameters
-    ----------
-    spec : KernelSpec
-        What is compiled.
-    changes : mapping
-        Values by field of `CudaConfig`.
-
-    Raises
-    ------
-    ValueError
-        A value is out of range, or the columns are no multiple of the vector.
-    """
-    vector = changes.get("vector")
-    variants = default_variants(spec)
-    aligned = [variant for variant in variants if variant.alignment is not None]
-    general = [variant for variant in variants if variant.alignment is None]
-    if vector == 1:
-        aligned = []
-    elif vector is not None:
-        # Refuses columns that are no multiple.
-        given = default_variants(spec, CudaConfig(vector=vector))[0]
-        aligned = [
-            dataclasses.replace(variant, stride_unit=given.stride_unit)
-            for variant in aligned or [given]
-        ]
-    others = {name: value for name, value in changes.items() if name != "vector"}
-    return _reachable(
-        [
-            *(_changed(variant, changes) for variant in aligned),
-            *(_changed(variant, others) for variant in general),
-        ]
-    )
-
-
-def _changed(variant: CudaVariant, changes: Mapping[str, Any]) -> CudaVariant:
-    return dataclasses.replace(variant, config=dataclasses.replace(variant.config, **changes))
-
-
-def default_variants(spec: KernelSpec, config: CudaConfig | None = None) -> list[CudaVariant]:
-    """Choose the kernels for a spec, in the order in which the entry point tries them.
-
-    Parameters
-    ----------
-    spec : KernelSpec
-        What is compiled.
-    config : CudaConfig, optional
-        Used for every number of rows instead of the heuristic's: with the alignment that its
-        vectors need, where the columns allow them, else for any layout. What is left over is the
-        heuristic's.
-
-    Returns
-    -------
-    list of CudaVariant
-        The last of them takes any number of rows and any layout.
-
-    Raises
-    ------
-    ValueError
-        `config` needs columns that are a multiple of its vector.
-    """
-    if spec.op != "apply_qk_rms_norm":
-        from . import cuda_row_config
-
-        return cuda_row_config.default_variants(spec, config)
+def apply_variants(spec: KernelSpec, config: CudaConfig | None) -> list[CudaVariant]:
+    """Choose the kernels of ``apply_qk_rms_norm``; see `cuda_variants.default_variants`."""
     general = _general_variants(spec)
     if config is None:
         vector = vector_width(spec)
-        return _reachable((_aligned_variants(spec, vector) if vector else []) + general)
+        return reachable((_aligned_variants(spec, vector) if vector else []) + general)
     if config.vector == 1:
         return [CudaVariant(name="given", config=config)]
     for name in ("q_cols", "k_cols"):

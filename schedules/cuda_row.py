@@ -250,8 +250,9 @@ def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
         parts, k_warps = min(wanted, MAX_PARTS), tirx.Var("k_warps", "int64")
         q_warps = ROUND_WARPS - k_warps
     in_rounds = partition is None
-    of_q = _Operand(0, *q, q_warps, parts, in_rounds, 0, 0)
-    return of_q, _Operand(1, *k, k_warps, parts, in_rounds, q_warps * WARP, of_q.sums)
+    of_q = _Operand(0, q[0], q[1], q[2], q_warps, parts, in_rounds, 0, 0)
+    of_k = _Operand(1, k[0], k[1], k[2], k_warps, parts, in_rounds, q_warps * WARP, of_q.sums)
+    return of_q, of_k
 
 
 # ---- stages ------------------------------------------------------------------------------------

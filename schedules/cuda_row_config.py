@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .cuda_config import _MANY_BLOCKS, ACCESS_BYTES, CudaConfig, CudaVariant, _ceil_div, _reachable
+from .cuda_config import _MANY_BLOCKS, ACCESS_BYTES, CudaConfig, CudaVariant, _ceil_div, reachable
 
 if TYPE_CHECKING:
     from qknorm_tvm.spec import KernelSpec
@@ -131,14 +131,14 @@ def _general_variants(spec: KernelSpec) -> list[CudaVariant]:
     return [CudaVariant(name="general", config=config)]
 
 
-def default_variants(spec: KernelSpec, config: CudaConfig | None) -> list[CudaVariant]:
-    """Choose the kernels; see `cuda_config.default_variants`, which asks here.
+def row_variants(spec: KernelSpec, config: CudaConfig | None) -> list[CudaVariant]:
+    """Choose the kernels; see `cuda_variants.default_variants`.
 
     A given config of a vector of 1 is for any layout, any other for vectors of 8 columns.
     """
     general = _general_variants(spec)
     if config is None:
-        return _reachable((_aligned_variants(spec) if has_whole_vectors(spec) else []) + general)
+        return reachable((_aligned_variants(spec) if has_whole_vectors(spec) else []) + general)
     if config.vector == 1:
         return [CudaVariant(name="given", config=config)]
     for name in ("q_cols", "k_cols"):

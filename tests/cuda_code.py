@@ -22,7 +22,8 @@ from support import session_folder
 
 from qknorm_tvm import BuildError, KernelSpec, compile
 from qknorm_tvm.build import cuda as build_cuda
-from qknorm_tvm.schedules.cuda_config import CudaVariant, default_variants
+from qknorm_tvm.schedules.cuda_config import CudaVariant
+from qknorm_tvm.schedules.cuda_variants import default_variants
 
 SM_90 = "cuda:sm_90"
 APPLY, STATISTICS, FUSED = OPERATIONS = (

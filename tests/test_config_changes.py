@@ -10,9 +10,10 @@ import pytest
 import qknorm_tvm
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build import cpu, cuda
-from qknorm_tvm.schedules import cpu_config, cuda_config
+from qknorm_tvm.schedules import cpu_config, cuda_variants
 from qknorm_tvm.schedules.cpu_config import CpuConfig
-from qknorm_tvm.schedules.cuda_config import CudaConfig, changed_variants, default_variants
+from qknorm_tvm.schedules.cuda_config import CudaConfig
+from qknorm_tvm.schedules.cuda_variants import changed_variants, default_variants
 
 APPLY, STATISTICS, FUSED = "apply_qk_rms_norm", "row_mean_of_squares_qk", "qk_rms_norm"
 
@@ -66,7 +67,7 @@ def _cuda_code(spec: KernelSpec, config: CudaConfig) -> str:
 def test_cuda_fields_that_count_are_those_that_change_code(spec: KernelSpec, field: str) -> None:
     changed = dataclasses.replace(CUDA_BASE, **{field: CUDA_OTHER[field]})
     differs = _cuda_code(spec, CUDA_BASE) != _cuda_code(spec, changed)
-    assert differs is (field in cuda_config.fields_used(spec))
+    assert differs is (field in cuda_variants.fields_used(spec))
 
 
 @pytest.mark.parametrize("op", [APPLY, STATISTICS, FUSED])

@@ -24,7 +24,8 @@ from qknorm_tvm.check.reference import NUMPY_DTYPES
 from qknorm_tvm.check.verification import shape_case
 from qknorm_tvm.declare import statistics as declared
 from qknorm_tvm.declare.norm import declare
-from qknorm_tvm.schedules.cuda_config import CudaConfig, CudaVariant, default_variants
+from qknorm_tvm.schedules.cuda_config import CudaConfig, CudaVariant
+from qknorm_tvm.schedules.cuda_variants import default_variants
 
 SM_90 = "cuda:sm_90"
 STATISTICS, FUSED = "row_mean_of_squares_qk", "qk_rms_norm"

@@ -14,7 +14,8 @@ from cuda_code import MODULES, SM_90, Built, disassembled, needs_nvcc, used
 from qknorm_tvm import BuildError, KernelSpec, compile
 from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.load.module_file import read_metadata
-from qknorm_tvm.schedules.cuda_config import CudaConfig, default_variants
+from qknorm_tvm.schedules.cuda_config import CudaConfig
+from qknorm_tvm.schedules.cuda_variants import default_variants
 
 SPECS = MODULES["apply"]
 

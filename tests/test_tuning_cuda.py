@@ -20,7 +20,8 @@ from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.build.configs import cuda_buckets
 from qknorm_tvm.check import reference
 from qknorm_tvm.load.module_file import read_metadata
-from qknorm_tvm.schedules.cuda_config import NOTE, CudaConfig, default_variants
+from qknorm_tvm.schedules.cuda_config import NOTE, CudaConfig
+from qknorm_tvm.schedules.cuda_variants import default_variants
 from qknorm_tvm.tuning import maintenance, records
 from qknorm_tvm.tuning.measure import InexactError, exactness_case
 from qknorm_tvm.tuning.target import decode, encode

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..declare.workload import declared, specialise, workload_hash
 from ..schedules import cpu_config, cuda_sampling
-from ..schedules.cuda_config import CudaConfig, changed_variants, default_variants
+from ..schedules.cuda_config import CudaConfig
+from ..schedules.cuda_variants import changed_variants, default_variants
 from ..spec import KernelSpec
 from .tuned import cpu_device, cuda_device, tuned
 

@@ -188,7 +188,7 @@ def _changes(specs: Sequence[KernelSpec], kind: str, changes: Mapping[Any, Any])
     """Return for each spec the given fields that make a difference to it."""
     if kind == "cuda":
         from ..schedules.cuda_config import CudaConfig as Wanted
-        from ..schedules.cuda_config import fields_used
+        from ..schedules.cuda_variants import fields_used
     else:
         from ..schedules.cpu_config import CpuConfig as Wanted  # type: ignore[assignment]
         from ..schedules.cpu_config import fields_used

@@ -15,14 +15,9 @@ import tvm
 
 from ..build.configs import cuda_default, cuda_workload
 from ..schedules import cuda_sampling
-from ..schedules.cuda_config import (
-    DEPENDENT_LAUNCHES,
-    GRID_ORDERS,
-    CudaConfig,
-    default_variants,
-    vector_width,
-)
+from ..schedules.cuda_config import DEPENDENT_LAUNCHES, GRID_ORDERS, CudaConfig, vector_width
 from ..schedules.cuda_row_config import CHUNK, partition_chunks
+from ..schedules.cuda_variants import default_variants
 from ..spec import KernelSpec
 from ..targets import parse_target
 from .target import Built, encode
