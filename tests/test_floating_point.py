@@ -23,7 +23,8 @@ import sys
 import threading
 import numpy as np
 from support import bits_of, ffi_tensors, make_case
-from qknorm_tvm import load, reference
+from qknorm_tvm import load
+from qknorm_tvm.check import reference
 
 library, pool, bits = sys.argv[1], sys.argv[2], int(sys.argv[3])
 libm = ctypes.CDLL("libm.so.6")

@@ -136,7 +136,7 @@ _ADDRESS_OPTIONS = {"UBSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "abort_o
 
 def test_address_sanitizer_finds_nothing_in_one_kind_of_call() -> None:
     """The next test in seconds: the generated code, which takes the time, is not watched here."""
-    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, *_FIXED[0])
+    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, _FIXED[0])
     done = _run(driver, module, 10_000, 4, _HOST_FUSES, "bf16-bf16-257-64", **_ADDRESS_OPTIONS)
     assert _calls(done) > 300
 
@@ -153,7 +153,7 @@ def test_address_sanitizer_finds_nothing(callers: int) -> None:
 
 def test_address_sanitizer_watches() -> None:
     """A module that is not instrumented passes whatever it does."""
-    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, *_FIXED[0])
+    driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, _FIXED[0])
     done = _run(driver, module, 1, -1, _HOST_FUSES, "bf16-bf16-257-64")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
