@@ -238,7 +238,10 @@ def _warps_of_k(q_chunks: Any, k_chunks: Any) -> Any:
 
 def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
     """Partition a block's warps: as many as chunks, or as many as a block may have."""
-    q, k = ([params.get(name) for name in (tag, f"gamma_{tag}", f"{tag}_out")] for tag in "qk")
+    q, k = (
+        {"x": params[tag], "gamma": params.get(f"gamma_{tag}"), "out": params.get(f"{tag}_out")}
+        for tag in "qk"
+    )
     cols = [params[tag].shape[1] for tag in "qk"]
     partition = None
     if all(isinstance(count, tirx.IntImm) for count in cols):
@@ -249,9 +252,12 @@ def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
         # A variable, or every index would have all that it is computed from in it.
         parts, k_warps = min(wanted, MAX_PARTS), tirx.Var("k_warps", "int64")
         q_warps = ROUND_WARPS - k_warps
-    in_rounds = partition is None
-    of_q = _Operand(0, *q, q_warps, parts, in_rounds, 0, 0)
-    return of_q, _Operand(1, *k, k_warps, parts, in_rounds, q_warps * WARP, of_q.sums)
+    shared = {"parts": parts, "in_rounds": partition is None}
+    of_q = _Operand(index=0, **q, warps=q_warps, **shared, first_thread=0, first_sum=0)
+    of_k = _Operand(
+        index=1, **k, warps=k_warps, **shared, first_thread=q_warps * WARP, first_sum=of_q.sums
+    )
+    return of_q, of_k
 
 
 # ---- stages ------------------------------------------------------------------------------------
@@ -534,7 +540,8 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                     _sum_chunks(t, q)
                 else:
                     _sum_chunks(t, k)
-                T.cuda.cta_sync()
+                # Of the block's barriers, the one that TVM knows: beside another it puts its own.
+                T.tvm_storage_sync("shared")
                 if normalises:
                     if thread < k.first_thread:
                         _write_outputs(t, q, epsilon)
