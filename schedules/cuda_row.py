@@ -224,18 +224,6 @@ def _quotient(count: Any, step: Any) -> Any:
     return tirx.Cast("int64", tirx.truncdiv(*short))
 
 
-def _warps_of_k(q_chunks: Any, k_chunks: Any) -> Any:
-    """Return how many warps K gets in rounds: its share of a row's chunks, rounded.
-
-    At least one, and not all. Without a division, which would take longer than a short row.
-    """
-    warps = T.int64(1)
-    for more in range(1, ROUND_WARPS - 1):
-        enough = 2 * ROUND_WARPS * k_chunks >= (2 * more + 1) * (q_chunks + k_chunks)
-        warps = warps + T.Cast("int64", enough)
-    return warps
-
-
 def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
     """Partition a block's warps: as many as chunks, or as many as a block may have."""
     q, k = (
@@ -252,7 +240,7 @@ def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
         # A variable, or every index would have all that it is computed from in it.
         parts, k_warps = min(wanted, MAX_PARTS), tirx.Var("k_warps", "int64")
         q_warps = ROUND_WARPS - k_warps
-    shared = {"parts": parts, "in_rounds": partition is None}
+    shared: dict[str, Any] = {"parts": parts, "in_rounds": partition is None}
     of_q = _Operand(index=0, **q, warps=q_warps, **shared, first_thread=0, first_sum=0)
     of_k = _Operand(
         index=1, **k, warps=k_warps, **shared, first_thread=q_warps * WARP, first_sum=of_q.sums
@@ -525,7 +513,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                     )
                 )  # fmt: skip
                 if q.in_rounds:
-                    T.bind(_warps_of_k(q.chunks, k.chunks), var=k.warps)
+                    T.bind(cuda_device.warps_of_k(q.chunks, k.chunks, ROUND_WARPS), var=k.warps)
                 if launch == "first":
                     cuda_device.grid_dependency("launch_dependents")
                 if launch != "off":
