@@ -114,6 +114,27 @@ def exchange(
     return device_call(f"qknorm_exchange_{dtype}_{elements}", source, to, code=code)
 
 
+# At least one, and not all. Without a division, which would take longer than a short row; a call,
+# as TVM would put an expression into every index.
+_WARPS_OF_K = """(int64_t q_chunks, int64_t k_chunks) {
+  int64_t warps = 1;
+#pragma unroll
+  for (int more = 1; more < WARPS - 1; ++more) {
+    warps += 2 * WARPS * k_chunks >= (2 * more + 1) * (q_chunks + k_chunks);
+  }
+  return warps;
+}
+"""
+
+
+def warps_of_k(q_chunks: tirx.Expr, k_chunks: tirx.Expr, warps: int) -> tirx.Expr:
+    """Return how many of a block's warps K gets: its share of a row's chunks, rounded."""
+    code = _WARPS_OF_K.replace("WARPS", str(warps))
+    name = f"qknorm_warps_of_k_{warps}"
+    source = f"__device__ __forceinline__ int64_t {name}{code}"
+    return cuda_func_call(name, q_chunks, k_chunks, source_code=source, return_type="int64")
+
+
 def _fma(call: tirx.Call) -> tirx.Expr:
     """Fuse whatever the compiler's options: TVM has no CUDA code for ``fma``."""
     return tirx.call_pure_extern("float32", "__fmaf_rn", *call.args)

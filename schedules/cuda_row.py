@@ -224,21 +224,12 @@ def _quotient(count: Any, step: Any) -> Any:
     return tirx.Cast("int64", tirx.truncdiv(*short))
 
 
-def _warps_of_k(q_chunks: Any, k_chunks: Any) -> Any:
-    """Return how many warps K gets in rounds: its share of a row's chunks, rounded.
-
-    At least one, and not all. Without a division, which would take longer than a short row.
-    """
-    warps = T.int64(1)
-    for more in range(1, ROUND_WARPS - 1):
-        enough = 2 * ROUND_WARPS * k_chunks >= (2 * more + 1) * (q_chunks + k_chunks)
-        warps = warps + T.Cast("int64", enough)
-    return warps
-
-
 def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
     """Partition a block's warps: as many as chunks, or as many as a block may have."""
-    q, k = ([params.get(name) for name in (tag, f"gamma_{tag}", f"{tag}_out")] for tag in "qk")
+    q, k = (
+        {"x": params[tag], "gamma": params.get(f"gamma_{tag}"), "out": params.get(f"{tag}_out")}
+        for tag in "qk"
+    )
     cols = [params[tag].shape[1] for tag in "qk"]
     partition = None
     if all(isinstance(count, tirx.IntImm) for count in cols):
@@ -249,9 +240,11 @@ def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
         # A variable, or every index would have all that it is computed from in it.
         parts, k_warps = min(wanted, MAX_PARTS), tirx.Var("k_warps", "int64")
         q_warps = ROUND_WARPS - k_warps
-    in_rounds = partition is None
-    of_q = _Operand(0, q[0], q[1], q[2], q_warps, parts, in_rounds, 0, 0)
-    of_k = _Operand(1, k[0], k[1], k[2], k_warps, parts, in_rounds, q_warps * WARP, of_q.sums)
+    shared: dict[str, Any] = {"parts": parts, "in_rounds": partition is None}
+    of_q = _Operand(index=0, **q, warps=q_warps, **shared, first_thread=0, first_sum=0)
+    of_k = _Operand(
+        index=1, **k, warps=k_warps, **shared, first_thread=q_warps * WARP, first_sum=of_q.sums
+    )
     return of_q, of_k
 
 
@@ -520,7 +513,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                     )
                 )  # fmt: skip
                 if q.in_rounds:
-                    T.bind(_warps_of_k(q.chunks, k.chunks), var=k.warps)
+                    T.bind(cuda_device.warps_of_k(q.chunks, k.chunks, ROUND_WARPS), var=k.warps)
                 if launch == "first":
                     cuda_device.grid_dependency("launch_dependents")
                 if launch != "off":
@@ -535,7 +528,8 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                     _sum_chunks(t, q)
                 else:
                     _sum_chunks(t, k)
-                T.cuda.cta_sync()
+                # Of the block's barriers, the one that TVM knows: beside another it puts its own.
+                T.tvm_storage_sync("shared")
                 if normalises:
                     if thread < k.first_thread:
                         _write_outputs(t, q, epsilon)
