@@ -53,7 +53,7 @@ KERNELS: dict[tuple[str, int, int], dict[str, tuple[int, int]]] = {
         "general": (154, 24),
     },
     ("row_mean_of_squares_qk", 1536, 256): {
-        "batch": (636, 24),
+        "batch": (636, 26),
         "decode": (321, 18),
         "general": (1021, 40),
     },
