@@ -16,7 +16,7 @@ suppress_warnings = ["myst.xref_missing"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say them
 # What the reference is built without: it needs signatures and docstrings alone.
-autodoc_mock_imports = ["torch", "transformers"]
+autodoc_mock_imports = ["torch", "transformers", "qknorm_tvm.torch_ops"]
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 default_role = "code"
