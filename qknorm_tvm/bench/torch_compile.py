@@ -87,7 +87,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise _TimeLimitError
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: what runs may be where an exception is swallowed, as in a compiler's callback.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
     try:
         yield
     finally:
