@@ -87,7 +87,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise _TimeLimitError
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    # Again and again: what runs may be where an exception is swallowed, as in a compiler's callback.
+    # Again and again: an exception may be swallowed where it is raised, in a compiler's callback.
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
     try:
         yield
