@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import qknorm_tvm
 from qknorm_tvm import tensor_parallel as tp
+from qknorm_tvm.call import api
 from qknorm_tvm.check import reference_torch
 
 EPSILON = 1e-6
@@ -412,17 +413,17 @@ def check_what_only_apply_refuses(device: str = "cpu") -> None:
         call(q, q[:, :16] if last else k),
     )
     check_same(buffer, before)
-    apply = qknorm_tvm.apply_qk_rms_norm
+    apply = api.apply_qk_rms_norm
 
     def no_compiler(*_: Any, **__: Any) -> None:
         raise qknorm_tvm.BuildError("no compiler here")
 
     try:
         if last:
-            qknorm_tvm.apply_qk_rms_norm = no_compiler
+            api.apply_qk_rms_norm = no_compiler
         raises(ValueError, f"{wrong}BuildError: no compiler here", call(q, k))
     finally:
-        qknorm_tvm.apply_qk_rms_norm = apply
+        api.apply_qk_rms_norm = apply
     check_same(buffer, before)
     wanted = tp.qk_rms_norm(q, k, *gammas)
     call(q, k)()
