@@ -567,10 +567,7 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
                 unsupported);
   }
   if (read_flags(op, args, num_args, &bits16)) return -1;
-  for (int i = 0; i < NUM_TENSORS; ++i) {
-    t[i].given = 0;
-    t[i].dtype = (DLDataType){0, 0, 0}; /* compared for all, by what the compiler makes of it */
-  }
+  memset(t, 0, sizeof t); /* those that are not given are looked at too: nothing there is chance */
   for (int i = 0; i < op->num_tensors; ++i) {
     int name = op->arguments[i].which;
     if (read_tensor(qkn_names[name], &args[i], &t[name])) return -1;
