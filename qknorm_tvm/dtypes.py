@@ -90,11 +90,20 @@ ELEMENT_TYPES = {
         ElementType("float16", "kDLFloat", 16, is_operand=True),
         ElementType("float32", "kDLFloat", 32, is_operand=True),
         ElementType("int64", "kDLInt", 64),
+        ElementType(
+            "float8_e4m3fn",
+            "kDLFloat8_e4m3fn",
+            8,
+            numpy_module="ml_dtypes",
+            storage="uint8",
+        ),
     )
 }
 
 #: Element types of q, k and their outputs, with their size in bytes.
-DTYPE_BYTES = {name: one.bytes for name, one in ELEMENT_TYPES.items() if one.is_operand}
+DTYPE_BYTES = {
+    name: element.bytes for name, element in ELEMENT_TYPES.items() if element.is_operand
+}
 
 
 def numpy_dtypes() -> dict[str, np.dtype[Any]]:

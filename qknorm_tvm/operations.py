@@ -8,11 +8,18 @@ From this table derive the C entry points (`qknorm_tvm.build.native.tables`), th
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-#: Dimensions that a call decides, besides those that are numbers.
+#: Dimensions besides those that are numbers. Rows are q's; columns, heads and `rotary_dim` the
+#: spec's; slots at most as many as rows; the others are the tensor's own, equal in two that have it.
 ROWS, Q_COLS, K_COLS = "rows", "q_cols", "k_cols"
+KV_HEADS, HEAD_DIM, ROTARY_DIM = "kv_heads", "head_dim", "rotary_dim"
+SLOTS, MAX_POSITION, BLOCKS, BLOCK_SIZE = "slots", "max_position", "blocks", "block_size"
+#: One number for all heads, or one for each.
+SCALES = "1 or kv_heads"
 #: Element types that a spec decides, besides those of `qknorm_tvm.dtypes.ELEMENT_TYPES`.
 IN_DTYPE, OUT_DTYPE = "in_dtype", "out_dtype"
+ROTARY_DTYPE, CACHE_DTYPE = "rotary_dtype", "cache_dtype"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +32,9 @@ class TensorArgument:
     ----------
     name : str
     shape : tuple of str or int
-        `ROWS`, `Q_COLS`, `K_COLS`, or a number of elements.
+        `ROWS`, `Q_COLS` or another name of this module, or a number of elements.
     dtype : str
-        `IN_DTYPE`, `OUT_DTYPE`, or the name of an element type.
+        `IN_DTYPE`, `OUT_DTYPE`, `ROTARY_DTYPE`, `CACHE_DTYPE`, or the name of an element type.
     is_output : bool
         Whether it is written; it then has rows that do not overlap, and shares no memory with
         another tensor.
@@ -35,6 +42,9 @@ class TensorArgument:
         The input that an output may be all the same.
     keyword : str or None
         What the Python API calls it, by default its name.
+    given_if : str or None
+        The attribute of a `KernelSpec` that says whether it is given; otherwise it always is. In a
+        call, None stands for a tensor that is not.
     """
 
     name: str
@@ -43,6 +53,7 @@ class TensorArgument:
     is_output: bool = False
     in_place_of: str | None = None
     keyword: str | None = None
+    given_if: str | None = None
 
     @property
     def api_name(self) -> str:
@@ -51,8 +62,20 @@ class TensorArgument:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it holds rows of Q or K: functions are scheduled for its row stride."""
+        """Whether it holds rows of Q, K or V: functions are scheduled for its row stride."""
         return self.shape in ((ROWS, Q_COLS), (ROWS, K_COLS))
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is a paged cache: functions are scheduled for its strides."""
+        return self.shape[0] == BLOCKS
+
+    @property
+    def stride_names(self) -> tuple[str, ...]:
+        """The scalars by which a declared function takes its strides, all but the last one."""
+        if self.is_cache:
+            return tuple(f"{self.name}_{dim}_stride" for dim in ("block", "slot", "head"))
+        return (f"{self.name}_stride",) if self.is_stream else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +146,27 @@ class Operation:
         """What the entry point takes, for messages."""
         return f"{len(self.names)} arguments ({', '.join(self.names)})"
 
-    def shapes(self, rows: int, q_cols: int, k_cols: int) -> dict[str, tuple[int, ...]]:
-        """Return the tensors' shapes, by name."""
-        extents = {ROWS: rows, Q_COLS: q_cols, K_COLS: k_cols}
+    def shapes(self, rows: int, q_cols: int, k_cols: int, **extents: int) -> dict[str, Any]:
+        """Return the tensors' shapes, by name; `extents` are those of other dimensions."""
+        known = {ROWS: rows, Q_COLS: q_cols, K_COLS: k_cols, **extents}
         return {
-            tensor.name: tuple(extents[e] if isinstance(e, str) else e for e in tensor.shape)
+            tensor.name: tuple(known[e] if isinstance(e, str) else e for e in tensor.shape)
             for tensor in self.arguments
+            if all(not isinstance(e, str) or e in known for e in tensor.shape)
         }
 
-    def dtypes(self, in_dtype: str, out_dtype: str) -> dict[str, str]:
-        """Return the tensors' element types, by name."""
-        types = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype}
+    def dtypes(self, in_dtype: str, out_dtype: str, **others: str | None) -> dict[str, Any]:
+        """Return the tensors' element types, by name; `others` are those of a spec's fields."""
+        types = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype, **others}
         return {tensor.name: types.get(tensor.dtype, tensor.dtype) for tensor in self.arguments}
+
+    def given(self, spec: Any) -> tuple[TensorArgument, ...]:
+        """Return the tensors that a `KernelSpec`'s calls give, in the order of the entry point."""
+        return tuple(
+            tensor
+            for tensor in self.arguments
+            if tensor.given_if is None or getattr(spec, tensor.given_if)
+        )
 
     @property
     def has_epsilon(self) -> bool:
@@ -151,15 +183,29 @@ class Operation:
         """The tensors of Q's or K's columns, whose row strides a declared function takes."""
         return tuple(tensor.name for tensor in self.arguments if tensor.is_stream)
 
-    @property
-    def internal_scalars(self) -> tuple[str, ...]:
-        """The scalars that a declared function takes last; the entry point computes them."""
-        return ("row_tiles", *(f"{name}_stride" for name in self.strided))
+    def internal_scalars(self, spec: Any) -> tuple[str, ...]:
+        """Return the scalars that a spec's declared function takes last.
+
+        The entry point computes them.
+        """
+        strides = [name for tensor in self.given(spec) for name in tensor.stride_names]
+        return ("row_tiles", *strides)
 
     @property
     def normalises(self) -> bool:
         """Whether it writes Q and K; otherwise it writes their statistics."""
         return "q_out" in self.outputs
+
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it may rotate Q and K, by heads."""
+        return "cos_sin_cache" in self.tensors
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it stores K and V into a paged cache."""
+        return "k_cache" in self.tensors
 
 
 _OUTPUTS = (
@@ -175,8 +221,32 @@ _OPERANDS = (
     TensorArgument("q", (ROWS, Q_COLS), IN_DTYPE),
     TensorArgument("k", (ROWS, K_COLS), IN_DTYPE),
 )
+_ROTATION = (
+    TensorArgument("positions", (ROWS,), "int64", given_if="rotary_dim"),
+    TensorArgument(
+        "cos_sin_cache", (MAX_POSITION, ROTARY_DIM), ROTARY_DTYPE, given_if="rotary_dim"
+    ),
+)
+_CACHE_SHAPE = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+_CACHES = tuple(
+    TensorArgument(name, _CACHE_SHAPE, CACHE_DTYPE, is_output=True) for name in ("k_cache", "v_cache")
+)
+_SCALES = tuple(
+    TensorArgument(name, (SCALES,), "float32", given_if="has_scales")
+    for name in ("k_scale", "v_scale")
+)
+_GIVEN_STATISTICS = dataclasses.replace(_STATISTICS, given_if="has_given_statistics")
 _EPSILON = ScalarArgument("epsilon", 1e-6)
 _NORM_FIELDS = ("out_dtype", "reproducible", "cast_before_gamma")
+_ROPE_FIELDS = (
+    "reproducible",
+    "cast_before_gamma",
+    "statistics",
+    "head_dim",
+    "rotary_dim",
+    "rotary_dtype",
+    "interleaved",
+)
 
 #: Operations by name.
 OPERATIONS = {
@@ -203,6 +273,34 @@ OPERATIONS = {
             ("q", "k", "gamma_q", "gamma_k"),
             (_EPSILON,),
             _NORM_FIELDS,
+        ),
+        Operation(
+            "qk_rms_norm_rope",
+            (*_OUTPUTS, *_GAMMAS, _GIVEN_STATISTICS, *_OPERANDS, *_ROTATION),
+            ("q", "k", "gamma_q", "gamma_k", "positions", "cos_sin_cache", "qk_var"),
+            (_EPSILON,),
+            _ROPE_FIELDS,
+        ),
+        Operation(
+            "qk_rms_norm_rope_cache",
+            (
+                _OUTPUTS[0],
+                dataclasses.replace(_OUTPUTS[1], given_if="writes_k_out"),
+                *_CACHES,
+                *_GAMMAS,
+                _GIVEN_STATISTICS,
+                *_OPERANDS,
+                TensorArgument("v", (ROWS, K_COLS), IN_DTYPE),
+                *_ROTATION,
+                TensorArgument("slot_mapping", (SLOTS,), "int64"),
+                *_SCALES,
+            ),
+            (
+                "q", "k", "v", "gamma_q", "gamma_k", "positions", "cos_sin_cache", "slot_mapping",
+                "qk_var", "k_scale", "v_scale",
+            ),
+            (_EPSILON,),
+            (*_ROPE_FIELDS, "cache_dtype", "writes_k_out"),
         ),
     )
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from .dtypes import DTYPE_BYTES
-from .operations import OPERATIONS, Operation
+from .operations import OPERATIONS, Operation, TensorArgument
 from .targets import Target, parse_target
 
 #: Operations that can be declared.
@@ -18,18 +19,36 @@ MAX_COLS = 1 << 24
 
 _TEXT = re.compile(
     r"(?P<op>\w+)\[(?P<in_dtype>\w+)->(?P<out_dtype>\w+), q=(?P<q>\d+|any), k=(?P<k>\d+|any)"
-    r"(?P<reproducible>, reproducible)?(?P<cast_before_gamma>, cast_before_gamma)?\]"
-    r"@(?P<target>[\w.,:+-]+)"
+    r"(?P<choices>(, \w+(=\w+)?)*)\]@(?P<target>[\w.,:+-]+)"
 )
+#: What fields of text may be.
+_TEXTS = {
+    "statistics": ("given", "local"),
+    "rotary_dtype": ("in_dtype", "float32"),
+    "cache_dtype": ("in_dtype", "float8_e4m3fn"),
+}
 
 
-def _check_cols(name: str, value: Any) -> None:
-    if value is None:
+def _check_number(
+    name: str, value: Any, least: int, most: int, *, needed_for: str | None = None
+) -> None:
+    or_none = "" if needed_for else " or None"
+    if value is None and needed_for is None:
         return
+    if value is None:
+        raise ValueError(f"{name} must be given for {needed_for}, got None")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-    if not 1 <= value <= MAX_COLS:
-        raise ValueError(f"{name} must be from 1 to {MAX_COLS}, or None, got {value}")
+        raise TypeError(f"{name} must be an int{or_none}, got {type(value).__name__}")
+    if not least <= value <= most:
+        or_none = "" if needed_for else ", or None"
+        raise ValueError(f"{name} must be from {least} to {most}{or_none}, got {value}")
+
+
+def _check_text(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +58,16 @@ class KernelSpec:
     Parameters
     ----------
     op : str
-        The operation: ``"apply_qk_rms_norm"``, ``"row_mean_of_squares_qk"`` (its statistics) or
-        ``"qk_rms_norm"`` (both in one launch).
+        The operation: ``"apply_qk_rms_norm"``, ``"row_mean_of_squares_qk"`` (its statistics),
+        ``"qk_rms_norm"`` (both in one launch), ``"qk_rms_norm_rope"`` (then rotated) or
+        ``"qk_rms_norm_rope_cache"`` (then stored in a paged cache).
     in_dtype, out_dtype : str
         Element type of q and k, and of the outputs: ``"bfloat16"``, ``"float16"`` or
-        ``"float32"``, in every pairing. `out_dtype` defaults to `in_dtype`; statistics are float32.
+        ``"float32"``, in every pairing. `out_dtype` defaults to `in_dtype`; statistics are float32,
+        and what is rotated keeps its type.
     q_cols, k_cols : int or None
-        Columns of Q and K, fixed when compiled; ``None`` leaves them open until the call.
+        Columns of Q and K, fixed when compiled; ``None`` leaves them open until the call. The
+        operations that rotate need them fixed.
     target : str
         ``"cpu"`` (one file for every x86-64 level from v2 to v4, chosen at load), a level such as
         ``"x86-64-v3"``, a CPU that LLVM knows by name such as ``"znver4"``, ``"aarch64"`` (every
@@ -60,6 +82,23 @@ class KernelSpec:
         what unfused torch uses.
     cast_before_gamma : bool
         Round ``x * rsqrt(...)`` to `in_dtype` before gamma multiplies it, as MiniMax-M2 does.
+    statistics : str
+        Of the operations that rotate: ``"given"`` (a tensor, `qk_var`) or ``"local"`` (computed in
+        the launch, by the order of ``row_mean_of_squares_qk``).
+    head_dim : int or None
+        Of the operations that rotate, which need it: columns of a head.
+    rotary_dim : int
+        Of the same: how many of a head's first columns are rotated, an even number; 0: none.
+    rotary_dtype : str or None
+        Of the same: the element type of `cos_sin_cache`, `in_dtype` (the default) or float32.
+    interleaved : bool
+        Of the same: rotate columns 2 i and 2 i + 1 of a head with one another, as GPT-J does,
+        instead of i and i + rotary_dim / 2, as GPT-NeoX does.
+    cache_dtype : str or None
+        Of ``"qk_rms_norm_rope_cache"``: the element type of `k_cache` and `v_cache`, `in_dtype`
+        (the default) or ``"float8_e4m3fn"``, with scales.
+    writes_k_out : bool
+        Of the same: write K to `k_out` as well as to its cache.
 
     Raises
     ------
@@ -75,30 +114,91 @@ class KernelSpec:
     target: str = "cpu"
     reproducible: bool = False
     cast_before_gamma: bool = False
+    statistics: str = "given"
+    head_dim: int | None = None
+    rotary_dim: int = 0
+    rotary_dtype: str | None = None
+    interleaved: bool = False
+    cache_dtype: str | None = None
+    writes_k_out: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {self.op!r}")
+        operation = self.operation
         if self.out_dtype is None:
-            follows = "out_dtype" in self.operation.spec_fields
-            object.__setattr__(self, "out_dtype", self.in_dtype if follows else "float32")
+            object.__setattr__(self, "out_dtype", self.in_dtype if operation.normalises else "float32")
         for name in ("in_dtype", "out_dtype"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-            if value not in DTYPE_BYTES:
-                raise ValueError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {value!r}")
-        _check_cols("q_cols", self.q_cols)
-        _check_cols("k_cols", self.k_cols)
-        for name in ("reproducible", "cast_before_gamma"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-            if value and name not in self.operation.spec_fields:
-                raise ValueError(f"{name} must be False for {self.op}, got True")
-        if self.out_dtype != "float32" and "out_dtype" not in self.operation.spec_fields:
-            raise ValueError(f"out_dtype must be float32 for {self.op}, got {self.out_dtype!r}")
+            _check_text(name, getattr(self, name), DTYPE_BYTES)
+        _check_number("q_cols", self.q_cols, 1, MAX_COLS)
+        _check_number("k_cols", self.k_cols, 1, MAX_COLS)
+        if "out_dtype" not in operation.spec_fields:
+            fixed = self.in_dtype if operation.normalises else "float32"
+            if self.out_dtype != fixed:
+                raise ValueError(
+                    f"out_dtype must be {fixed} for {self.op}, got {self.out_dtype!r}"
+                )
+        self._check_choices()
+        if operation.rotates:
+            self._check_heads()
         object.__setattr__(self, "target", parse_target(self.target).text)
+
+    def _check_choices(self) -> None:
+        """Check the types of the fields that not every operation has, and set their defaults."""
+        for field in _CHOICE_FIELDS:
+            value, has_field = getattr(self, field.name), field.name in self.operation.spec_fields
+            if not has_field and value != field.default:
+                raise ValueError(
+                    f"{field.name} must be {field.default!r} for {self.op}, got {value!r}"
+                )
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be a bool, got {type(value).__name__}")
+            if field.name in _TEXTS and has_field:
+                if value is None:
+                    value = self.in_dtype
+                    object.__setattr__(self, field.name, value)
+                allowed = [self.in_dtype if text == "in_dtype" else text for text in _TEXTS[field.name]]
+                _check_text(field.name, value, dict.fromkeys(allowed))
+
+    def _check_heads(self) -> None:
+        _check_number("head_dim", self.head_dim, 1, MAX_COLS, needed_for=self.op)
+        assert self.head_dim is not None
+        for name in ("q_cols", "k_cols"):
+            cols = getattr(self, name)
+            if cols is None:
+                raise ValueError(f"{name} must be given for {self.op}, got None")
+            if cols % self.head_dim:
+                raise ValueError(
+                    f"head_dim must divide {name}, {cols}, got {self.head_dim}"
+                )
+        _check_number("rotary_dim", self.rotary_dim, 0, self.head_dim, needed_for=self.op)
+        if self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be even, got {self.rotary_dim}")
+        if not self.rotary_dim:  # equal specs mean one artifact
+            if self.interleaved:
+                raise ValueError("interleaved must be False without rotary_dim, got True")
+            object.__setattr__(self, "rotary_dtype", self.in_dtype)
+
+    @property
+    def has_given_statistics(self) -> bool:
+        """Whether calls give `qk_var` to an operation that could compute it."""
+        return self.statistics == "given"
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether calls give `k_scale` and `v_scale`: the cache's type needs them."""
+        return self.cache_dtype == "float8_e4m3fn"
+
+    @property
+    def tensors(self) -> tuple[TensorArgument, ...]:
+        """The tensors that calls give, in the order of the entry point."""
+        return self.operation.given(self)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of K and V, of an operation that rotates."""
+        assert self.k_cols is not None and self.head_dim is not None
+        return self.k_cols // self.head_dim
 
     @property
     def operation(self) -> Operation:
@@ -125,9 +225,13 @@ class KernelSpec:
         """The spec in one line, stable across processes; `from_text` reads it back."""
         q = "any" if self.q_cols is None else self.q_cols
         k = "any" if self.k_cols is None else self.k_cols
-        flags = ", reproducible" if self.reproducible else ""
-        flags += ", cast_before_gamma" if self.cast_before_gamma else ""
-        return f"{self.op}[{self.in_dtype}->{self.out_dtype}, q={q}, k={k}{flags}]@{self.target}"
+        choices = ""
+        for field in _CHOICE_FIELDS:
+            value = getattr(self, field.name)
+            if value == field.default or value == self.in_dtype:
+                continue
+            choices += f", {field.name}" if value is True else f", {field.name}={value}"
+        return f"{self.op}[{self.in_dtype}->{self.out_dtype}, q={q}, k={k}{choices}]@{self.target}"
 
     def __str__(self) -> str:
         return self.text
@@ -156,6 +260,12 @@ class KernelSpec:
         def cols(value: str) -> int | None:
             return None if value == "any" else int(value)
 
+        choices: dict[str, Any] = {}
+        for choice in match["choices"].split(", ")[1:]:
+            name, given, value = choice.partition("=")
+            if name not in _CHOICE_NAMES or name in choices:
+                raise ValueError(f"spec must have each of its fields once, got {choice!r} in {text!r}")
+            choices[name] = (int(value) if value.isdecimal() else value) if given else True
         return cls(
             op=match["op"],
             in_dtype=match["in_dtype"],
@@ -163,8 +273,7 @@ class KernelSpec:
             q_cols=cols(match["q"]),
             k_cols=cols(match["k"]),
             target=match["target"],
-            reproducible=match["reproducible"] is not None,
-            cast_before_gamma=match["cast_before_gamma"] is not None,
+            **choices,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,3 +283,12 @@ class KernelSpec:
     def replace(self, **changes: Any) -> KernelSpec:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+#: Fields that only some operations have, in the order of a spec's text.
+_CHOICE_FIELDS = tuple(
+    field
+    for field in dataclasses.fields(KernelSpec)
+    if field.name not in ("op", "in_dtype", "out_dtype", "q_cols", "k_cols", "target")
+)
+_CHOICE_NAMES = {field.name for field in _CHOICE_FIELDS}
