@@ -75,7 +75,8 @@ class TensorArgument:
         """The scalars by which a declared function takes its strides, all but the last one."""
         if self.is_cache:
             return tuple(f"{self.name}_{dim}_stride" for dim in ("block", "slot", "head"))
-        return (f"{self.name}_stride",) if self.is_stream else ()
+        has_rows = self.is_stream or self.shape[0] == MAX_POSITION
+        return (f"{self.name}_stride",) if has_rows else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,3 +58,30 @@ def weighted(scaled_x: Any, gamma: Any) -> Any:
 def rounded(x: Any, dtype: str) -> Any:
     """Return a result in the output's type, rounded to nearest even."""
     return T.Cast(dtype, x)
+
+
+def rotated_first(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
+    """Return the first of a rotated pair, float32: both products are rounded, then the difference.
+
+    Targets must not contract them: each of the three is rounded.
+    """
+    return a * cosine - b * sine
+
+
+def rotated_second(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
+    """Return the second of a rotated pair, float32; see `rotated_first`."""
+    return b * cosine + a * sine
+
+
+#: The largest float8_e4m3fn.
+FLOAT8_MAX = 448.0
+
+
+def divided_by_scale(x32: Any, scale: Any) -> Any:
+    """Return what a float8 cache stores before it is rounded: x / scale within float8's range.
+
+    A quotient that is not a number stays one.
+    """
+    quotient = x32 / scale
+    low = T.Select(quotient < T.float32(-FLOAT8_MAX), T.float32(-FLOAT8_MAX), quotient)
+    return T.Select(low > T.float32(FLOAT8_MAX), T.float32(FLOAT8_MAX), low)
