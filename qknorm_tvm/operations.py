@@ -16,7 +16,7 @@ ROWS, Q_COLS, K_COLS = "rows", "q_cols", "k_cols"
 KV_HEADS, HEAD_DIM, ROTARY_DIM = "kv_heads", "head_dim", "rotary_dim"
 SLOTS, MAX_POSITION, BLOCKS, BLOCK_SIZE = "slots", "max_position", "blocks", "block_size"
 #: One number for all heads, or one for each.
-SCALES = "1 or kv_heads"
+SCALES = "scales"
 #: Element types that a spec decides, besides those of `qknorm_tvm.dtypes.ELEMENT_TYPES`.
 IN_DTYPE, OUT_DTYPE = "in_dtype", "out_dtype"
 ROTARY_DTYPE, CACHE_DTYPE = "rotary_dtype", "cache_dtype"

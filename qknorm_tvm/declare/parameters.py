@@ -22,6 +22,7 @@ from ..operations import (
     Q_COLS,
     ROTARY_DIM,
     ROWS,
+    SCALES,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def parameters(
     given: dict[str, Any] = {}
     for tensor in spec.tensors:
         dtype = element_type(spec, tensor)
+        extents[SCALES] = tirx.Var(f"{tensor.name}_count", "int64")
         # A dimension that only a call knows comes with the tensor.
         shape = [
             extents.setdefault(extent, tirx.Var(str(extent), "int64"))
