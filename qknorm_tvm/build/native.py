@@ -18,12 +18,22 @@ from ..dtypes import ELEMENT_TYPES
 from ..errors import BuildError
 from ..load.module_file import seal
 from ..operations import (
+    BLOCK_SIZE,
+    BLOCKS,
+    CACHE_DTYPE,
+    HEAD_DIM,
     IN_DTYPE,
     K_COLS,
+    KV_HEADS,
+    MAX_POSITION,
     OPERATIONS,
     OUT_DTYPE,
     Q_COLS,
+    ROTARY_DIM,
+    ROTARY_DTYPE,
     ROWS,
+    SCALES,
+    SLOTS,
     TENSORS,
     TensorArgument,
 )
@@ -77,8 +87,25 @@ def _c_string(text: str) -> str:
     return '"' + escaped + '"'
 
 
-_DIMENSIONS = {ROWS: "QKN_ROWS", Q_COLS: "QKN_Q_COLS", K_COLS: "QKN_K_COLS"}
-_SPEC_DTYPES = {IN_DTYPE: "QKN_IN_DTYPE, {0}", OUT_DTYPE: "QKN_OUT_DTYPE, {0}"}
+_DIMENSIONS = {
+    ROWS: "QKN_ROWS",
+    Q_COLS: "QKN_Q_COLS",
+    K_COLS: "QKN_K_COLS",
+    KV_HEADS: "QKN_KV_HEADS",
+    HEAD_DIM: "QKN_HEAD_DIM",
+    ROTARY_DIM: "QKN_ROTARY_DIM",
+    SLOTS: "QKN_SLOTS",
+    SCALES: "QKN_SCALES",
+    MAX_POSITION: "QKN_ANY",
+    BLOCKS: "QKN_BLOCKS",
+    BLOCK_SIZE: "QKN_BLOCK_SIZE",
+}
+_SPEC_DTYPES = {
+    IN_DTYPE: "QKN_IN_DTYPE, {0}",
+    OUT_DTYPE: "QKN_OUT_DTYPE, {0}",
+    ROTARY_DTYPE: "QKN_ROTARY_DTYPE, {0}",
+    CACHE_DTYPE: "QKN_CACHE_DTYPE, {0}",
+}
 
 
 def _argument(tensor: TensorArgument) -> str:
@@ -90,7 +117,22 @@ def _argument(tensor: TensorArgument) -> str:
     in_place_of = tensor.in_place_of.upper() if tensor.in_place_of else "-1"
     return (
         f"{{{tensor.name.upper()}, {len(tensor.shape)}, {{{shape}}}, {dtype}, "
-        f"{int(tensor.is_output)}, {in_place_of}, {int(tensor.is_stream)}}}"
+        f"{int(tensor.is_output)}, {int(tensor.given_if is not None)}, {in_place_of}, "
+        f"{int(tensor.is_stream)}, {len(tensor.stride_names)}}}"
+    )
+
+
+def _spec(spec: KernelSpec, index: int) -> str:
+    """Return one `qkn_spec`, as an initializer in C."""
+    types = (spec.in_dtype, spec.out_dtype, spec.rotary_dtype, spec.cache_dtype)
+    dtypes = ", ".join(ELEMENT_TYPES[name].c_dlpack if name else "{0}" for name in types)
+    cols = ", ".join(str(-1 if cols is None else cols) for cols in (spec.q_cols, spec.k_cols))
+    heads = (spec.kv_heads if spec.head_dim else 0, spec.head_dim or 0, spec.rotary_dim)
+    names = {tensor.name for tensor in spec.tensors}
+    given = sum(1 << i for i, name in enumerate(spec.operation.tensors) if name in names)
+    return (
+        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {dtypes}, {cols}, "
+        f"{', '.join(map(str, heads))}, {given:#x}u, code_{index}}}"
     )
 
 
@@ -160,13 +202,7 @@ def tables(
         )
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
     lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
-    rows = ", ".join(
-        f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {ELEMENT_TYPES[spec.in_dtype].c_dlpack}, "
-        f"{ELEMENT_TYPES[spec.out_dtype].c_dlpack}, "
-        f"{-1 if spec.q_cols is None else spec.q_cols}, "
-        f"{-1 if spec.k_cols is None else spec.k_cols}, code_{si}}}"
-        for si, spec in enumerate(specs)
-    )
+    rows = ", ".join(_spec(spec, index) for index, spec in enumerate(specs))
     lines.append(f"static const qkn_spec qkn_specs[] = {{{rows}}};")
     return "\n".join(lines) + "\n"
 

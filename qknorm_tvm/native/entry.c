@@ -31,12 +31,13 @@
 
 /* One tensor, normalised: data with its offset, strides always there, in elements. */
 typedef struct {
-  int given; /* whether the operation has it */
+  int given; /* whether the call has it */
   char* data;
   DLDevice device;
   DLDataType dtype;
   int ndim;
-  int64_t rows, cols, row_stride, col_stride;
+  int64_t shape[QKN_MAX_DIMS], strides[QKN_MAX_DIMS];
+  int64_t rows, cols; /* of two dimensions at the most: one has one row */
   int64_t item; /* bytes of an element */
 } tensor;
 
@@ -156,6 +157,9 @@ static int same_dtype(DLDataType a, DLDataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
+/* Bytes from a tensor's first row to its last: more than any machine has. */
+static const int64_t kMaxSpan = (int64_t)1 << 58;
+
 static int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
   const DLTensor* dl = NULL;
   if (value->type_index == kTVMFFITensor) {
@@ -172,8 +176,13 @@ static int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
   out->data = dl->data ? (char*)dl->data + dl->byte_offset : NULL;
   out->rows = dl->ndim == 2 ? dl->shape[0] : 1;
   out->cols = dl->ndim >= 1 ? dl->shape[dl->ndim - 1] : 1;
-  out->col_stride = dl->strides && dl->ndim >= 1 ? dl->strides[dl->ndim - 1] : 1;
-  out->row_stride = dl->strides && dl->ndim == 2 ? dl->strides[0] : out->cols;
+  int64_t packed = 1;
+  for (int d = dl->ndim - 1; d >= 0; --d) {
+    if (d >= QKN_MAX_DIMS) continue; /* refused before anything looks at it */
+    out->shape[d] = dl->shape[d];
+    out->strides[d] = dl->strides ? dl->strides[d] : packed;
+    if (__builtin_mul_overflow(packed, dl->shape[d], &packed)) packed = kMaxSpan;
+  }
   return 0;
 }
 
@@ -198,12 +207,7 @@ static int check_device(const char* name, const tensor* t, DLDevice first) {
   return 0;
 }
 
-/* Bytes from a tensor's first row to its last: more than any machine has. */
-static const int64_t kMaxSpan = (int64_t)1 << 58;
-
-/* Check rank, dtype, shape, strides and data of one tensor; cols < 0 takes any. */
-static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype, int64_t rows,
-                        int64_t cols, int is_output) {
+static int check_kind(const char* name, const tensor* t, int ndim, DLDataType dtype) {
   char got[64], wanted[64];
   if (t->ndim != ndim) {
     return fail("ValueError", "%s must have %d dimension%s, got %d", name, ndim,
@@ -213,6 +217,45 @@ static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype,
     return fail("TypeError", "%s must be %s, got %s", name, dtype_name(dtype, wanted, sizeof wanted),
                 dtype_name(t->dtype, got, sizeof got));
   }
+  return 0;
+}
+
+static int check_contiguous(const char* name, const tensor* t) {
+  int64_t stride = t->strides[t->ndim - 1];
+  if (t->cols <= 1 || stride == 1) return 0;
+  return fail("ValueError",
+              "%s must be contiguous in its last dimension (stride 1), got stride %" PRId64, name,
+              stride);
+}
+
+static int check_data(const char* name, const tensor* t) {
+  if (!t->data) return fail("ValueError", "%s must have data, got a null pointer", name);
+#if QKN_CUDA
+  if ((uintptr_t)t->data % (uintptr_t)t->item) {
+    return fail("ValueError", "%s must be aligned to its %d-byte elements, got address %p", name,
+                (int)t->item, (void*)t->data);
+  }
+#endif
+  return 0;
+}
+
+/* Check a list of numbers, one for each row or each head. */
+static int check_list(const char* name, const tensor* t, DLDataType dtype, int64_t least,
+                      int64_t most, const char* of) {
+  if (check_kind(name, t, 1, dtype)) return -1;
+  if (t->cols < least || t->cols > most) {
+    const char* bound = least == most ? "" : least == 1 ? "1 or " : "at most ";
+    return fail("ValueError", "%s must have %s%" PRId64 " elements like %s, got %" PRId64, name,
+                bound, most, of, t->cols);
+  }
+  if (t->cols == 0) return 0;
+  return check_contiguous(name, t) || check_data(name, t) ? -1 : 0;
+}
+
+/* Check dtype, rank, shape, strides and data of a tensor of rows; cols < 0 takes any. */
+static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype, int64_t rows,
+                        int64_t cols, int is_output) {
+  if (check_kind(name, t, ndim, dtype)) return -1;
   if (t->rows != rows && ndim == 2) {
     return fail("ValueError", "%s must have %" PRId64 " rows like q, got %" PRId64, name, rows,
                 t->rows);
@@ -230,50 +273,134 @@ static int check_tensor(const char* name, tensor* t, int ndim, DLDataType dtype,
                 t->cols);
   }
   if (rows == 0) return 0; /* nothing will be touched */
-  if (t->cols > 1 && t->col_stride != 1) {
-    return fail("ValueError",
-                "%s must be contiguous in its last dimension (stride 1), got stride %" PRId64, name,
-                t->col_stride);
-  }
-  if (rows == 1) t->row_stride = t->cols; /* a stride over one row means nothing */
-  if (t->row_stride < 0) {
+  if (check_contiguous(name, t)) return -1;
+  if (ndim == 1) return check_data(name, t);
+  if (rows == 1) t->strides[0] = t->cols; /* a stride over one row means nothing */
+  if (t->strides[0] < 0) {
     return fail("ValueError", "%s must have a row stride of 0 or more, got %" PRId64, name,
-                t->row_stride);
+                t->strides[0]);
   }
-  if (is_output && t->row_stride < t->cols) {
+  if (is_output && t->strides[0] < t->cols) {
     return fail("ValueError",
                 "%s must have rows that do not overlap (row stride %" PRId64 " or more), got row "
                 "stride %" PRId64,
-                name, t->cols, t->row_stride);
+                name, t->cols, t->strides[0]);
   }
-  if (!t->data) return fail("ValueError", "%s must have data, got a null pointer", name);
+  if (check_data(name, t)) return -1;
   /* From here on no address, and no sum over the tensors of a call, wraps. */
   int64_t span;
-  if (__builtin_mul_overflow(rows - 1, t->row_stride, &span) ||
+  if (__builtin_mul_overflow(rows - 1, t->strides[0], &span) ||
       __builtin_mul_overflow(span, t->item, &span) || span > kMaxSpan ||
       (uintptr_t)t->data > UINTPTR_MAX - (uintptr_t)(span + t->cols * t->item)) {
     return fail("ValueError",
                 "%s must lie within the address space, got %" PRId64 " rows of row stride %" PRId64
                 " at %p",
-                name, rows, t->row_stride, (void*)t->data);
+                name, rows, t->strides[0], (void*)t->data);
   }
-#if QKN_CUDA
-  if ((uintptr_t)t->data % (uintptr_t)t->item) {
-    return fail("ValueError", "%s must be aligned to its %d-byte elements, got address %p", name,
-                (int)t->item, (void*)t->data);
-  }
-#endif
   return 0;
+}
+
+/* Check a paged cache, [blocks, block_size, heads, head_dim]; the first two are `like`'s. */
+static int check_cache(const char* name, tensor* t, DLDataType dtype, const int64_t* wanted,
+                       const char* like) {
+  if (check_kind(name, t, 4, dtype)) return -1;
+  static const char* const dimensions[] = {"blocks", "slots in a block", "heads", "columns in a head"};
+  for (int d = 0; d < 4; ++d) {
+    if (wanted[d] >= 0 && t->shape[d] != wanted[d]) {
+      return fail("ValueError", "%s must have %" PRId64 " %s%s%s, got %" PRId64, name, wanted[d],
+                  dimensions[d], d < 2 ? " like " : "", d < 2 ? like : "", t->shape[d]);
+    }
+  }
+  int64_t slots;
+  if (t->shape[0] < 0 || t->shape[1] < 1 ||
+      __builtin_mul_overflow(t->shape[0], t->shape[1], &slots) || slots > INT32_MAX) {
+    return fail("ValueError",
+                "%s must have 0 to %d slots, in blocks of 1 or more, got %" PRId64
+                " blocks of %" PRId64,
+                name, INT32_MAX, t->shape[0], t->shape[1]);
+  }
+  if (slots == 0) return 0; /* nothing can be stored */
+  if (check_contiguous(name, t)) return -1;
+  /* Two places are never the same if each stride reaches beyond what the smaller ones span. */
+  int64_t ascending[3], extents[3], reach = t->shape[3], step = 0;
+  int count = 0, overlaps = 0;
+  for (int d = 0; d < 3; ++d) {
+    if (t->shape[d] == 1) {
+      t->strides[d] = 0; /* means nothing */
+      continue;
+    }
+    int at = count++;
+    for (; at > 0 && ascending[at - 1] > t->strides[d]; --at) {
+      ascending[at] = ascending[at - 1];
+      extents[at] = extents[at - 1];
+    }
+    ascending[at] = t->strides[d];
+    extents[at] = t->shape[d];
+  }
+  for (int i = 0; i < count && !overlaps; ++i) {
+    overlaps = ascending[i] < reach ||
+               __builtin_mul_overflow(extents[i] - 1, ascending[i], &step) ||
+               step > kMaxSpan / t->item - reach;
+    if (!overlaps) reach += step;
+  }
+  if (overlaps || (uintptr_t)t->data > UINTPTR_MAX - (uintptr_t)(reach * t->item)) {
+    return fail("ValueError",
+                "%s must have slots that do not overlap, within the address space, got strides "
+                "(%" PRId64 ", %" PRId64 ", %" PRId64 ", 1) for shape (%" PRId64 ", %" PRId64
+                ", %" PRId64 ", %" PRId64 ")",
+                name, t->strides[0], t->strides[1], t->strides[2], t->shape[0], t->shape[1],
+                t->shape[2], t->shape[3]);
+  }
+  return check_data(name, t);
 }
 
 /* ---- overlap -------------------------------------------------------------------------------- */
 
+/* One past the last byte of a tensor's memory. */
+static uintptr_t end_of(const tensor* t) {
+  int64_t last = t->cols;
+  for (int d = 0; d < t->ndim - 1; ++d) last += (t->shape[d] - 1) * t->strides[d];
+  return (uintptr_t)t->data + (uintptr_t)(last * t->item);
+}
+
+/* Whether two caches of one shape and strides, the second `distance` elements after the first,
+ * share an element: whether a difference of two places is that distance. Strides are compared from
+ * the largest on; each reaches beyond what the smaller ones span, so that two multiples of it can
+ * be right at the most. */
+static int shifted_overlap(const tensor* t, int64_t distance, int64_t below) {
+  int largest = -1;
+  for (int d = 0; d < 3; ++d) {
+    if (t->shape[d] == 1 || t->strides[d] >= below) continue;
+    if (largest < 0 || t->strides[d] > t->strides[largest]) largest = d;
+  }
+  if (largest < 0) return distance < t->cols && -distance < t->cols;
+  int64_t stride = t->strides[largest], most = t->shape[largest] - 1;
+  int64_t steps = distance / stride - (distance % stride < 0);
+  for (int64_t n = steps; n <= steps + 1; ++n) {
+    if (n < -most || n > most) continue;
+    if (shifted_overlap(t, distance - n * stride, stride)) return 1;
+  }
+  return 0;
+}
+
+static int cache_overlap(const tensor* a, const tensor* b) {
+  if ((uintptr_t)b->data >= end_of(a) || (uintptr_t)a->data >= end_of(b)) return 0;
+  int64_t distance = (int64_t)((uintptr_t)b->data - (uintptr_t)a->data);
+  int same = a->ndim == b->ndim && a->item == b->item && distance % a->item == 0;
+  for (int d = 0; same && d < a->ndim; ++d) {
+    same = a->shape[d] == b->shape[d] && a->strides[d] == b->strides[d];
+  }
+  /* Caches interleave; nothing else has a reason to lie between a cache's elements. */
+  return same ? shifted_overlap(a, distance / a->item, INT64_MAX) : 1;
+}
+
 /* Whether any byte belongs to a row of both, exactly: slices of one buffer may interleave. */
 static int overlap(const tensor* a, const tensor* b) {
+  if (a->ndim > 2 || b->ndim > 2) return cache_overlap(a, b);
   uintptr_t a_start = (uintptr_t)a->data, b_start = (uintptr_t)b->data;
   uintptr_t a_row = (uintptr_t)(a->cols * a->item), b_row = (uintptr_t)(b->cols * b->item);
-  uintptr_t a_step = a->rows > 1 ? (uintptr_t)(a->row_stride * a->item) : 0;
-  uintptr_t b_step = b->rows > 1 ? (uintptr_t)(b->row_stride * b->item) : 0;
+  uintptr_t a_step = a->rows > 1 ? (uintptr_t)(a->strides[0] * a->item) : 0;
+  uintptr_t b_step = b->rows > 1 ? (uintptr_t)(b->strides[0] * b->item) : 0;
   uintptr_t a_end = a_start + (uintptr_t)(a->rows - 1) * a_step + a_row;
   uintptr_t b_end = b_start + (uintptr_t)(b->rows - 1) * b_step + b_row;
   if (a_end <= b_start || b_end <= a_start) return 0;
@@ -301,13 +428,21 @@ static int overlap(const tensor* a, const tensor* b) {
 
 static int in_place(const tensor* out, const tensor* in) {
   return out->data == in->data && out->item == in->item &&
-         (out->rows <= 1 || out->row_stride == in->row_stride);
+         (out->rows <= 1 || out->strides[0] == in->strides[0]);
+}
+
+/* Tensors without an element share nothing. */
+static int is_empty(const tensor* t) {
+  int empty = 0;
+  for (int d = 0; d < t->ndim; ++d) empty |= t->shape[d] == 0;
+  return !t->given || empty;
 }
 
 PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
   for (int o = 1; o < op->num_outputs; ++o) {
     for (int earlier = 0; earlier < o; ++earlier) {
       int out = op->arguments[o].which, other = op->arguments[earlier].which;
+      if (is_empty(&t[out]) || is_empty(&t[other])) continue;
       if (overlap(&t[out], &t[other])) {
         return fail("ValueError", "%s must not overlap %s, got tensors that share memory",
                     qkn_names[out], qkn_names[other]);
@@ -316,10 +451,11 @@ PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
   }
   for (int o = 0; o < op->num_outputs; ++o) {
     int out = op->arguments[o].which, own = op->arguments[o].in_place_of;
+    if (is_empty(&t[out])) continue;
     for (int i = op->num_outputs; i < op->num_tensors; ++i) {
       int in = op->arguments[i].which;
       if (in == own && in_place(&t[out], &t[in])) continue;
-      if (!overlap(&t[out], &t[in])) continue;
+      if (is_empty(&t[in]) || !overlap(&t[out], &t[in])) continue;
       if (in == own) {
         return fail("ValueError",
                     "%s must be %s itself (same address, strides and element size) or not overlap "
@@ -369,9 +505,11 @@ PER_OPERATION int fits(const qkn_variant* v, const qkn_operation* op, const tens
   if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
-    if (!op->arguments[i].is_stream) continue;
+    if (!op->arguments[i].num_strides || !s->given) continue;
     if ((uintptr_t)s->data % (uintptr_t)v->alignment) return 0;
-    if (s->row_stride % v->stride_unit) return 0;
+    for (int d = 0; d < op->arguments[i].num_strides; ++d) {
+      if (s->strides[d] % v->stride_unit) return 0;
+    }
   }
 #if !QKN_CUDA
   /* Past the caches pays for lines that are not in them; in place they just have been read. */
@@ -385,22 +523,26 @@ PER_OPERATION int fits(const qkn_variant* v, const qkn_operation* op, const tens
   return 1;
 }
 
+static void pass_int(TVMFFIAny* args, int32_t* used, int64_t value) {
+  args[*used] = (TVMFFIAny){.type_index = kTVMFFIInt};
+  args[(*used)++].v_int64 = value;
+}
+
 PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, const tensor* t,
                                int64_t rows, double epsilon) {
   DLTensor dl[NUM_TENSORS];
-  int64_t shape[NUM_TENSORS][2], strides[NUM_TENSORS][2];
-  /* The tensors, epsilon, the number of tiles, and a stride for each tensor at the most. */
-  TVMFFIAny args[2 * NUM_TENSORS + 2], result;
+  int64_t shape[NUM_TENSORS][QKN_MAX_DIMS], strides[NUM_TENSORS][QKN_MAX_DIMS];
+  /* The tensors, epsilon, the number of tiles, and strides: three of each tensor at the most. */
+  TVMFFIAny args[4 * NUM_TENSORS + 2], result = {.type_index = kTVMFFINone};
   int32_t used = 0;
-  memset(args, 0, sizeof args);
-  memset(&result, 0, sizeof result);
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
-    int flat = s->ndim == 1;
-    shape[i][0] = op->arguments[i].shape[0] == QKN_ROWS ? rows : s->cols;
-    shape[i][1] = s->cols;
-    strides[i][0] = flat ? 1 : s->row_stride;
-    strides[i][1] = 1;
+    if (!s->given) continue;
+    for (int d = 0; d < op->arguments[i].ndim; ++d) {
+      shape[i][d] = op->arguments[i].shape[d] == QKN_ROWS ? rows : s->shape[d];
+      strides[i][d] = s->strides[d];
+    }
+    strides[i][op->arguments[i].ndim - 1] = 1; /* of one column it means nothing */
     dl[i] = (DLTensor){.data = s->data,
                        .device = s->device,
                        .ndim = s->ndim,
@@ -411,19 +553,20 @@ PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, co
 #if !QKN_CUDA
     dl[i].device = (DLDevice){kDLCPU, 0};
 #endif
-    args[used].type_index = kTVMFFIDLTensorPtr;
+    args[used] = (TVMFFIAny){.type_index = kTVMFFIDLTensorPtr};
     args[used++].v_ptr = &dl[i];
   }
   if (op->has_epsilon) {
-    args[used].type_index = kTVMFFIFloat;
+    args[used] = (TVMFFIAny){.type_index = kTVMFFIFloat};
     args[used++].v_float64 = epsilon;
   }
-  args[used].type_index = kTVMFFIInt;
-  args[used++].v_int64 = rows / v->row_tile;
+  pass_int(args, &used, rows / v->row_tile);
   for (int i = 0; i < op->num_tensors; ++i) {
-    if (!op->arguments[i].is_stream) continue;
-    args[used].type_index = kTVMFFIInt;
-    args[used++].v_int64 = t[op->arguments[i].which].row_stride / v->stride_unit;
+    const tensor* s = &t[op->arguments[i].which];
+    if (!s->given) continue;
+    for (int d = 0; d < op->arguments[i].num_strides; ++d) {
+      pass_int(args, &used, s->strides[d] / v->stride_unit);
+    }
   }
   return v->call(NULL, args, used, &result);
 }
@@ -433,6 +576,8 @@ PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, 
   int64_t row_out_bytes = 0, row_bytes = 0;
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
+    if (!s->given) continue;
+    if (op->arguments[i].ndim == 4) row_bytes += s->shape[2] * s->cols * s->item;
     if (!op->arguments[i].is_stream) continue;
     row_bytes += s->cols * s->item;
     if (op->arguments[i].is_output) row_out_bytes += s->cols * s->item;
@@ -454,8 +599,11 @@ PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, 
     rows -= done;
     for (int i = 0; i < op->num_tensors; ++i) {
       tensor* s = &t[op->arguments[i].which];
-      if (op->arguments[i].shape[0] != QKN_ROWS) continue;
-      s->data += done * (s->ndim == 1 ? 1 : s->row_stride) * s->item;
+      int64_t of_rows = op->arguments[i].shape[0];
+      if (!s->given || (of_rows != QKN_ROWS && of_rows != QKN_SLOTS)) continue;
+      int64_t steps = s->shape[0] < done ? s->shape[0] : done;
+      s->data += steps * (s->ndim == 1 ? 1 : s->strides[0]) * s->item;
+      s->shape[0] -= steps;
     }
   }
   return 0;
@@ -463,13 +611,15 @@ PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, 
 
 /* ---- exported functions --------------------------------------------------------------------- */
 
-static int float_storage(DLDataType type) {
-  return type.code == kDLUInt && type.bits == 16 && type.lanes == 1;
+static DLDataType stored_dtype(DLDataType type) {
+  if (type.code != kDLUInt || type.lanes != 1) return type;
+  if (type.bits == 16) return (DLDataType){kDLBfloat, 16, 1};
+  return type.bits == 8 ? (DLDataType){kDLFloat8_e4m3fn, 8, 1} : type;
 }
 
-/* With one more argument, of 1, tensors of bfloat16 come as uint16: NumPy has no bfloat16 that
- * DLPack knows. (Its float16 comes as itself: taken for bfloat16's storage too, one would pass for
- * the other.) */
+/* With one more argument, of 1, tensors of bfloat16 come as uint16 and those of float8 as uint8:
+ * NumPy has neither in a form that DLPack knows. (Its float16 comes as itself: taken for bfloat16's
+ * storage too, one would pass for the other.) */
 PER_OPERATION int read_flags(const qkn_operation* op, const TVMFFIAny* args, int32_t num_args,
                              int* bits16) {
   int expected = op->num_tensors + op->has_epsilon;
@@ -498,9 +648,22 @@ static int read_epsilon(const TVMFFIAny* value, double* epsilon) {
   return 0;
 }
 
-PER_OPERATION int find_spec(int op, const tensor* t, int* found) {
+/* Whether a spec's choices are those that a call's tensors show. */
+PER_OPERATION int chosen(const qkn_operation* op, const qkn_spec* s, const tensor* t,
+                         uint64_t given) {
+  (void)op;
+  if (s->given != given) return 0;
+  if (t[COS_SIN_CACHE].given && (!same_dtype(s->rotary_dtype, t[COS_SIN_CACHE].dtype) ||
+                                 s->rotary_dim != t[COS_SIN_CACHE].cols)) {
+    return 0;
+  }
+  return !t[K_CACHE].given || (same_dtype(s->cache_dtype, t[K_CACHE].dtype) &&
+                               s->head_dim == t[K_CACHE].cols);
+}
+
+PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found) {
   char in_type[64], out_type[64];
-  int of_op = 0, by_type = -1, last = 0, has_out = t[Q_OUT].given;
+  int of_op = 0, by_type = -1, by_cols = -1, last = 0, has_out = t[Q_OUT].given;
   for (int i = 0; i < QKN_NUM_SPECS; ++i) {
     const qkn_spec* s = &qkn_specs[i];
     if (s->op != op) continue;
@@ -510,6 +673,8 @@ PER_OPERATION int find_spec(int op, const tensor* t, int* found) {
     if (has_out && !same_dtype(s->out_dtype, t[Q_OUT].dtype)) continue;
     by_type = i;
     if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
+      by_cols = i;
+      if (!chosen(&qkn_operations[op], s, t, given)) continue;
       *found = i;
       return 0;
     }
@@ -517,6 +682,12 @@ PER_OPERATION int find_spec(int op, const tensor* t, int* found) {
   if (of_op == 1) { /* its own check will say what does not fit */
     *found = last;
     return 0;
+  }
+  if (by_cols >= 0) {
+    return fail("ValueError",
+                "the tensors given, the dtypes and columns of cos_sin_cache and those of k_cache "
+                "must be as in one of this module's specs (it has %d of this operation), got others",
+                of_op);
   }
   if (by_type >= 0) {
     return fail("ValueError",
@@ -535,25 +706,96 @@ PER_OPERATION int find_spec(int op, const tensor* t, int* found) {
 
 /* Q and K have the columns of the spec, and all other tensors the columns of Q and K. */
 PER_OPERATION int64_t extent(int64_t dimension, int which, const qkn_spec* spec, const tensor* t) {
-  if (dimension == QKN_Q_COLS) return which == Q ? spec->q_cols : t[Q].cols;
-  if (dimension == QKN_K_COLS) return which == K ? spec->k_cols : t[K].cols;
-  return dimension == QKN_ROWS ? t[Q].rows : dimension;
+  switch (dimension) {
+    case QKN_Q_COLS: return which == Q ? spec->q_cols : t[Q].cols;
+    case QKN_K_COLS: return which == K ? spec->k_cols : t[K].cols;
+    case QKN_ROWS: return t[Q].rows;
+    case QKN_KV_HEADS: return spec->kv_heads;
+    case QKN_HEAD_DIM: return spec->head_dim;
+    case QKN_ROTARY_DIM: return spec->rotary_dim;
+    case QKN_BLOCKS: return which == K_CACHE ? -1 : t[K_CACHE].shape[0];
+    case QKN_BLOCK_SIZE: return which == K_CACHE ? -1 : t[K_CACHE].shape[1];
+    default: return dimension;
+  }
 }
 
-PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec, tensor* t) {
+PER_OPERATION int check_argument(const qkn_argument* a, const qkn_spec* spec, tensor* t) {
+  const char* name = qkn_names[a->which];
+  tensor* given = &t[a->which];
+  DLDataType dtype = a->dtype == QKN_IN_DTYPE       ? spec->in_dtype
+                     : a->dtype == QKN_OUT_DTYPE    ? spec->out_dtype
+                     : a->dtype == QKN_ROTARY_DTYPE ? spec->rotary_dtype
+                     : a->dtype == QKN_CACHE_DTYPE  ? spec->cache_dtype
+                                                    : a->own_dtype;
+  if (a->ndim == 4) {
+    int64_t wanted[4];
+    for (int d = 0; d < 4; ++d) wanted[d] = extent(a->shape[d], a->which, spec, t);
+    return check_cache(name, given, dtype, wanted, qkn_names[K_CACHE]);
+  }
+  switch (a->shape[0]) {
+    case QKN_SLOTS: return check_list(name, given, dtype, 0, t[Q].rows, "q's rows");
+    case QKN_SCALES:
+      if (check_list(name, given, dtype, 1, spec->kv_heads, "k's heads")) return -1;
+      if (given->cols == 1 || given->cols == spec->kv_heads) return 0;
+      return fail("ValueError", "%s must have 1 or %" PRId64 " elements like k's heads, got %" PRId64,
+                  name, spec->kv_heads, given->cols);
+    case QKN_ROWS:
+      if (a->ndim == 1) {
+        return check_list(name, given, dtype, t[Q].rows, t[Q].rows, "q's rows");
+      }
+  }
+  int64_t rows = a->shape[0] == QKN_ROWS ? t[Q].rows : a->ndim == 2 ? given->rows : 1;
+  int64_t cols = extent(a->shape[a->ndim - 1], a->which, spec, t);
+  return check_tensor(name, given, a->ndim, dtype, rows, cols, a->is_output);
+}
+
+PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec, uint64_t given,
+                                  tensor* t) {
   for (int i = 0; i < op->num_tensors; ++i) {
     const qkn_argument* a = &op->arguments[op->checked[i]];
-    DLDataType dtype = a->dtype == QKN_IN_DTYPE    ? spec->in_dtype
-                       : a->dtype == QKN_OUT_DTYPE ? spec->out_dtype
-                                                   : a->own_dtype;
-    int64_t rows = a->shape[0] == QKN_ROWS ? t[Q].rows : 1;
-    int64_t cols = extent(a->shape[a->ndim - 1], a->which, spec, t);
-    if (check_tensor(qkn_names[a->which], &t[a->which], a->ndim, dtype, rows, cols, a->is_output)) {
-      return -1;
+    uint64_t bit = (uint64_t)1 << op->checked[i];
+    if ((spec->given & bit) != (given & bit)) {
+      return fail("ValueError",
+                  spec->given & bit ? "%s must be a tensor for this module's spec (%s), got None"
+                                    : "%s must be None for this module's spec (%s), got a tensor",
+                  qkn_names[a->which], spec->text);
+    }
+    if ((given & bit) && check_argument(a, spec, t)) return -1;
+  }
+  return 0;
+}
+
+#if !QKN_CUDA
+static int64_t number_at(const tensor* list, int64_t i) {
+  int64_t number;
+  memcpy(&number, list->data + i * list->item, sizeof number);
+  return number;
+}
+
+/* Positions and slots, which the caller's memory holds: on GPUs they are not looked at. */
+PER_OPERATION int check_indices(const tensor* t) {
+  for (int64_t i = 0; t[POSITIONS].given && i < t[POSITIONS].cols; ++i) {
+    int64_t position = number_at(&t[POSITIONS], i), end = t[COS_SIN_CACHE].rows;
+    if (position < 0 || position >= end) {
+      return fail("ValueError",
+                  "positions must be less than cos_sin_cache's %" PRId64
+                  " rows, and 0 or more, got %" PRId64 " in row %" PRId64,
+                  end, position, i);
+    }
+  }
+  for (int64_t i = 0; t[SLOT_MAPPING].given && i < t[SLOT_MAPPING].cols; ++i) {
+    int64_t slot = number_at(&t[SLOT_MAPPING], i);
+    int64_t end = t[K_CACHE].shape[0] * t[K_CACHE].shape[1];
+    if (slot >= end) {
+      return fail("ValueError",
+                  "slot_mapping must be less than k_cache's %" PRId64 " slots, got %" PRId64
+                  " in row %" PRId64,
+                  end, slot, i);
     }
   }
   return 0;
 }
+#endif
 
 PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
   const qkn_operation* op = &qkn_operations[which];
@@ -568,25 +810,30 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
   }
   if (read_flags(op, args, num_args, &bits16)) return -1;
   memset(t, 0, sizeof t); /* those that are not given are looked at too: nothing there is chance */
+  uint64_t given = 0;
   for (int i = 0; i < op->num_tensors; ++i) {
     int name = op->arguments[i].which;
+    if (op->arguments[i].is_optional && args[i].type_index == kTVMFFINone) continue;
     if (read_tensor(qkn_names[name], &args[i], &t[name])) return -1;
+    given |= (uint64_t)1 << i;
   }
   if (op->has_epsilon && read_epsilon(&args[op->num_tensors], &epsilon)) return -1;
   for (int i = 0; bits16 && i < NUM_TENSORS; ++i) {
-    if (t[i].given && float_storage(t[i].dtype)) t[i].dtype = (DLDataType){kDLBfloat, 16, 1};
+    if (t[i].given) t[i].dtype = stored_dtype(t[i].dtype);
   }
   for (int i = 0; i < op->num_tensors; ++i) {
     int name = op->arguments[op->checked[i]].which;
-    if (check_device(qkn_names[name], &t[name], t[Q].device)) return -1;
+    if (t[name].given && check_device(qkn_names[name], &t[name], t[Q].device)) return -1;
   }
-  if (find_spec(which, t, &index)) return -1;
+  if (find_spec(which, t, given, &index)) return -1;
   const qkn_spec* spec = &qkn_specs[index];
-  if (check_arguments(op, spec, t)) return -1;
+  if (check_arguments(op, spec, given, t)) return -1;
   if (t[Q].rows > 0) {
     if (check_overlap(op, t)) return -1;
 #if QKN_CUDA
     if (qkn_check_device(t[Q].device.device_id)) return -1;
+#else
+    if (check_indices(t)) return -1;
 #endif
     if (run(&spec->code[active_level], op, t, t[Q].rows, epsilon)) return -1;
   }

@@ -36,20 +36,36 @@ typedef struct {
   int num_variants;
 } qkn_code;
 
-/* Dimensions that a call decides; others are numbers. Element types that a spec decides. */
-enum { QKN_ROWS = -1, QKN_Q_COLS = -2, QKN_K_COLS = -3 };
-enum { QKN_IN_DTYPE, QKN_OUT_DTYPE, QKN_OWN_DTYPE };
+/* Dimensions that a call or a spec decides; others are numbers. Those after QKN_ANY are the
+ * tensor's own. Element types that a spec decides. */
+enum {
+  QKN_ROWS = -1,
+  QKN_Q_COLS = -2,
+  QKN_K_COLS = -3,
+  QKN_KV_HEADS = -4,
+  QKN_HEAD_DIM = -5,
+  QKN_ROTARY_DIM = -6,
+  QKN_SLOTS = -7,  /* at most as many as rows */
+  QKN_SCALES = -8, /* 1, or one for each of kv_heads */
+  QKN_ANY = -9,
+  QKN_BLOCKS = -10,
+  QKN_BLOCK_SIZE = -11
+};
+enum { QKN_IN_DTYPE, QKN_OUT_DTYPE, QKN_ROTARY_DTYPE, QKN_CACHE_DTYPE, QKN_OWN_DTYPE };
+enum { QKN_MAX_DIMS = 4 };
 
 /* One tensor that an operation takes, see operations.py. */
 typedef struct {
   int which; /* its name's place in qkn_names */
   int ndim;
-  int64_t shape[2];
+  int64_t shape[QKN_MAX_DIMS];
   int dtype;
   DLDataType own_dtype;
   int is_output;
+  int is_optional; /* a spec says whether it is given; otherwise it always is */
   int in_place_of; /* the input that an output may be all the same; -1: none */
-  int is_stream;   /* rows of Q or K: functions take its row stride */
+  int is_stream;   /* rows of Q, K or V: their bytes are the work */
+  int num_strides; /* functions take so many of its strides, the first ones */
 } qkn_argument;
 
 /* How an operation is called. */
@@ -69,8 +85,14 @@ typedef struct {
   int op;
   DLDataType in_dtype;
   DLDataType out_dtype;
+  DLDataType rotary_dtype;
+  DLDataType cache_dtype;
   int64_t q_cols; /* -1: open */
   int64_t k_cols;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t rotary_dim;
+  uint64_t given; /* bit i: the operation's argument i is given */
   const qkn_code* code;
 } qkn_spec;
 
