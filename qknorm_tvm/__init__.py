@@ -1,7 +1,8 @@
 """Fused QK-RMSNorm on Apache TVM: bit-exact, one launch, compiled modules that run alone.
 
 `apply_qk_rms_norm` is the operation, `row_mean_of_squares_qk` makes its statistics, `qk_rms_norm`
-does both; `compile`, `CompiledModule.export` and `load` make and use modules. Importing this
+does both, `qk_rms_norm_rope` rotates what that makes, `qk_rms_norm_rope_cache` stores it too;
+`compile`, `CompiledModule.export` and `load` make and use modules. Importing this
 package imports neither TVM nor tvm-ffi: that waits until something is compiled or called.
 """
 
@@ -13,7 +14,13 @@ if not _os.path.isdir(_os.path.join(__path__[0], "schedules")):
     __path__.append(_os.path.dirname(__path__[0]))
 
 from ._version import __version__
-from .call.api import apply_qk_rms_norm, qk_rms_norm, row_mean_of_squares_qk
+from .call.api import (
+    apply_qk_rms_norm,
+    qk_rms_norm,
+    qk_rms_norm_rope,
+    qk_rms_norm_rope_cache,
+    row_mean_of_squares_qk,
+)
 from .call.cache import use
 from .call.compiled import CompiledModule, compile
 from .errors import BuildError, ModuleFileError, QKNormError, TuningError
@@ -36,6 +43,8 @@ __all__ = [
     "get_num_threads",
     "load",
     "qk_rms_norm",
+    "qk_rms_norm_rope",
+    "qk_rms_norm_rope_cache",
     "row_mean_of_squares_qk",
     "set_num_threads",
     "tune",

@@ -197,7 +197,6 @@ class Operation:
         """Whether it writes Q and K; otherwise it writes their statistics."""
         return "q_out" in self.outputs
 
-
     @property
     def rotates(self) -> bool:
         """Whether it may rotate Q and K, by heads."""
@@ -230,7 +229,8 @@ _ROTATION = (
 )
 _CACHE_SHAPE = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
 _CACHES = tuple(
-    TensorArgument(name, _CACHE_SHAPE, CACHE_DTYPE, is_output=True) for name in ("k_cache", "v_cache")
+    TensorArgument(name, _CACHE_SHAPE, CACHE_DTYPE, is_output=True)
+    for name in ("k_cache", "v_cache")
 )
 _SCALES = tuple(
     TensorArgument(name, (SCALES,), "float32", given_if="has_scales")
@@ -297,8 +297,17 @@ OPERATIONS = {
                 *_SCALES,
             ),
             (
-                "q", "k", "v", "gamma_q", "gamma_k", "positions", "cos_sin_cache", "slot_mapping",
-                "qk_var", "k_scale", "v_scale",
+                "q",
+                "k",
+                "v",
+                "gamma_q",
+                "gamma_k",
+                "positions",
+                "cos_sin_cache",
+                "slot_mapping",
+                "qk_var",
+                "k_scale",
+                "v_scale",
             ),
             (_EPSILON,),
             (*_ROPE_FIELDS, "cache_dtype", "writes_k_out"),

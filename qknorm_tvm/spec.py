@@ -127,7 +127,9 @@ class KernelSpec:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {self.op!r}")
         operation = self.operation
         if self.out_dtype is None:
-            object.__setattr__(self, "out_dtype", self.in_dtype if operation.normalises else "float32")
+            object.__setattr__(
+                self, "out_dtype", self.in_dtype if operation.normalises else "float32"
+            )
         for name in ("in_dtype", "out_dtype"):
             _check_text(name, getattr(self, name), DTYPE_BYTES)
         _check_number("q_cols", self.q_cols, 1, MAX_COLS)
@@ -135,9 +137,7 @@ class KernelSpec:
         if "out_dtype" not in operation.spec_fields:
             fixed = self.in_dtype if operation.normalises else "float32"
             if self.out_dtype != fixed:
-                raise ValueError(
-                    f"out_dtype must be {fixed} for {self.op}, got {self.out_dtype!r}"
-                )
+                raise ValueError(f"out_dtype must be {fixed} for {self.op}, got {self.out_dtype!r}")
         self._check_choices()
         if operation.rotates:
             self._check_heads()
@@ -157,7 +157,9 @@ class KernelSpec:
                 if value is None:
                     value = self.in_dtype
                     object.__setattr__(self, field.name, value)
-                allowed = [self.in_dtype if text == "in_dtype" else text for text in _TEXTS[field.name]]
+                allowed = [
+                    self.in_dtype if text == "in_dtype" else text for text in _TEXTS[field.name]
+                ]
                 _check_text(field.name, value, dict.fromkeys(allowed))
 
     def _check_heads(self) -> None:
@@ -168,9 +170,7 @@ class KernelSpec:
             if cols is None:
                 raise ValueError(f"{name} must be given for {self.op}, got None")
             if cols % self.head_dim:
-                raise ValueError(
-                    f"head_dim must divide {name}, {cols}, got {self.head_dim}"
-                )
+                raise ValueError(f"head_dim must divide {name}, {cols}, got {self.head_dim}")
         _check_number("rotary_dim", self.rotary_dim, 0, self.head_dim, needed_for=self.op)
         if self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even, got {self.rotary_dim}")
@@ -193,6 +193,15 @@ class KernelSpec:
     def tensors(self) -> tuple[TensorArgument, ...]:
         """The tensors that calls give, in the order of the entry point."""
         return self.operation.given(self)
+
+    def dtype_of(self, tensor: TensorArgument) -> str:
+        """Return the element type of a tensor in calls of this spec."""
+        return self.operation.dtypes(
+            self.in_dtype,
+            self.out_dtype,
+            rotary_dtype=self.rotary_dtype,
+            cache_dtype=self.cache_dtype,
+        )[tensor.name]
 
     @property
     def kv_heads(self) -> int:
@@ -264,7 +273,9 @@ class KernelSpec:
         for choice in match["choices"].split(", ")[1:]:
             name, given, value = choice.partition("=")
             if name not in _CHOICE_NAMES or name in choices:
-                raise ValueError(f"spec must have each of its fields once, got {choice!r} in {text!r}")
+                raise ValueError(
+                    f"spec must have each of its fields once, got {choice!r} in {text!r}"
+                )
             choices[name] = (int(value) if value.isdecimal() else value) if given else True
         return cls(
             op=match["op"],

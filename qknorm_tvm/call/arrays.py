@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ..dtypes import DTYPE_BYTES, ELEMENT_TYPES
-from ..operations import IN_DTYPE, OUT_DTYPE
 from ..spec import KernelSpec
 from ..targets import host_cpu_target
 
@@ -87,6 +86,10 @@ class Adapter:
             f"allocate ({tvm_ffi.__name__} passes it by DLPack), got None"
         )
 
+    def bounds(self, array: Any) -> tuple[int, int]:
+        """Return the least and the largest number of an array that has some; waits for the GPU."""
+        return int(array.min()), int(array.max())
+
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         """Return the shortest way to `function` for calls with arrays of this framework.
 
@@ -125,6 +128,10 @@ def _spelt_out(
     cost a third more at M = 1, where the call is all.
     """
     given = spec.operation.names
+    absent = {*spec.operation.tensors} - {tensor.name for tensor in spec.tensors}
+    convert = {**convert, **dict.fromkeys(absent, "None")}
+    # With a tensor that this spec does not take it is another spec's call.
+    condition = " and ".join([condition, *(f"{name} is None" for name in sorted(absent))])
     passed = ", ".join(convert.get(name, name) for name in given)
     source = f"""
 def call({", ".join(given)}, stream):
@@ -154,29 +161,17 @@ class NumpyAdapter(Adapter):
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:
         import numpy as np
 
-        operation = spec.operation
-        by_type: dict[str, list[str]] = {}
-        for tensor in operation.arguments:
-            by_type.setdefault(tensor.dtype, []).append(tensor.name)
-        conditions = [f"{name}.flags.writeable" for name in operation.outputs]
-        # bfloat16 comes as uint16 below: the module could not tell it from a caller's own.
-        conditions += [
-            f"{other}.dtype == {first}.dtype"
-            for dtype in (IN_DTYPE, OUT_DTYPE)
-            for first, *others in [by_type.get(dtype, [""])]
-            for other in others
-        ]
-        bits = np.dtype(ELEMENT_TYPES["bfloat16"].storage)
-        # Who has bfloat16 arrays has ml_dtypes; without it nothing is viewed as other bits.
-        bfloat16 = ELEMENT_TYPES["bfloat16"].numpy if "ml_dtypes" in sys.modules else bits
-        convert = {
-            tensor.name: f"{tensor.name}.view(bits) if {tensor.name}.dtype == bfloat16 "
-            f"else {tensor.name}"
-            for tensor in operation.arguments
-            if tensor.dtype in (IN_DTYPE, OUT_DTYPE)
-        }
+        conditions, convert = [], {}
         names = {"function": function, "general": general, "storage": ", 1"}
-        names |= {"bfloat16": bfloat16, "bits": bits}
+        for tensor in spec.tensors:
+            if tensor.is_output:
+                conditions.append(f"{tensor.name}.flags.writeable")
+            element = ELEMENT_TYPES[spec.dtype_of(tensor)]
+            if element.storage:
+                # It goes as other bits: the module could not tell it from a caller's own.
+                names |= {element.name: element.numpy, element.storage: np.dtype(element.storage)}
+                conditions.append(f"{tensor.name}.dtype == {element.name}")
+                convert[tensor.name] = f"{tensor.name}.view({element.storage})"
         return _spelt_out(spec, " and ".join(conditions), convert, "return", names)
 
     def dtype(self, array: Any) -> str:
@@ -215,10 +210,11 @@ class NumpyAdapter(Adapter):
                 f"{name} must have strides of whole elements ({array.itemsize} bytes), got "
                 f"strides of {array.strides} bytes"
             )
-        if array.dtype.name == "bfloat16":
-            array = array.view(np.uint16)
-        elif array.dtype == np.uint16:
-            raise TypeError(f"{name} must have a floating-point type, got uint16")
+        stored = ELEMENT_TYPES.get(array.dtype.name)
+        if stored is not None and stored.storage:
+            array = array.view(stored.storage)
+        elif array.dtype in (np.uint16, np.uint8):
+            raise TypeError(f"{name} must have a floating-point type, got {array.dtype}")
         if not array.flags.writeable:
             array = _writable_alias(array)
         try:
@@ -254,16 +250,14 @@ class TorchAdapter(Adapter):
         torch = sys.modules["torch"]
         from .torch_autograd import count_writes, forward_ad
 
-        operation = spec.operation
-        types = {IN_DTYPE: spec.in_dtype, OUT_DTYPE: spec.out_dtype}
         # Views of complex tensors may be negated only when read (`is_neg`), which DLPack cannot
         # say. There is no complex type of bfloat16.
         negatable = [
             f"{tensor.name}.is_neg()"
-            for tensor in operation.arguments
-            if types.get(tensor.dtype, tensor.dtype) in ("float16", "float32")
+            for tensor in spec.tensors
+            if spec.dtype_of(tensor) in ("float16", "float32")
         ]
-        derived = " or ".join(f"{name}.requires_grad" for name in operation.tensors)
+        derived = " or ".join(f"{tensor.name}.requires_grad" for tensor in spec.tensors)
         conditions = [f"not {negated}" for negated in negatable]
         # Under forward-mode AD a tensor may have a tangent, for which the long way looks.
         conditions += ["forward_ad._current_level < 0", f"not (grad_enabled() and ({derived}))"]
@@ -271,7 +265,7 @@ class TorchAdapter(Adapter):
         names |= {"grad_enabled": torch.is_grad_enabled, "count_writes": count_writes}
         # Whatever could not be counted has been written all the same: never a second call.
         names["adapter_of"] = adapter_of
-        outputs = ", ".join(operation.outputs)
+        outputs = ", ".join(tensor.name for tensor in spec.tensors if tensor.is_output)
         after = f"""try:
             count_writes(({outputs},))
         except TypeError:  # an output of another framework

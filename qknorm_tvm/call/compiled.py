@@ -15,6 +15,7 @@ from .._version import __version__
 from ..errors import BuildError
 from ..load.module import Module, load
 from ..load.module_file import FORMAT
+from ..operations import OPERATIONS
 from ..spec import KernelSpec
 
 Config = Any  # schedules.cpu_config.CpuConfig or schedules.cuda_config.CudaConfig
@@ -50,20 +51,11 @@ class CompiledModule:
 
         return read_metadata(self.path)
 
-    @property
-    def apply_qk_rms_norm(self) -> Any:
-        """The entry point, see `Module`."""
-        return self.module.apply_qk_rms_norm
-
-    @property
-    def row_mean_of_squares_qk(self) -> Any:
-        """The entry point, see `Module`."""
-        return self.module.row_mean_of_squares_qk
-
-    @property
-    def qk_rms_norm(self) -> Any:
-        """The entry point, see `Module`."""
-        return self.module.qk_rms_norm
+    def __getattr__(self, name: str) -> Any:
+        """Return the entry point of an operation that the module holds, see `Module`."""
+        if name not in OPERATIONS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.module, name)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Write the module to a file, atomically.

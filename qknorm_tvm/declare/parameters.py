@@ -15,10 +15,8 @@ from tvm.s_tir import SBlock
 from ..dtypes import ELEMENT_TYPES
 from ..operations import (
     HEAD_DIM,
-    IN_DTYPE,
     K_COLS,
     KV_HEADS,
-    OUT_DTYPE,
     Q_COLS,
     ROTARY_DIM,
     ROWS,
@@ -26,7 +24,6 @@ from ..operations import (
 )
 
 if TYPE_CHECKING:
-    from ..operations import TensorArgument
     from ..spec import KernelSpec
 
 # What gammas and scales, read as vectors too, are aligned to at the most.
@@ -35,12 +32,6 @@ _VECTOR_BYTES = 16
 
 def _int64(value: int) -> tirx.Expr:
     return tirx.IntImm("int64", value)
-
-
-def element_type(spec: KernelSpec, tensor: TensorArgument) -> str:
-    """Return the element type of a tensor in calls of a spec."""
-    fields = {IN_DTYPE: spec.in_dtype, OUT_DTYPE: spec.out_dtype}
-    return fields.get(tensor.dtype) or getattr(spec, tensor.dtype, tensor.dtype)
 
 
 def parameters(
@@ -72,7 +63,7 @@ def parameters(
         extents[name] = _int64(getattr(spec, name))
     given: dict[str, Any] = {}
     for tensor in spec.tensors:
-        dtype = element_type(spec, tensor)
+        dtype = spec.dtype_of(tensor)
         extents[SCALES] = tirx.Var(f"{tensor.name}_count", "int64")
         # A dimension that only a call knows comes with the tensor.
         shape = [
