@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 #: Dimensions besides those that are numbers. Rows are q's; columns, heads and `rotary_dim` the
-#: spec's; slots at most as many as rows; the others are the tensor's own, equal in two that have it.
+#: spec's; slots at most as many as rows; the others a tensor's own, equal in two that have one.
 ROWS, Q_COLS, K_COLS = "rows", "q_cols", "k_cols"
 KV_HEADS, HEAD_DIM, ROTARY_DIM = "kv_heads", "head_dim", "rotary_dim"
 SLOTS, MAX_POSITION, BLOCKS, BLOCK_SIZE = "slots", "max_position", "blocks", "block_size"

@@ -206,7 +206,8 @@ class KernelSpec:
     @property
     def kv_heads(self) -> int:
         """Heads of K and V, of an operation that rotates."""
-        assert self.k_cols is not None and self.head_dim is not None
+        assert self.k_cols is not None
+        assert self.head_dim is not None
         return self.k_cols // self.head_dim
 
     @property
