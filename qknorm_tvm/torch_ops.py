@@ -5,8 +5,14 @@ Importing this module registers them in the namespace ``qknorm_tvm`` for CPU and
 * ``row_mean_of_squares_qk(q, k) -> qk_var``
 * ``apply_qk_rms_norm(q, k, qk_var, gamma_q, gamma_k, epsilon) -> (q_out, k_out)``
 * ``qk_rms_norm(q, k, gamma_q, gamma_k, epsilon) -> (q_out, k_out)``
-* ``..._out``: the same three, written to tensors that are given
-* ``apply_qk_rms_norm_`` and ``qk_rms_norm_``: in place of q and k
+* ``qk_rms_norm_rope(q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon, *, head_dim)
+  -> (q_out, k_out)``
+* ``qk_rms_norm_rope_cache(q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping,
+  qk_var, k_scale, v_scale, epsilon, *, k_cache, v_cache, head_dim) -> q_out``, which writes K and V
+  to the caches
+* ``..._out``: the same, written to tensors that are given
+* ``apply_qk_rms_norm_``, ``qk_rms_norm_`` and ``qk_rms_norm_rope_``: in place of q and k;
+  ``qk_rms_norm_rope_cache_``: in place of q
 
 The functions of this module are thin: each calls its operator under ``torch.ops.qknorm_tvm``. Plain
 eager code is served faster by the functions of `qknorm_tvm` itself, which skip torch's dispatcher.
@@ -21,6 +27,7 @@ Python to run in: their kernels are Python functions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,12 +39,22 @@ from .call.arrays import canonical_dtype
 from .call.torch_autograd import forward_mode, refuse_derivative
 from .dtypes import DTYPE_BYTES, ELEMENT_TYPES
 from .operations import (
+    BLOCK_SIZE,
+    BLOCKS,
+    CACHE_DTYPE,
+    HEAD_DIM,
     IN_DTYPE,
     K_COLS,
+    KV_HEADS,
+    MAX_POSITION,
     OPERATIONS,
     OUT_DTYPE,
     Q_COLS,
+    ROTARY_DIM,
+    ROTARY_DTYPE,
     ROWS,
+    SCALES,
+    SLOTS,
     Operation,
     TensorArgument,
 )
@@ -47,6 +64,10 @@ __all__ = [
     "apply_qk_rms_norm_",
     "qk_rms_norm",
     "qk_rms_norm_",
+    "qk_rms_norm_rope",
+    "qk_rms_norm_rope_",
+    "qk_rms_norm_rope_cache",
+    "qk_rms_norm_rope_cache_",
     "row_mean_of_squares_qk",
 ]
 
@@ -69,12 +90,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _named(operation: Operation, args: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Tensor]:
-    """Return an operator's tensors by name: inputs in the signature's order, then outputs."""
-    tensors = dict(zip(operation.signature, args, strict=False))
-    return tensors | dict(zip(operation.outputs, outputs, strict=False))
-
-
 def _refuse_derivatives(form: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         refuse_derivative(name, tensor, f"qknorm_tvm::{form}")
@@ -84,7 +99,9 @@ def _require(condition: Any, message: str) -> None:
     torch._check_value(condition, lambda: message)
 
 
-def _check(argument: TensorArgument, tensors: dict[str, Tensor], out_dtype: torch.dtype) -> None:
+def _check(
+    argument: TensorArgument, tensors: dict[str, Tensor], out_dtype: torch.dtype, head_dim: Any
+) -> None:
     """Raise for what is wrong with a fake tensor, in the words of the module's own checks.
 
     Sizes may be symbols: comparing them through torch's checks makes a guard, or an assertion at
@@ -95,27 +112,10 @@ def _check(argument: TensorArgument, tensors: dict[str, Tensor], out_dtype: torc
     if tensor.dim() != dimensions:
         plural = "" if dimensions == 1 else "s"
         raise ValueError(f"{name} must have {dimensions} dimension{plural}, got {tensor.dim()}")
-    dtypes = {IN_DTYPE: q.dtype, OUT_DTYPE: out_dtype}
-    dtype = dtypes.get(argument.dtype) or ELEMENT_TYPES[argument.dtype].torch
-    if argument.dtype in dtypes and _dtype_name(dtype) not in DTYPE_BYTES:
-        raise TypeError(
-            f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {_dtype_name(tensor.dtype)}"
-        )
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {_dtype_name(dtype)}, got {_dtype_name(tensor.dtype)}")
+    _check_dtype(argument, tensor, q.dtype, out_dtype)
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, got a tensor on {tensor.device}")
-    for size, extent in zip(tensor.shape, argument.shape, strict=True):
-        if extent == ROWS:
-            rows = q.shape[0]
-            _require(size == rows, f"{name} must have {rows} rows like q, got {size}")
-            continue
-        owner = {Q_COLS: "q", K_COLS: "k"}.get(str(extent))
-        wanted = tensors[owner].shape[1] if owner else extent
-        unit = "elements" if dimensions == 1 else "columns"
-        if owner != name:
-            _require(size == wanted, f"{name} must have {wanted} {unit}, got {size}")
-        _require(size >= 1, f"{name} must have at least 1 column, got 0")
+    _check_shape(argument, tensors, head_dim)
     stride, cols = tensor.stride(-1), tensor.shape[-1]
     empty = argument.shape[0] == ROWS and isinstance(q.shape[0], int) and q.shape[0] == 0
     # A stride that is a symbol is left to the check at run time.
@@ -123,6 +123,69 @@ def _check(argument: TensorArgument, tensors: dict[str, Tensor], out_dtype: torc
         raise ValueError(
             f"{name} must be contiguous in its last dimension (stride 1), got stride {stride}"
         )
+
+
+def _check_dtype(
+    argument: TensorArgument, tensor: Tensor, in_dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    name, came = argument.name, _dtype_name(tensor.dtype)
+    choices = {
+        ROTARY_DTYPE: (in_dtype, torch.float32),
+        CACHE_DTYPE: (in_dtype, torch.float8_e4m3fn),
+    }.get(argument.dtype)
+    if choices is not None:
+        if tensor.dtype not in choices:
+            first, second = map(_dtype_name, choices)
+            raise TypeError(f"{name} must be {first} like q, or {second}, got {came}")
+        return
+    dtypes = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype}
+    dtype = dtypes.get(argument.dtype) or ELEMENT_TYPES[argument.dtype].torch
+    if argument.dtype in dtypes and _dtype_name(dtype) not in DTYPE_BYTES:
+        raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {came}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {_dtype_name(dtype)}, got {came}")
+
+
+def _check_shape(argument: TensorArgument, tensors: dict[str, Tensor], head_dim: Any) -> None:
+    name, tensor, q, k = argument.name, tensors[argument.name], tensors["q"], tensors["k"]
+    dimensions = len(argument.shape)
+    # Which tensor has an extent first, and how much it is.
+    known: dict[Any, tuple[str, Any]] = {Q_COLS: ("q", q.shape[1]), K_COLS: ("k", k.shape[1])}
+    if head_dim is not None:
+        known |= {HEAD_DIM: ("", head_dim), KV_HEADS: ("", k.shape[1] // head_dim)}
+    if "k_cache" in tensors:
+        blocks, block_size = tensors["k_cache"].shape[:2]
+        known |= {BLOCKS: ("k_cache", blocks), BLOCK_SIZE: ("k_cache", block_size)}
+    for size, extent in zip(tensor.shape, argument.shape, strict=True):
+        if extent == ROWS:
+            unit = "elements" if dimensions == 1 else "rows"
+            rows = q.shape[0]
+            _require(size == rows, f"{name} must have {rows} {unit} like q, got {size}")
+        elif extent == SLOTS:
+            rows = q.shape[0]
+            _require(
+                size <= rows, f"{name} must have at most {rows} elements like q's rows, got {size}"
+            )
+        elif extent == SCALES:
+            heads = known[KV_HEADS][1]
+            _require(
+                size == 1 or size == heads,
+                f"{name} must have 1 or {heads} elements like k's heads, got {size}",
+            )
+        elif extent == ROTARY_DIM:
+            _require(
+                size % 2 == 0 and size <= head_dim,
+                f"{name} must have an even number of columns, at most head_dim ({head_dim}), got "
+                f"{size}",
+            )
+        elif extent != MAX_POSITION:
+            owner, wanted = known.get(extent, ("", extent))
+            unit = "elements" if dimensions == 1 else "columns"
+            unit = str(extent) if dimensions > 2 else unit
+            if owner != name:
+                _require(size == wanted, f"{name} must have {wanted} {unit}, got {size}")
+            if dimensions < 3:
+                _require(size >= 1, f"{name} must have at least 1 column, got 0")
 
 
 # ---- overlap ----------------------------------------------------------------------------------
@@ -143,6 +206,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     """
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
         return False
+    if a.dim() > 2 or b.dim() > 2:
+        return False  # caches may be views of one buffer: left to the check at run time
     numbers = (*_place(a), *_place(b))
     if any(free_unbacked_symbols(number) for number in numbers if not isinstance(number, int)):
         return False  # known to the data alone: left to the check at run time
@@ -174,13 +239,15 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _check_overlap(operation: Operation, tensors: dict[str, Tensor]) -> None:
     """Raise for outputs that overlap, in the words of the module's own check."""
-    for index, out in enumerate(operation.outputs):
-        for earlier in operation.outputs[:index]:
+    outputs = [name for name in operation.outputs if name in tensors]
+    inputs = [name for name in operation.signature if name in tensors]
+    for index, out in enumerate(outputs):
+        for earlier in outputs[:index]:
             if _overlap(tensors[out], tensors[earlier]):
                 raise ValueError(f"{out} must not overlap {earlier}, got tensors that share memory")
-    for out in operation.outputs:
+    for out in outputs:
         own = operation[out].in_place_of
-        for name in operation.tensors[len(operation.outputs) :]:
+        for name in inputs:
             a, b = tensors[out], tensors[name]
             if name == own and _place(a) == _place(b) and a.dtype.itemsize == b.dtype.itemsize:
                 continue
@@ -216,19 +283,14 @@ def _register(
     first: it refuses derivatives, also those of the transforms of ``torch.func``, whose wrappers no
     later kernel would see.
     """
-    name, count, outputs = operation.name + form, len(operation.signature), operation.outputs
+    name, outputs = operation.name + form, operation.outputs
 
     def tensors_of(args: Sequence[Any], options: dict[str, Any]) -> dict[str, Tensor]:
+        tensors = dict(zip(operation.signature, args, strict=False))
+        tensors |= {output: options[output] for output in outputs if output in options}
         if in_place:
-            return _named(
-                operation,
-                args,
-                [
-                    args[operation.signature.index(operation[out].in_place_of or "")]
-                    for out in outputs
-                ],
-            )
-        return _named(operation, args[:count], [options[out] for out in outputs if out in options])
+            tensors |= {out: tensors[own] for out, own in _in_place(operation).items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def kernel(*args: Any, **options: Any) -> Any:
         try:
@@ -247,21 +309,25 @@ def _register(
 
     def fake(*args: Any, **options: Any) -> Any:
         tensors = tensors_of(args, options)
-        out_dtype = options.get("out_dtype") or tensors.get(outputs[0], tensors["q"]).dtype
+        q, k = tensors["q"], tensors["k"]
+        out_dtype = options.get("out_dtype") or tensors.get(outputs[0], q).dtype
         if options.get("out_dtype") is not None:
             canonical_dtype("out_dtype", out_dtype)
+        if operation.rotates and out_dtype != q.dtype:
+            raise TypeError(f"q_out must be {_dtype_name(q.dtype)}, got {_dtype_name(out_dtype)}")
         for argument in operation.checked:
             if argument.name in tensors:
-                _check(argument, tensors, out_dtype)
-        if outputs[0] in tensors:
-            _check_overlap(operation, tensors)
-            return None
-        q, k = tensors["q"], tensors["k"]
+                _check(argument, tensors, out_dtype, options.get("head_dim"))
+        _check_overlap(operation, tensors)
         shapes = operation.shapes(q.shape[0], q.shape[1], k.shape[1])
         dtypes = operation.dtypes(_dtype_name(q.dtype), _dtype_name(out_dtype))
         # Packed row by row, as the kernel's: empty_like would keep a slice's row stride.
-        new = [q.new_empty(shapes[out], dtype=ELEMENT_TYPES[dtypes[out]].torch) for out in outputs]
-        return tuple(new) if len(new) > 1 else new[0]
+        new = tuple(
+            q.new_empty(shapes[out], dtype=ELEMENT_TYPES[dtypes[out]].torch)
+            for out in _returned(operation)
+            if out not in tensors
+        )
+        return new if len(new) > 1 else new[0] if new else None
 
     _library.define(name + schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
@@ -271,43 +337,81 @@ def _register(
     operator = getattr(torch.ops.qknorm_tvm, name).default
 
 
+def _returned(operation: Operation) -> tuple[str, ...]:
+    """Return the outputs that are new where none is given: no cache, and none that may be left."""
+    return tuple(
+        name
+        for name in operation.outputs
+        if not operation[name].is_cache and operation[name].given_if is None
+    )
+
+
+def _in_place(operation: Operation) -> dict[str, str]:
+    """Return the inputs that outputs take the place of in an operation's form in place."""
+    return {name: operation[name].in_place_of or "" for name in _returned(operation)}
+
+
 def _register_forms(operation: Operation) -> None:
     """Register an operation that returns its outputs, is given them, and works in place."""
     function = getattr(api, operation.name)
-    inputs, outputs = operation.signature, operation.outputs
-    scalars = "".join(f", float {one.name}={one.default}" for one in operation.scalars)
-    flags = "".join(
-        f", bool {field}=False" for field in operation.spec_fields if field == "cast_before_gamma"
-    )
-    tensors = ", ".join(f"Tensor {name}" for name in inputs)
-    dtype = ", ScalarType? out_dtype=None" if "out_dtype" in operation.spec_fields else ""
-    options = f", *{dtype}{flags}" if dtype or flags else ""
-    results = ", ".join("Tensor" for _ in outputs)
-    results = f"({results})" if len(outputs) > 1 else results
-    _register(operation, "", f"({tensors}{scalars}{options}) -> {results}", function)
+    inputs, returned = operation.signature, _returned(operation)
+    alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
+    caches = [f"Tensor({alias[name]}!) {name}" for name in operation.outputs
+              if operation[name].is_cache]  # fmt: skip
+    fields = {"head_dim": "int head_dim", "interleaved": "bool interleaved=False",
+              "cast_before_gamma": "bool cast_before_gamma=False"}  # fmt: skip
+    flags = [text for field, text in fields.items() if field in operation.spec_fields]
+    scalars = [f"float {scalar.name}={scalar.default}" for scalar in operation.scalars]
+    # The function's own names, in case their order is another.
+    positional = list(inspect.signature(function).parameters)[: len(inputs)] == list(inputs)
+    keywords = {name: operation[name].api_name for name in operation.outputs}
+    order = (*inputs, *(scalar.name for scalar in operation.scalars))
 
-    alias = dict(zip(outputs, "abcdefgh", strict=False))
-    given = ", ".join(f"Tensor({alias[name]}!) {name}" for name in outputs)
-    keywords = {name: operation[name].api_name for name in outputs}
+    def call(args: Sequence[Any], options: dict[str, Any]) -> Any:
+        options = {keywords.get(name, name): value for name, value in options.items()}
+        if positional:
+            return function(*args, **options)
+        return function(**dict(zip(order, args, strict=False)), **options)
+
+    def schema(mutable: dict[str, str], keyword_only: Sequence[str], results: str) -> str:
+        kinds = {name: "Tensor?" if operation[name].given_if else "Tensor" for name in inputs}
+        tensors = [f"{kinds[name]} {name}" for name in inputs]
+        tensors = [
+            f"Tensor({mutable[name]}!) {name}" if name in mutable else text
+            for name, text in zip(inputs, tensors, strict=True)
+        ]
+        options = ["*", *keyword_only] if keyword_only else []
+        return f"({', '.join([*tensors, *scalars, *options])}) -> {results}"
+
+    def run(*args: Any, **options: Any) -> Any:
+        results = call(args, options)
+        return results[0] if len(returned) == 1 and isinstance(results, tuple) else results
+
+    dtype = ["ScalarType? out_dtype=None"] if "out_dtype" in operation.spec_fields else []
+    results = ", ".join("Tensor" for _ in returned)
+    results = f"({results})" if len(returned) > 1 else results
+    _register(operation, "", schema({}, [*caches, *dtype, *flags], results), run)
+
+    given = [
+        f"Tensor({alias[name]}!){'?' if operation[name].given_if else ''} {name}"
+        for name in operation.outputs
+    ]
 
     def write(*args: Any, **options: Any) -> None:
-        function(*args, **{keywords.get(name, name): value for name, value in options.items()})
+        call(args, options)
 
-    _register(operation, "_out", f"({tensors}{scalars}, *, {given}{flags}) -> ()", write)
-    if not operation.in_place:
+    _register(operation, "_out", schema({}, [*given, *flags], "()"), write)
+    if not all(operation[name].in_place_of for name in returned):
         return
-    places = {name: inputs.index(operation[name].in_place_of or "") for name in outputs}
-    written = {place: alias[name] for name, place in places.items()}
-    tensors = ", ".join(
-        f"Tensor({written[place]}!) {name}" if place in written else f"Tensor {name}"
-        for place, name in enumerate(inputs)
-    )
+    places = {name: inputs.index(own) for name, own in _in_place(operation).items()}
+    mutable = {own: alias[name] for name, own in _in_place(operation).items()}
 
     def write_in_place(*args: Any, **options: Any) -> None:
-        function(*args, **{name: args[place] for name, place in places.items()}, **options)
+        call(args, {name: args[place] for name, place in places.items()} | options)
 
-    options = f", *{flags}" if flags else ""
-    _register(operation, "_", f"({tensors}{scalars}{options}) -> ()", write_in_place, in_place=True)
+    _register(
+        operation, "_", schema(mutable, [*caches, *flags], "()"), write_in_place, in_place=True
+    )
 
 
 for _operation in OPERATIONS.values():
@@ -487,3 +591,173 @@ def qk_rms_norm_(
     torch.ops.qknorm_tvm.qk_rms_norm_.default(
         q, k, gamma_q, gamma_k, epsilon, cast_before_gamma=cast_before_gamma
     )
+
+
+def qk_rms_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    gamma_q: Tensor,
+    gamma_k: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor | None,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    epsilon: float = 1e-6,
+    qk_var: Tensor | None = None,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+    cast_before_gamma: bool = False,
+) -> Pair:
+    """Normalise Q and K and rotate their heads, in one launch: ``torch.ops`` form.
+
+    Parameters
+    ----------
+    q, k, gamma_q, gamma_k, epsilon, cast_before_gamma
+        As for `apply_qk_rms_norm`.
+    positions, cos_sin_cache, head_dim, interleaved, qk_var
+        As for `qknorm_tvm.qk_rms_norm_rope`.
+    q_out, k_out : torch.Tensor, optional
+        Where to write, both or neither; q and k themselves are allowed.
+
+    Returns
+    -------
+    (q_out, k_out)
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong, or requires grad under grad mode.
+
+    See Also
+    --------
+    qknorm_tvm.qk_rms_norm_rope : the definition, and the same without torch's dispatcher.
+    """
+    args = (q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon)
+    options = {
+        "head_dim": head_dim, "interleaved": interleaved, "cast_before_gamma": cast_before_gamma
+    }  # fmt: skip
+    if _both(q_out, k_out, None):
+        torch.ops.qknorm_tvm.qk_rms_norm_rope_out.default(
+            *args, q_out=q_out, k_out=k_out, **options
+        )
+        return q_out, k_out  # type: ignore[return-value]  # both are given
+    return torch.ops.qknorm_tvm.qk_rms_norm_rope.default(*args, **options)
+
+
+def qk_rms_norm_rope_(
+    q: Tensor,
+    k: Tensor,
+    gamma_q: Tensor,
+    gamma_k: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor | None,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    epsilon: float = 1e-6,
+    qk_var: Tensor | None = None,
+    cast_before_gamma: bool = False,
+) -> None:
+    """Normalise Q and K and rotate their heads, in place; see `qk_rms_norm_rope`."""
+    torch.ops.qknorm_tvm.qk_rms_norm_rope_.default(
+        q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon,
+        head_dim=head_dim, interleaved=interleaved, cast_before_gamma=cast_before_gamma,
+    )  # fmt: skip
+
+
+def qk_rms_norm_rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor,
+    gamma_k: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    epsilon: float = 1e-6,
+    qk_var: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+    cast_before_gamma: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise Q and K, rotate, and store K and V, in one launch: ``torch.ops`` form.
+
+    Parameters
+    ----------
+    q, k, gamma_q, gamma_k, epsilon, cast_before_gamma
+        As for `apply_qk_rms_norm`.
+    v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping, head_dim, interleaved, qk_var
+        As for `qknorm_tvm.qk_rms_norm_rope_cache`. The caches are written.
+    k_scale, v_scale : torch.Tensor, ``[1]`` or ``[kv_heads]``, float32, optional
+        For caches of float8, and only for those.
+    q_out : torch.Tensor, optional
+        Where to write Q; q itself is allowed.
+    k_out : torch.Tensor, optional
+        With `q_out` only: where to write K as well; k itself is allowed.
+
+    Returns
+    -------
+    (q_out, k_out)
+        `k_out` is None where none is given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong, or requires grad under grad mode.
+
+    See Also
+    --------
+    qknorm_tvm.qk_rms_norm_rope_cache : the definition, and the same without torch's dispatcher.
+    """
+    if k_out is not None and q_out is None:
+        raise ValueError("q_out must be given with k_out, got k_out alone")
+    args = (
+        q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping, qk_var, k_scale,
+        v_scale, epsilon,
+    )  # fmt: skip
+    options = {
+        "k_cache": k_cache, "v_cache": v_cache, "head_dim": head_dim,
+        "interleaved": interleaved, "cast_before_gamma": cast_before_gamma,
+    }  # fmt: skip
+    if q_out is None:
+        return torch.ops.qknorm_tvm.qk_rms_norm_rope_cache.default(*args, **options), None
+    torch.ops.qknorm_tvm.qk_rms_norm_rope_cache_out.default(
+        *args, q_out=q_out, k_out=k_out, **options
+    )
+    return q_out, k_out
+
+
+def qk_rms_norm_rope_cache_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor,
+    gamma_k: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    epsilon: float = 1e-6,
+    qk_var: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    cast_before_gamma: bool = False,
+) -> None:
+    """Write Q in place, and K and V to the caches; see `qk_rms_norm_rope_cache`."""
+    torch.ops.qknorm_tvm.qk_rms_norm_rope_cache_.default(
+        q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping, qk_var, k_scale,
+        v_scale, epsilon, k_cache=k_cache, v_cache=v_cache, head_dim=head_dim,
+        interleaved=interleaved, cast_before_gamma=cast_before_gamma,
+    )  # fmt: skip
