@@ -9,9 +9,21 @@ from support import PAIRINGS
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.declare.norm import declare
+from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.spec import OPS
 
 BLOCKS = ("rs", "x32", "scaled", "weighted")
+_ROPE, _CACHE = (
+    KernelSpec(op=op, q_cols=256, k_cols=128, head_dim=64)
+    for op in ("qk_rms_norm_rope", "qk_rms_norm_rope_cache")
+)
+#: Specs that rotate, between them with every tensor given and not given.
+ROTATING = (
+    _ROPE,
+    _ROPE.replace(rotary_dim=64, interleaved=True, statistics="local"),
+    _CACHE.replace(rotary_dim=32, cache_dtype="float8_e4m3fn", writes_k_out=True),
+    _CACHE.replace(rotary_dim=32, rotary_dtype="float32", cache_dtype="float8_e4m3fn"),
+)
 
 
 def _script(spec: KernelSpec, **promises: int) -> str:
@@ -75,10 +87,15 @@ def test_extents_and_strides_are_int64(columns: tuple[int | None, int | None]) -
 
 def test_parameters_are_those_of_the_operation_and_the_entry_point() -> None:
     """An order other than the definition's: arguments would be mixed up silently."""
-    for spec in (KernelSpec(), *(KernelSpec(op=op, q_cols=8, k_cols=8) for op in OPS)):
+    specs = [
+        KernelSpec(op=op, q_cols=16, k_cols=8, head_dim=8 if OPERATIONS[op].rotates else None)
+        for op in OPS
+    ]
+    for spec in (KernelSpec(), *specs, *ROTATING):
         func, operation = declare(spec), spec.operation
         epsilon = ["epsilon"] if operation.has_epsilon else []
-        names = [*operation.tensors, *epsilon, *operation.internal_scalars]
+        tensors = [tensor.name for tensor in spec.tensors]
+        names = [*tensors, *epsilon, *operation.internal_scalars(spec)]
         assert [p.name for p in func.params] == names
         assert str(func.attrs["global_symbol"]) == operation.name
 
@@ -95,3 +112,60 @@ def test_alignment_promised_is_one_element_by_default(in_dtype: str, out_dtype: 
     assert {found[name] for name in ("q", "k", "q_out", "k_out")} == {32}
     assert found["gamma_q"] == found["gamma_k"] == 16
     assert found["qk_var"] == 4
+
+
+@pytest.mark.parametrize("spec", ROTATING, ids=str)
+def test_heads_are_one_block_of_each_operand(spec: KernelSpec) -> None:
+    """A second block that writes an output: neither could be made parallel."""
+    found = re.findall(r"T\.sblock\(\"(\w+)\"\)", _script(spec))
+    heads = (
+        ["heads_q", "heads_k", "heads_v"] if spec.operation.has_cache else ["heads_q", "heads_k"]
+    )
+    assert [name for name in found if name.startswith("heads")] == heads
+    assert ("mean_q" in found) == (spec.statistics == "local")
+    assert found.count("rs_q") == found.count("rs_k") == 1
+
+
+def _values(script: str, block: str) -> dict[str, str]:
+    """Return what a block binds, by name, without spaces and indices."""
+    body = script.split(f'T.sblock("{block}")')[1].split("T.sblock(")[0]
+    lines = re.findall(r"^ +(\w+): T\.let\[.*?\] = (.*)$", body, re.MULTILINE)
+    return {name: re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\[[^\[\]]*\]|\s", "", value))
+            for name, value in lines}  # fmt: skip
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_starts_from_the_rounded_norm(interleaved: bool) -> None:
+    """A norm that stays float32 until it is rotated, sine and cosine exchanged, a wrong sign."""
+    spec = _ROPE.replace(rotary_dim=32, interleaved=interleaved)
+    script = _script(spec)
+    for tag in ("q", "k"):
+        y = f'T.Cast("bfloat16",T.Cast("float32",{tag})*rs_{tag}*gamma_{tag})'
+        product = f'T.Cast("float32",{y})*T.Cast("float32",cos_sin_cache)'
+        assert _values(script, f"heads_{tag}") == {
+            "first": f'T.Cast("bfloat16",{product}-{product})',
+            "second": f'T.Cast("bfloat16",{product}+{product})',
+            "value": y,
+        }
+
+
+def test_columns_of_a_pair_and_of_its_angle() -> None:
+    """Pairs of the other style, or a sine from the first half of its row."""
+    for interleaved, pair in ((False, "vu, vu + 16"), (True, "vu * 2, vu * 2 + 1")):
+        spec = _ROPE.replace(rotary_dim=32, interleaved=interleaved)
+        script = re.sub(r"T\.int64\((\d+)\)", r"\1", _script(spec))
+        (first,) = re.findall(r"first: .*q\[.*", script)
+        (second,) = re.findall(r"second: .*q\[.*", script)
+        a, b = pair.split(", ")
+        b = f"({b})"
+        columns = r" q\[vi, vh \* 64 \+ (.*?)\]\)"
+        first, second = first.replace("(q[", "( q["), second.replace("(q[", "( q[")
+        assert re.findall(columns, first) == [a, b]
+        assert re.findall(columns, second) == [b, a]
+        for line in (first, second):
+            assert re.findall(r"cos_sin_cache\[positions\[vi\], (.*?)\]", line) == ["vu", "vu + 16"]
+
+
+def test_without_rotation_nothing_is_rounded_twice() -> None:
+    assert set(_values(_script(_ROPE), "heads_q")) == {"value"}
+    assert "positions" not in _script(_ROPE)

@@ -12,7 +12,8 @@ computed, with every float32 intermediate named, so that the order of rounding c
 
 once for Q (column 0) and once for K (column 1); ``row_mean_of_squares_qk`` computes ``qk_var`` in
 the target's order of `declare.statistics`; ``qk_rms_norm`` is the one after the other, with
-statistics that never leave the registers. ``qknorm_tvm.schedules`` decides the rest, per target.
+statistics that never leave the registers. What rotates is declared in `declare.rope`.
+``qknorm_tvm.schedules`` decides the rest, per target.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from . import steps
-from .statistics import sum_of_squares
+from .rope import declare_rope
+from .statistics import row_mean, sum_of_squares
 
 if TYPE_CHECKING:
     from ..spec import KernelSpec
@@ -69,20 +71,6 @@ def _normalise(tag: str, spec: KernelSpec) -> Callable[..., Any]:
                 out[vi, vj] = steps.rounded(weighted[vi, vj], out_dtype)
 
     return normalise
-
-
-def _mean(tag: str) -> Callable[..., Any]:
-    """Return the statement that divides one operand's sums."""
-    mean_name = f"mean_{tag}"
-
-    @T.inline
-    def mean(var, total, rows, cols):
-        for i in range(rows):
-            with T.sblock(mean_name):
-                vi = T.axis.spatial(rows, i)
-                var[vi, T.int64(0)] = steps.mean(total[vi, T.int64(0)], cols)
-
-    return mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +159,8 @@ def declare(
         one, and the scalars: ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k,
         epsilon, row_tiles, q_out_stride, k_out_stride, q_stride, k_stride)``.
     """
+    if spec.operation.rotates:
+        return declare_rope(spec, row_tile=row_tile, stride_unit=stride_unit, alignment=alignment)
     declare_operation = {
         "apply_qk_rms_norm": _apply_qk_rms_norm,
         "row_mean_of_squares_qk": _row_mean_of_squares_qk,
@@ -253,7 +243,7 @@ def _qk_rms_norm(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:
     nq, nk = given.columns
     normalise_q, normalise_k = _normalise("q", spec), _normalise("k", spec)
     add_up_q, add_up_k = (sum_of_squares(tag, spec.parsed_target.kind) for tag in ("q", "k"))
-    mean_q, mean_k = _mean("q"), _mean("k")
+    mean_q, mean_k = row_mean("q"), row_mean("k")
 
     @T.prim_func(s_tir=True)
     def qk_rms_norm(

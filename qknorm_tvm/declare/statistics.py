@@ -95,6 +95,20 @@ def sum_of_squares(tag: str, kind: str = "cpu") -> Callable[..., Any]:
     return {"cpu": _sum_on_cpu, "cuda": _sum_on_cuda}[kind](tag)
 
 
+def row_mean(tag: str) -> Callable[..., Any]:
+    """Return the statement that divides sums (`sum_of_squares`) by columns, as `var[row, 0]`."""
+    mean_name = f"mean_{tag}"
+
+    @T.inline
+    def mean(var, total, rows, cols):
+        for i in range(rows):
+            with T.sblock(mean_name):
+                vi = T.axis.spatial(rows, i)
+                var[vi, T.int64(0)] = steps.mean(total[vi, T.int64(0)], cols)
+
+    return mean
+
+
 def _sum_on_cpu(tag: str) -> Callable[..., Any]:
     partial_name, lanes_name, pairs_name = f"partial_{tag}", f"lanes_{tag}", f"pairs_{tag}"
     x32_name = f"square_x32_{tag}"

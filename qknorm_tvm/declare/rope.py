@@ -1,0 +1,184 @@
+"""The declaration of the operations that rotate: norm, rotation, paged cache.
+
+A head's columns go by *units*: each pair that is rotated, then each column that is not. Of a unit
+of Q or K, all in float32 but for what is rounded to the operands' type::
+
+    rs = rsqrt(var + epsilon)                       var given, or the mean of `declare.statistics`
+    y  = cast((cast(x, float32) * rs) * gamma, in_dtype)
+    first, second of a pair:  cast(a * cos - b * sin, in_dtype), cast(b * cos + a * sin, in_dtype)
+    of another column:        y
+
+with a, b the pair's y as float32, and the cosine and the sine of the row's position. Both are known
+before either is stored: an output may be the input. K goes to its cache so, and V as it came, to
+slot ``slot_mapping[row]`` where there is one; a float8 cache holds ``cast(x / scale, float8)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from . import steps
+from .parameters import function, parameters
+from .statistics import row_mean, sum_of_squares
+
+if TYPE_CHECKING:
+    from ..spec import KernelSpec
+
+
+def pair_columns(spec: KernelSpec, pair: Any) -> tuple[Any, Any]:
+    """Return the columns of a head that are rotated with one another."""
+    if spec.interleaved:
+        return pair * 2, pair * 2 + 1
+    return pair, pair + spec.rotary_dim // 2
+
+
+def normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
+    """Return one element of the norm, rounded to the operands' type."""
+    scaled = steps.scaled(steps.widened(x), rs, steps.type_before_gamma(spec))
+    return steps.rounded(steps.weighted(scaled, gamma), spec.in_dtype)
+
+
+def stored(spec: KernelSpec, x: Any, scales: Any, head: Any) -> Any:
+    """Return an element as its cache holds it; `scales` has one number, or one for each head."""
+    if not spec.has_scales:
+        return x
+    scale = scales[tirx.min(head, scales.shape[0] - 1)]
+    return steps.rounded(steps.divided_by_scale(steps.widened(x), scale), spec.cache_dtype)
+
+
+def _root(tag: str, spec: KernelSpec) -> Callable[..., Any]:
+    rs_name, reproducible = f"rs_{tag}", spec.reproducible
+
+    @T.inline
+    def root(rs, var, column, rows, epsilon):
+        for i in range(rows):
+            with T.sblock(rs_name):
+                vi = T.axis.spatial(rows, i)
+                rs[vi] = steps.inverse_root(var[vi, column], epsilon, reproducible=reproducible)
+
+    return root
+
+
+def _heads(tag: str, spec: KernelSpec, given: dict[str, Any]) -> Callable[..., Any]:
+    """Return the statements that write one operand's heads, in one block ``heads_{tag}``."""
+    name, in_dtype, head_dim = f"heads_{tag}", spec.in_dtype, spec.head_dim
+    pairs, rest = spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim
+    x, gamma, out = given[tag], given[f"gamma_{tag}"], given.get(f"{tag}_out")
+    heads = x.shape[1] // head_dim
+    positions, cos_sin = given.get("positions"), given.get("cos_sin_cache")
+    slots, cache = given.get("slot_mapping"), given.get(f"{tag}_cache")
+    scales = given.get(f"{tag}_scale")
+
+    def y(rs, row, column):
+        return normalised(spec, x[row, column], rs[row], gamma[column])
+
+    def rotated(rs, row, head, pair):
+        a, b = (
+            steps.widened(y(rs, row, head * head_dim + column))
+            for column in pair_columns(spec, pair)
+        )
+        cosine, sine = (
+            steps.widened(cos_sin[positions[row], column]) for column in (pair, pair + pairs)
+        )
+        first = steps.rotated_first(a, b, cosine, sine)
+        second = steps.rotated_second(a, b, cosine, sine)
+        return steps.rounded(first, in_dtype), steps.rounded(second, in_dtype)
+
+    @T.inline
+    def store(row, head, column, value):
+        if out is not None:
+            out[row, head * head_dim + column] = value
+        if cache is not None:
+            _store(spec, cache, slots, scales, row, head, column, value)
+
+    @T.inline
+    def write_pair(rs, row, head, pair):
+        values = T.meta_var(rotated(rs, row, head, pair))
+        columns = T.meta_var(pair_columns(spec, pair))
+        first = T.bind(values[0])
+        second = T.bind(values[1])
+        store(row, head, columns[0], first)
+        store(row, head, columns[1], second)
+
+    @T.inline
+    def write_column(rs, row, head, column):
+        value = T.bind(y(rs, row, head * head_dim + column))
+        store(row, head, column, value)
+
+    @T.inline
+    def write_heads(rs):
+        for i, head, unit in T.grid(x.shape[0], heads, T.int64(pairs + rest)):
+            with T.sblock(name):
+                vi, vh, vu = T.axis.remap("SSS", [i, head, unit])
+                if pairs == 0:
+                    write_column(rs, vi, vh, vu)
+                elif rest == 0:
+                    write_pair(rs, vi, vh, vu)
+                else:
+                    if vu < pairs:
+                        write_pair(rs, vi, vh, vu)
+                    else:
+                        write_column(rs, vi, vh, vu + pairs)
+
+    return write_heads
+
+
+@T.inline
+def _store(spec, cache, slots, scales, row, head, column, value):
+    # Two tests: both sides of an `and` are evaluated, and there may be fewer slots than rows.
+    if row < slots.shape[0]:  # noqa: SIM102
+        if slots[row] >= 0:
+            cache[
+                T.floordiv(slots[row], cache.shape[1]),
+                T.floormod(slots[row], cache.shape[1]),
+                head,
+                column,
+            ] = stored(spec, value, scales, head)
+
+
+def declare_rope(spec: KernelSpec, **promises: Any) -> tirx.PrimFunc:
+    """Declare an operation that rotates; see `declare.norm.declare`."""
+    given = parameters(spec, **promises)
+    rows, epsilon = given["q"].shape[0], given["epsilon"]
+    adds_up = not spec.has_given_statistics
+    root_q, root_k = _root("q", spec), _root("k", spec)
+    add_up_q, add_up_k = (sum_of_squares(tag, spec.parsed_target.kind) for tag in ("q", "k"))
+    mean_q, mean_k = row_mean("q"), row_mean("k")
+    heads_q, heads_k = _heads("q", spec, given), _heads("k", spec, given)
+    q, k, v, nq, nk = given["q"], given["k"], given.get("v"), spec.q_cols, spec.k_cols
+    given_var = given.get("qk_var")
+
+    @T.prim_func(s_tir=True, check_well_formed=False)
+    def body():
+        rs_q = T.sblock_alloc_buffer((rows,), "float32")
+        rs_k = T.sblock_alloc_buffer((rows,), "float32")
+        if adds_up:
+            var_q = T.sblock_alloc_buffer((rows, T.int64(1)), "float32")
+            var_k = T.sblock_alloc_buffer((rows, T.int64(1)), "float32")
+            total_q = T.sblock_alloc_buffer((rows, T.int64(1)), "float32")
+            total_k = T.sblock_alloc_buffer((rows, T.int64(1)), "float32")
+            add_up_q(total_q, q, rows, T.int64(nq))
+            mean_q(var_q, total_q, rows, T.int64(nq))
+            add_up_k(total_k, k, rows, T.int64(nk))
+            mean_k(var_k, total_k, rows, T.int64(nk))
+            root_q(rs_q, var_q, 0, rows, epsilon)
+            root_k(rs_k, var_k, 0, rows, epsilon)
+        else:
+            root_q(rs_q, given_var, 0, rows, epsilon)
+            root_k(rs_k, given_var, 1, rows, epsilon)
+        heads_q(rs_q)
+        heads_k(rs_k)
+        if v is not None:
+            for i, head, column in T.grid(rows, T.int64(spec.kv_heads), T.int64(spec.head_dim)):
+                with T.sblock("heads_v"):
+                    vi, vh, vc = T.axis.remap("SSS", [i, head, column])
+                    _store(
+                        spec, given["v_cache"], given["slot_mapping"], given.get("v_scale"),
+                        vi, vh, vc, v[vi, vh * spec.head_dim + vc],
+                    )  # fmt: skip
+
+    return function(spec.op, given, body.body)
