@@ -142,7 +142,7 @@ class Fuzz:
 
     def _kind(self, choices: Choices) -> tuple[Module, Kind, int, bool]:
         """Draw what is called, the module that holds it, how many rows, and whether for those."""
-        op = choices.one_of(list(OPERATIONS.values()), "operation")
+        op = choices.one_of([op for op in OPERATIONS.values() if not op.rotates], "operation")
         held = choices.one_of(self._held[op.name], "spec")
         spec, rows = held.spec, choices.one_of(_ROWS, "rows")
         cols = sum(one or _FEW_COLUMNS for one in (spec.q_cols, spec.k_cols))

@@ -12,44 +12,42 @@ from qknorm_tvm import KernelSpec, operations
 from qknorm_tvm.build import native
 from qknorm_tvm.operations import OPERATIONS, ROWS, TensorArgument
 
-#: An operation that is not there yet: a position for each row.
-ROTATED = dataclasses.replace(
+#: An operation that is not there: a number for each row.
+BY_KIND = dataclasses.replace(
     OPERATIONS["qk_rms_norm"],
-    name="qk_rms_norm_rope",
-    arguments=(*OPERATIONS["qk_rms_norm"].arguments, TensorArgument("positions", (ROWS,), "int64")),
-    signature=("q", "k", "gamma_q", "gamma_k", "positions"),
+    name="qk_rms_norm_by_kind",
+    arguments=(*OPERATIONS["qk_rms_norm"].arguments, TensorArgument("kinds", (ROWS,), "int64")),
+    signature=("q", "k", "gamma_q", "gamma_k", "kinds"),
 )
 
 
 def test_what_derives_from_an_entry() -> None:
-    assert ROTATED.summary == (
-        "8 arguments (q_out, k_out, gamma_q, gamma_k, q, k, positions, epsilon)"
-    )
-    assert ROTATED.strided == ("q_out", "k_out", "q", "k")
-    assert [tensor.name for tensor in ROTATED.checked] == [
-        "q", "k", "gamma_q", "gamma_k", "positions", "q_out", "k_out",
+    assert BY_KIND.summary == ("8 arguments (q_out, k_out, gamma_q, gamma_k, q, k, kinds, epsilon)")
+    assert BY_KIND.strided == ("q_out", "k_out", "q", "k")
+    assert [tensor.name for tensor in BY_KIND.checked] == [
+        "q", "k", "gamma_q", "gamma_k", "kinds", "q_out", "k_out",
     ]  # fmt: skip
-    assert ROTATED.shapes(5, 32, 16)["positions"] == (5,)
-    assert ROTATED.dtypes("bfloat16", "float32")["positions"] == "int64"
+    assert BY_KIND.shapes(5, 32, 16)["kinds"] == (5,)
+    assert BY_KIND.dtypes("bfloat16", "float32")["kinds"] == "int64"
 
 
 def test_the_entry_point_compiles_with_an_entry_more(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A new operation that the C source must learn of, besides the table."""
-    monkeypatch.setattr(native, "OPERATIONS", {**OPERATIONS, ROTATED.name: ROTATED})
-    monkeypatch.setattr(native, "OPS", (*OPERATIONS, ROTATED.name))
-    monkeypatch.setattr(native, "TENSORS", (*operations.TENSORS, "positions"))
+    monkeypatch.setitem(OPERATIONS, BY_KIND.name, BY_KIND)
+    monkeypatch.setattr(native, "OPS", (*OPERATIONS, BY_KIND.name))
+    monkeypatch.setattr(native, "TENSORS", (*operations.TENSORS, "kinds"))
     spec = KernelSpec(op="qk_rms_norm", q_cols=32, k_cols=16)
-    object.__setattr__(spec, "op", ROTATED.name)
-    level = native.Level("x86-64-v2", (), ((native.Variant("any", "rotated"),),))
+    object.__setattr__(spec, "op", BY_KIND.name)
+    level = native.Level("x86-64-v2", (), ((native.Variant("any", "by_kind"),),))
     text = native.tables([spec], [level], {}, cuda=False)
-    assert "{POSITIONS, 1, {QKN_ROWS}, QKN_OWN_DTYPE, {kDLInt, 64, 1}, 0, -1, 0}" in text
+    assert "{KINDS, 1, {QKN_ROWS}, QKN_OWN_DTYPE, {kDLInt, 64, 1}, 0, 0, -1, 0, 0}" in text
     native.compile_entry(tmp_path, text, pool=False)
     symbols = subprocess.run(
         ["nm", str(tmp_path / "entry.o")], capture_output=True, text=True, check=True
     ).stdout
-    assert " T __tvm_ffi_qk_rms_norm_rope" in symbols
+    assert " T __tvm_ffi_qk_rms_norm_by_kind" in symbols
     assert "__tvm_ffi_qk_rms_norm\n" not in symbols
 
 
@@ -57,9 +55,9 @@ def test_the_entry_point_compiles_with_an_entry_more(
     ("changes", "message"),
     [
         ({"signature": ("q", "k")}, "the signature is not its inputs"),
-        ({"arguments": ROTATED.arguments[::-1]}, "outputs come first"),
+        ({"arguments": BY_KIND.arguments[::-1]}, "outputs come first"),
     ],
 )
 def test_an_entry_that_contradicts_itself(changes: dict, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        dataclasses.replace(ROTATED, **changes)
+        dataclasses.replace(BY_KIND, **changes)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support import DTYPES, run_python
 
 from qknorm_tvm import KernelSpec
+from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.spec import MAX_COLS, OPS
 
 _COLUMNS = st.none() | st.integers(1, MAX_COLS)
@@ -135,10 +136,67 @@ def test_statistics_have_no_such_choice(field: str, value: Any) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("cols", [None, 128])
 def test_text_of_every_operation_reads_back(op: str, cols: int | None) -> None:
-    normalises = op != "row_mean_of_squares_qk"
-    for flag in (False, normalises):
-        spec = KernelSpec(op=op, q_cols=cols, cast_before_gamma=flag, reproducible=flag)
+    operation = OPERATIONS[op]
+    fixed: dict[str, Any] = {"k_cols": 64, "head_dim": 32} if operation.rotates else {}
+    cols = 128 if operation.rotates else cols
+    for flag in (False, operation.normalises):
+        choices = {"cast_before_gamma": flag, "reproducible": flag}
+        spec = KernelSpec(op=op, q_cols=cols, **choices, **fixed)
         assert KernelSpec.from_text(spec.text) == spec
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("rotary_dtype", [None, "float32"])
+def test_text_of_every_choice_of_a_rotation_reads_back(
+    rotary_dtype: str | None, cache_dtype: str | None, interleaved: bool
+) -> None:
+    for statistics, writes_k_out in (("given", True), ("local", False)):
+        spec = KernelSpec(
+            op="qk_rms_norm_rope_cache",
+            in_dtype="float16",
+            q_cols=256,
+            k_cols=128,
+            head_dim=64,
+            rotary_dim=32,
+            rotary_dtype=rotary_dtype,
+            interleaved=interleaved,
+            cache_dtype=cache_dtype,
+            statistics=statistics,
+            writes_k_out=writes_k_out,
+        )
+        assert KernelSpec.from_text(spec.text) == spec
+        assert KernelSpec(**spec.to_dict()) == spec
+
+
+ROPE = {"op": "qk_rms_norm_rope", "q_cols": 256, "k_cols": 128, "head_dim": 64, "rotary_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"head_dim": None}, ValueError, "head_dim must be given for qk_rms_norm_rope, got None"),
+        ({"head_dim": 48}, ValueError, "head_dim must divide q_cols, 256, got 48"),
+        ({"head_dim": 256}, ValueError, "head_dim must divide k_cols, 128, got 256"),
+        ({"head_dim": "64"}, TypeError, "head_dim must be an int, got str"),
+        ({"rotary_dim": 31}, ValueError, "rotary_dim must be even, got 31"),
+        ({"rotary_dim": 66}, ValueError, "rotary_dim must be from 0 to 64, got 66"),
+        ({"rotary_dim": True}, TypeError, "rotary_dim must be an int, got bool"),
+        ({"q_cols": None}, ValueError, "q_cols must be given for qk_rms_norm_rope, got None"),
+        ({"rotary_dtype": "float16"}, ValueError, "rotary_dtype must be one of bfloat16, float32"),
+        ({"statistics": "peers"}, ValueError, "statistics must be one of given, local, got 'peers"),
+        ({"out_dtype": "float32"}, ValueError, "out_dtype must be bfloat16 for qk_rms_norm_rope"),
+        ({"cache_dtype": "bfloat16"}, ValueError, "cache_dtype must be None for qk_rms_norm_rope"),
+        ({"rotary_dim": 0, "interleaved": True}, ValueError, "interleaved must be False without"),
+        ({"op": "qk_rms_norm"}, ValueError, "head_dim must be None for qk_rms_norm, got 64"),
+    ],
+)
+def test_wrong_choices_of_a_rotation_are_refused(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """A kernel of heads that the columns do not have; two specs for one artifact."""
+    with pytest.raises(error, match=f"^{message}"):
+        KernelSpec(**{**ROPE, **changes})
 
 
 @pytest.mark.parametrize(

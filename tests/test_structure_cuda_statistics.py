@@ -119,7 +119,16 @@ def test_one_module_for_a_layer() -> None:
     """All operations in one file, for several architectures, each with its own entry point."""
     needs_nvcc()
     target = "cuda:sm_80,sm_90"
-    specs = [KernelSpec(op=op, q_cols=64, k_cols=32, target=target) for op in OPERATIONS]
+    specs = [
+        KernelSpec(
+            op=name,
+            q_cols=64,
+            k_cols=32,
+            target=target,
+            head_dim=32 if operation.rotates else None,
+        )
+        for name, operation in OPERATIONS.items()
+    ]
     metadata = read_metadata(compile(specs).path)
     assert metadata["ops"] == sorted(OPERATIONS)
     described = {code["spec"] for code in metadata["levels"][0]["code"]}
