@@ -36,7 +36,7 @@ def test_the_entry_point_compiles_with_an_entry_more(
 ) -> None:
     """A new operation that the C source must learn of, besides the table."""
     monkeypatch.setitem(OPERATIONS, BY_KIND.name, BY_KIND)
-    monkeypatch.setattr(native, "OPS", (*OPERATIONS, BY_KIND.name))
+    monkeypatch.setattr(native, "OPS", tuple(OPERATIONS))
     monkeypatch.setattr(native, "TENSORS", (*operations.TENSORS, "kinds"))
     spec = KernelSpec(op="qk_rms_norm", q_cols=32, k_cols=16)
     object.__setattr__(spec, "op", BY_KIND.name)
