@@ -114,6 +114,37 @@ def exchange(
     return device_call(f"qknorm_exchange_{dtype}_{elements}", source, to, code=code)
 
 
+_SHUFFLE = """(const TYPE* own, TYPE* partner) {
+#pragma unroll
+  for (int word = 0; word < WORDS; ++word) {
+    reinterpret_cast<unsigned*>(partner)[word] = __shfl_xor_sync(
+        0xffffffffu, reinterpret_cast<const unsigned*>(own)[word], LANES);
+  }
+}
+"""
+
+
+def shuffle_vector(
+    own: tirx.Buffer, partner: tirx.Buffer, place: Sequence[Any], lanes: int
+) -> tirx.Expr:
+    """Give each lane of a warp the 8 elements of the lane whose number differs by one bit.
+
+    Parameters
+    ----------
+    own, partner, place
+        Registers of the lane, and those for the other lane's.
+    lanes : int
+        The bit.
+    """
+    dtype = str(own.dtype)
+    words = 8 * tvm.DataType(dtype).bits // 32
+    code = _SHUFFLE.replace("TYPE", _CUDA_TYPES[dtype])
+    code = code.replace("WORDS", str(words)).replace("LANES", str(lanes))
+    first = [*place, T.int64(0)]
+    source, to = (T.address_of(tirx.BufferLoad(buffer, first)) for buffer in (own, partner))
+    return device_call(f"qknorm_shuffle_{dtype}_{lanes}", source, to, code=code)
+
+
 # At least one, and not all. Without a division, which would take longer than a short row; a call,
 # as TVM would put an expression into every index.
 _WARPS_OF_K = """(int64_t q_chunks, int64_t k_chunks) {

@@ -1,23 +1,25 @@
-"""The CUDA kernel of the operations that add up rows: statistics, alone or before the norm.
+"""The CUDA kernel of the operations that add up rows, or rotate them: one for all of these.
 
-Strategy. A block of threads holds whole rows of Q and of K in registers: it reads them once, adds
-up the squares in the order of `qknorm_tvm.declare.statistics`, and normalises what it still holds.
-Every float32 step is one of `qknorm_tvm.declare.steps`, of which the declaration is made too.
+Strategy. A block of threads holds whole rows of Q, K and V in registers: it reads them once, adds
+up the squares in the order of `qknorm_tvm.declare.statistics`, and normalises, rotates and stores
+what it still holds. Every float32 step is one of `qknorm_tvm.declare.steps`, of which the
+declaration is made too.
 
 Map from the declaration's loops::
 
     row    -> tile, row in tile           tile: blockIdx.x
-    chunk  -> round, part, warp           warp: threadIdx.x // 32, Q's warps and then K's
+    chunk  -> round, part, warp           warp: threadIdx.x // 32, Q's warps, then K's, then V's
     lane   -> threadIdx.x % 32            sums of halves: shuffles between the lanes of a warp
     column -> one vector access
     slot   -> the lanes of a warp, which read the chunks' sums from shared memory
 
-1. *Load*: every thread loads its vectors of all of its rows, and gamma, before anything else.
-2. *Sum*: it adds its squares, and a warp its threads' sums, by shuffles. They are a butterfly:
+1. *Load*: every thread loads its vectors of all of its rows, and gamma, before anything else; what
+   leads to further loads (positions, slots) first, and what it leads to (cosines) last.
+2. *Sum*, unless the statistics are given: it adds its squares, and a warp its threads' sums, by shuffles. They are a butterfly:
    addition commutes, so that every lane has the bits of the declared sum of halves. Each warp
    leaves its chunks' sums in shared memory; all wait for one another once; then each warp adds the
    slots' sums, by shuffles again.
-3. *Normalise* and *store* the vectors that a thread still holds; or write the means.
+3. *Normalise*, *rotate* and *store* the vectors that a thread still holds; or write the means.
 
 Where a row's columns are open, or more than registers hold, the warps go through its chunks in
 rounds, slot by slot, and read them again for the outputs unless they hold all of them at once.
@@ -29,6 +31,11 @@ them in shared memory, so that each thread gets the 8 neighbouring columns that 
 Lanes without columns, and chunks that a row does not have, hold zeros as in the declaration; sums
 that would only add such zeros are left out.
 
+A rotated column needs its partner's rounded norm (`_Rotation`): it is in the same vector, or another
+lane of the warp has it, at one distance for all; else the thread reads the partner's column of x
+too and normalises it. Outputs may be the inputs: one barrier then keeps all of the block's reads
+before its first write.
+
 TensorIR's primitives have no words for a sum in a given order over a warp and over warps, for two
 operands in one block of threads, or for registers that are read before the sum and after it: this
 kernel is written out, for the parameters of the declared function.
@@ -39,6 +46,7 @@ kernel is written out, for the parameters of the declared function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import tvm_ffi
@@ -51,7 +59,12 @@ from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
 
 from . import cuda_device
 from .cuda_config import NOTE
-from .cuda_row_config import MAX_PARTS, ROUND_WARPS, partition_chunks
+from .cuda_row_config import (
+    MAX_PARTS,
+    ROUND_WARPS,
+    check_row_fits,
+    partition_chunks,
+)
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
@@ -65,8 +78,87 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Rotation:
+    """Which columns of a head are rotated, with which partners, and where a thread has those.
+
+    Of ``head`` (a column's place in its head) the first `rotary_dim` are. `aligned` is whether a
+    thread holds vectors of neighbours, which then are rotated as a whole or not at all.
+    """
+
+    head_dim: int
+    rotary_dim: int
+    interleaved: bool
+    aligned: bool
+
+    @property
+    def half(self) -> int:
+        return self.rotary_dim // 2
+
+    @property
+    def in_vector(self) -> bool:
+        """Whether a thread's own vector holds the partners."""
+        return self.aligned and self.interleaved
+
+    @property
+    def lanes(self) -> int:
+        """Lanes between those of partners, by whose bit their numbers differ; 0: none do so."""
+        group = self.rotary_dim // VECTOR
+        paired = group & (group - 1) == 0 and group <= WARP and self.head_dim % self.rotary_dim == 0
+        return group // 2 if self.aligned and not self.interleaved and paired else 0
+
+    @property
+    def reads_partners(self) -> bool:
+        return not self.in_vector and not self.lanes
+
+    @property
+    def angles(self) -> int:
+        """Cosines, and sines, of a vector."""
+        return VECTOR // 2 if self.in_vector else VECTOR
+
+    def part(self, part: Any) -> Any:
+        """Return for which of a thread's vectors its cosines are loaded: one may do for all."""
+        return T.int64(0) if CHUNK % self.head_dim == 0 else part
+
+    def angle_of(self, e: Any) -> Any:
+        """Return which of a vector's cosines is its element's."""
+        return tirx.floordiv(e, 2) if self.in_vector else e
+
+    def in_head(self, column: Any) -> Any:
+        return tirx.floormod(column, T.int64(self.head_dim))
+
+    def turns(self, column: Any) -> Any:
+        """Return whether a column, or the vector that begins there, is rotated."""
+        return True if self.rotary_dim == self.head_dim else self.in_head(column) < self.rotary_dim
+
+    def is_first(self, column: Any) -> Any:
+        if self.interleaved:
+            return tirx.floormod(self.in_head(column), T.int64(2)) == 0
+        return self.in_head(column) < self.half
+
+    def partner(self, column: Any) -> Any:
+        """Return a column's partner, or where the vector of a vector's partners begins."""
+        distance = 1 if self.interleaved else self.half
+        # The vector's length last, or TVM does not see that the sum is a multiple of it.
+        unit = VECTOR if self.aligned else 1
+        place, distance = tirx.floordiv(column, T.int64(unit)), distance // unit
+        return T.Select(self.is_first(column), place + distance, place - distance) * unit
+
+    def partner_in_vector(self, e: Any) -> Any:
+        return e + 1 - 2 * tirx.floormod(e, T.int64(2))
+
+    def sine_angle(self, column: Any) -> Any:
+        return self.angle(column) + self.half
+
+    def angle(self, column: Any) -> Any:
+        """Return where in a row of cosines a column's is, or the first of a vector's."""
+        if self.interleaved:
+            return tirx.floordiv(self.in_head(column), T.int64(2))
+        return tirx.floormod(self.in_head(column), T.int64(self.half))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Operand:
-    """Q or K, and the warps that go through its rows.
+    """Q, K or V, and the warps that go through its rows.
 
     In rounds, the number of warps is an expression. A condition that always holds is ``True``: no
     code is made for it.
@@ -76,11 +168,36 @@ class _Operand:
     x: Any
     gamma: Any
     out: Any
+    cache: Any
+    scales: Any
+    head_dim: int | None
+    rotation: _Rotation | None
+    is_summed: bool
     warps: Any
     parts: int
     in_rounds: bool
     first_thread: Any
     first_sum: int
+
+    @property
+    def is_normalised(self) -> bool:
+        return self.gamma is not None
+
+    @property
+    def is_rotated(self) -> bool:
+        return self.rotation is not None
+
+    @property
+    def is_written(self) -> bool:
+        return self.out is not None
+
+    @property
+    def is_cached(self) -> bool:
+        return self.cache is not None
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.scales is not None
 
     @property
     def cols(self) -> Any:
@@ -107,6 +224,8 @@ class _Operand:
     @property
     def sums(self) -> Any:
         """Sums of a row in shared memory: no warp has to test whether it has a chunk."""
+        if not self.is_summed:
+            return 0
         return SLOTS if self.in_rounds else self.step
 
     @property
@@ -145,6 +264,10 @@ class _Operand:
             return self.summed_column(thread, part, first)
         return self.chunk(thread, part, first) * CHUNK + _lane(thread)
 
+    def element(self, column: Any, e: Any) -> Any:
+        """Return the column of an element of what a thread holds from a column on."""
+        return column + (e if self.aligned else e * WARP)
+
     def has_column(self, column: Any) -> Any:
         whole = not self.in_rounds and int(self.cols) == self.step * CHUNK
         return True if whole else column < self.cols
@@ -167,6 +290,7 @@ class _Thread:
     parts: int
     block_threads: int
     sums_of_row: int
+    params: dict[str, Any]
     total_rows: Any
     tile: Any
     thread: Any
@@ -179,10 +303,25 @@ class _Thread:
     rs: Any
     gamma: Any
     out: Any
+    variance: Any
+    position: Any
+    cosine: Any
+    sine: Any
+    partner: Any
+    partner_gamma: Any
+    slot: Any
+    block: Any
+    offset: Any
+    scale: Any
+    cached: Any
 
     @property
     def rows(self) -> int:
         return self.config.rows
+
+    @property
+    def has_given_statistics(self) -> bool:
+        return _has_given_statistics(self.spec)
 
     def row(self, i: Any) -> Any:
         return self.tile * self.rows + i
@@ -224,28 +363,71 @@ def _quotient(count: Any, step: Any) -> Any:
     return tirx.Cast("int64", tirx.truncdiv(*short))
 
 
-def _operands(params: dict[str, Any], wanted: int) -> tuple[_Operand, _Operand]:
+def _row_index(row: Any, column: Any, e: Any) -> tuple[Any, ...]:
+    """Return the index of an element of the vector that begins at a column."""
+    return row, column + e
+
+
+def _cache_index(t: _Thread, i: Any, operand: _Operand, column: Any, e: Any) -> tuple[Any, ...]:
+    """Return the same of a paged cache; a vector is of one head."""
+    head_dim = T.int64(operand.head_dim)
+    head, in_head = tirx.floordiv(column, head_dim), tirx.floormod(column, head_dim)
+    return t.block[i], t.offset[i], head, in_head + e
+
+
+def _scale_index(operand: _Operand, column: Any) -> Any:
+    """Return the index of a column's scale: its head's, or the only one."""
+    head = tirx.floordiv(column, T.int64(operand.head_dim))
+    return tirx.min(head, operand.scales.shape[0] - 1)
+
+
+def _operands(
+    spec: KernelSpec, params: dict[str, Any], wanted: int
+) -> tuple[_Operand, ...]:
     """Partition a block's warps: as many as chunks, or as many as a block may have."""
-    q, k = (
-        {"x": params[tag], "gamma": params.get(f"gamma_{tag}"), "out": params.get(f"{tag}_out")}
-        for tag in "qk"
-    )
-    cols = [params[tag].shape[1] for tag in "qk"]
+    tags = [tag for tag in "qkv" if tag in params]
+    cols = [params[tag].shape[1] for tag in tags]
     partition = None
     if all(isinstance(count, tirx.IntImm) for count in cols):
         partition = partition_chunks([-(-int(count) // CHUNK) for count in cols], wanted)
     if partition is not None:
-        parts, (q_warps, k_warps) = partition
+        parts, warps = partition
     else:
         # A variable, or every index would have all that it is computed from in it.
         parts, k_warps = min(wanted, MAX_PARTS), tirx.Var("k_warps", "int64")
-        q_warps = ROUND_WARPS - k_warps
-    shared: dict[str, Any] = {"parts": parts, "in_rounds": partition is None}
-    of_q = _Operand(index=0, **q, warps=q_warps, **shared, first_thread=0, first_sum=0)
-    of_k = _Operand(
-        index=1, **k, warps=k_warps, **shared, first_thread=q_warps * WARP, first_sum=of_q.sums
-    )
-    return of_q, of_k
+        warps = (ROUND_WARPS - k_warps, k_warps)
+    operands: list[_Operand] = []
+    first_thread, first_sum = 0, 0
+    for index, tag in enumerate(tags):
+        operand = _Operand(
+            index=index,
+            x=params[tag],
+            gamma=params.get(f"gamma_{tag}"),
+            out=params.get(f"{tag}_out"),
+            cache=params.get(f"{tag}_cache"),
+            scales=params.get(f"{tag}_scale"),
+            head_dim=spec.head_dim,
+            rotation=None,
+            is_summed=tag != "v" and not _has_given_statistics(spec),
+            warps=warps[index],
+            parts=parts,
+            in_rounds=partition is None,
+            first_thread=first_thread,
+            first_sum=first_sum,
+        )
+        if spec.rotary_dim and operand.is_normalised:
+            assert spec.head_dim is not None
+            rotation = _Rotation(
+                spec.head_dim, spec.rotary_dim, spec.interleaved, operand.aligned
+            )
+            operand = dataclasses.replace(operand, rotation=rotation)
+        first_thread, first_sum = operand.first_thread + operand.warps * WARP, first_sum + operand.sums
+        operands.append(operand)
+    return tuple(operands)
+
+
+def _has_given_statistics(spec: KernelSpec) -> bool:
+    return spec.operation.rotates and spec.has_given_statistics
 
 
 # ---- stages ------------------------------------------------------------------------------------
@@ -276,7 +458,26 @@ def _read(operand, registers, place, source, row, column, zeros):
 
 
 @T.inline
-def _write(operand, to, row, column, registers, place, streaming):
+def _read_elsewhere(operand, registers, place, source, row, column, place_of, count):
+    """Read what belongs to a vector's rotated columns, `count` neighbours from `place_of` on."""
+    rotation = T.meta_var(operand.rotation)
+    if operand.aligned:
+        if operand.has_column(column):
+            if rotation.turns(column):
+                lanes = T.meta_var(min(count, _access(source)))
+                for access in _unrolled(count // lanes):
+                    for lane in T.vectorized(T.int64(lanes)):
+                        e = T.meta_var(access * lanes + lane)
+                        _move(registers, (*place, e), source, (*row, place_of(column) + e))
+    else:
+        for e in _unrolled(count):
+            if operand.has_column(column + e * WARP):
+                if rotation.turns(column + e * WARP):
+                    _move(registers, (*place, e), source, (*row, place_of(column + e * WARP)))
+
+
+@T.inline
+def _write(operand, to, index_of, column, registers, place, streaming):
     """Write a vector from registers."""
     if operand.aligned:
         if operand.has_column(column):
@@ -285,16 +486,16 @@ def _write(operand, to, row, column, registers, place, streaming):
                 for access in _unrolled(VECTOR // lanes):
                     e = T.meta_var(access * lanes)
                     cuda_device.store_vector(
-                        to, (*row, column + e), registers, (*place, e), lanes, streaming
+                        to, index_of(column, e), registers, (*place, e), lanes, streaming
                     )
             else:
                 for e in _unrolled(VECTOR):
                     if operand.has_column(column + e):
-                        _move(to, (*row, column + e), registers, (*place, e))
+                        _move(to, index_of(column, e), registers, (*place, e))
     else:
         for e in _unrolled(VECTOR):
             if operand.has_column(column + e * WARP):
-                _move(to, (*row, column + e * WARP), registers, (*place, e))
+                _move(to, index_of(column + e * WARP, 0), registers, (*place, e))
 
 
 @T.inline
@@ -315,13 +516,94 @@ def _load_gamma(t, operand, first):
 
 
 @T.inline
+def _load_positions(t):
+    for i in _unrolled(t.rows):
+        if t.has_row(i):
+            t.position[i] = t.params["positions"][t.row(i)]
+
+
+@T.inline
+def _load_slots(t):
+    """Load where rows go in the caches; rows without a slot have -1."""
+    for i in _unrolled(t.rows):
+        t.slot[i] = T.int64(-1)
+        if t.row(i) < t.params["slot_mapping"].shape[0]:
+            t.slot[i] = t.params["slot_mapping"][t.row(i)]
+
+
+@T.inline
+def _load_scales(t, operand):
+    for j in _unrolled(t.parts):
+        column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
+        for e in _unrolled(1 if operand.aligned else VECTOR):
+            if operand.has_column(operand.element(column, e)):
+                index = T.meta_var(_scale_index(operand, operand.element(column, e)))
+                t.scale[j, e] = operand.scales[index]
+
+
+@T.inline
+def _load_variances(t, operand):
+    for i in _unrolled(t.rows):
+        if t.has_row(i):
+            t.variance[i] = t.params["qk_var"][t.row(i), operand.index]
+
+
+@T.inline
+def _load_partners(t, operand):
+    """Load x and gamma of the columns with which the thread's own are rotated."""
+    place_of = T.meta_var(operand.rotation.partner)
+    for j in _unrolled(t.parts):
+        column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
+        for i in _unrolled(t.rows):
+            if t.has_row(i):
+                _read_elsewhere(
+                    operand, t.partner, (i, j), operand.x, (t.row(i),), column, place_of, VECTOR
+                )
+        _read_elsewhere(
+            operand, t.partner_gamma, (j,), operand.gamma, (), column, place_of, VECTOR
+        )
+
+
+@T.inline
 def _load(t, operand):
     """Load what the thread holds of its rows; in rounds gamma alone, if it holds a row's."""
+    if operand.is_rotated:
+        _load_positions(t)
+    if operand.is_cached:
+        _load_slots(t)
+    if operand.is_normalised and t.has_given_statistics:
+        _load_variances(t, operand)
     if not operand.in_rounds:
         _load_x(t, operand, T.int64(0), None)
-    if t.spec.operation.normalises:
+    if operand.is_normalised:
         if operand.holds_a_row:
             _load_gamma(t, operand, T.int64(0))
+    if operand.is_scaled:
+        _load_scales(t, operand)
+    if operand.is_rotated:
+        if operand.rotation.reads_partners:
+            _load_partners(t, operand)
+
+
+@T.inline
+def _load_rotation(t, operand):
+    """Load cosines and sines, once the positions have come."""
+    if operand.is_rotated:
+        rotation = T.meta_var(operand.rotation)
+        table = T.meta_var(t.params["cos_sin_cache"])
+        for i in _unrolled(t.rows):
+            for j in _unrolled(t.cosine.shape[1]):
+                if t.has_row(i):
+                    row = T.meta_var((t.position[i],))
+                    column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
+                    _read_elsewhere(
+                        operand, t.cosine, (i, j), table, row, column, rotation.angle,
+                        rotation.angles,
+                    )  # fmt: skip
+                    _read_elsewhere(
+                        operand, t.sine, (i, j), table, row, column, rotation.sine_angle,
+                        rotation.angles,
+                    )  # fmt: skip
 
 
 @T.inline
@@ -364,7 +646,9 @@ def _share(t, operand, first):
 @T.inline
 def _sum_chunks(t, operand):
     """Leave the sums of chunks, in rounds those of slots, in shared memory."""
-    if operand.in_rounds:
+    if not operand.is_summed:
+        T.evaluate(0)
+    elif operand.in_rounds:
         for group in T.serial(_quotient(tirx.min(T.int64(SLOTS), operand.chunks), operand.step)):
             slot = T.meta_var(group * operand.step)
             for i in _unrolled(t.rows):
@@ -406,22 +690,34 @@ def _sum_slots(t, operand, i):
 
 
 @T.inline
-def _write_means(t, operand, qk_var):
+def _write_means(t, operand):
     """Write the statistics: row by row, each by another warp."""
     for i in _unrolled(t.rows):
         if operand.warp(t.thread) == (0 if operand.in_rounds else i % operand.warps):
             _sum_slots(t, operand, i)
             if _lane(t.thread) == T.int64(0):
                 if t.has_row(i):
+                    qk_var = T.meta_var(t.params["qk_var"])
                     qk_var[t.row(i), operand.index] = steps.mean(t.total[i], operand.cols)
 
 
 @T.inline
-def _roots(t, operand, epsilon):
+def _roots(t, operand):
+    epsilon = T.meta_var(t.params["epsilon"])
     for i in _unrolled(t.rows):
-        _sum_slots(t, operand, i)
-        variance = T.meta_var(steps.mean(t.total[i], operand.cols))
-        t.rs[i] = steps.inverse_root(variance, epsilon, reproducible=t.spec.reproducible)
+        if t.has_given_statistics:
+            t.rs[i] = steps.inverse_root(
+                t.variance[i], epsilon, reproducible=t.spec.reproducible
+            )
+        else:
+            _sum_slots(t, operand, i)
+            variance = T.meta_var(steps.mean(t.total[i], operand.cols))
+            t.rs[i] = steps.inverse_root(variance, epsilon, reproducible=t.spec.reproducible)
+
+
+def _normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
+    scaled = steps.scaled(steps.widened(x), rs, steps.type_before_gamma(spec))
+    return steps.rounded(steps.weighted(scaled, gamma), spec.out_dtype)
 
 
 @T.inline
@@ -429,10 +725,50 @@ def _normalise(t):
     for i in _unrolled(t.rows):
         for j in _unrolled(t.parts):
             for e in _unrolled(VECTOR):
-                x32 = T.meta_var(steps.widened(t.x[i, j, e]))
-                scaled = T.meta_var(steps.scaled(x32, t.rs[i], steps.type_before_gamma(t.spec)))
-                weighted = T.meta_var(steps.weighted(scaled, t.gamma[j, e]))
-                t.out[i, j, e] = steps.rounded(weighted, t.spec.out_dtype)
+                t.out[i, j, e] = _normalised(t.spec, t.x[i, j, e], t.rs[i], t.gamma[j, e])
+
+
+def _rotated(t: _Thread, rotation: _Rotation, i: Any, j: Any, e: Any, column: Any) -> Any:
+    """Return an element of `t.out` rotated with its partner."""
+    angle = (i, rotation.part(j), rotation.angle_of(e))
+    own, partner, cosine, sine = (
+        steps.widened(tirx.BufferLoad(registers, list(place)))
+        for registers, place in (
+            (t.out, (i, j, e)), (t.partner, (i, j, e)), (t.cosine, angle), (t.sine, angle),
+        )
+    )  # fmt: skip
+    as_first = steps.rotated_first(own, partner, cosine, sine)
+    as_second = steps.rotated_second(partner, own, cosine, sine)
+    rotated = T.Select(rotation.is_first(column), as_first, as_second)
+    return steps.rounded(rotated, t.spec.out_dtype)
+
+
+@T.inline
+def _rotate(t, operand):
+    """Rotate the rounded norm."""
+    rotation = T.meta_var(operand.rotation)
+    for i in _unrolled(t.rows):
+        for j in _unrolled(t.parts):
+            column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
+            if rotation.lanes > 0:
+                # All lanes of the warp, whether they have columns or not.
+                cuda_device.shuffle_vector(t.out, t.partner, (i, j), rotation.lanes)
+            for e in _unrolled(VECTOR):
+                if rotation.in_vector:
+                    t.partner[i, j, e] = t.out[i, j, rotation.partner_in_vector(e)]
+                if rotation.reads_partners:
+                    t.partner[i, j, e] = _normalised(
+                        t.spec, t.partner[i, j, e], t.rs[i], t.partner_gamma[j, e]
+                    )
+            if operand.aligned:
+                if rotation.turns(column):
+                    for e in _unrolled(VECTOR):
+                        first = T.meta_var(column + e if rotation.in_vector else column)
+                        t.out[i, j, e] = _rotated(t, rotation, i, j, e, first)
+            else:
+                for e in _unrolled(VECTOR):
+                    if rotation.turns(column + e * WARP):
+                        t.out[i, j, e] = _rotated(t, rotation, i, j, e, column + e * WARP)
 
 
 @T.inline
@@ -442,31 +778,76 @@ def _store(t, operand, first):
             if t.has_row(i):
                 column = T.meta_var(operand.held_column(t.thread, j, first))
                 streaming = T.meta_var(t.config.streaming_stores)
-                _write(operand, operand.out, (t.row(i),), column, t.out, (i, j), streaming)
+                index_of = T.meta_var(functools.partial(_row_index, t.row(i)))
+                _write(operand, operand.out, index_of, column, t.out, (i, j), streaming)
 
 
 @T.inline
-def _write_outputs(t, operand, epsilon):
-    _roots(t, operand, epsilon)
-    if operand.in_rounds:
-        for turn in T.serial(_quotient(operand.chunks, operand.step)):
-            first = T.meta_var(turn * operand.step)
-            # A row that the warps hold at once is still there.
-            if operand.chunks > operand.step:
-                _load_x(t, operand, first, None)
-                _load_gamma(t, operand, first)
+def _store_cache(t, operand, registers):
+    """Store rows that have a slot, in the cache's type."""
+    # The entry point sees to it that 32 bits hold every slot: a division of them is far shorter.
+    block_size = T.meta_var(tirx.Cast("uint32", operand.cache.shape[1]))
+    streaming = T.meta_var(t.config.streaming_stores)
+    for i in _unrolled(t.rows):
+        if t.slot[i] >= T.int64(0):
+            slot = T.meta_var(tirx.Cast("uint32", t.slot[i]))
+            t.block[i] = tirx.Cast("int64", tirx.truncdiv(slot, block_size))
+            t.offset[i] = tirx.Cast("int64", tirx.truncmod(slot, block_size))
+            index_of = T.meta_var(functools.partial(_cache_index, t, i, operand))
+            for j in _unrolled(t.parts):
+                column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
+                if operand.is_scaled:
+                    for e in _unrolled(VECTOR):
+                        x32 = T.meta_var(steps.widened(registers[i, j, e]))
+                        scale = T.meta_var(t.scale[j, 0 if operand.aligned else e])
+                        quotient = T.meta_var(steps.divided_by_scale(x32, scale))
+                        t.cached[e] = steps.rounded(quotient, t.spec.cache_dtype)
+                    _write(operand, operand.cache, index_of, column, t.cached, (), streaming)
+                else:
+                    _write(operand, operand.cache, index_of, column, registers, (i, j), streaming)
+
+
+@T.inline
+def _write_outputs(t, operand):
+    if operand.is_normalised:
+        _roots(t, operand)
+        if operand.in_rounds:
+            for turn in T.serial(_quotient(operand.chunks, operand.step)):
+                first = T.meta_var(turn * operand.step)
+                # A row that the warps hold at once is still there.
+                if operand.chunks > operand.step:
+                    _load_x(t, operand, first, None)
+                    _load_gamma(t, operand, first)
+                _normalise(t)
+                _store(t, operand, first)
+        else:
             _normalise(t)
-            _store(t, operand, first)
+            if operand.is_rotated:
+                _rotate(t, operand)
+            if operand.is_written:
+                _store(t, operand, T.int64(0))
+    if operand.is_cached:
+        _store_cache(t, operand, t.out if operand.is_normalised else t.x)
+
+
+@T.inline
+def _by_operand(t, operands, stage):
+    """Take each operand's warps through a stage."""
+    if t.thread < operands[1].first_thread:
+        stage(t, operands[0])
+    elif len(operands) == 2:
+        stage(t, operands[1])
+    elif t.thread < operands[2].first_thread:
+        stage(t, operands[1])
     else:
-        _normalise(t)
-        _store(t, operand, T.int64(0))
+        stage(t, operands[2])
 
 
 # ---- the kernel --------------------------------------------------------------------------------
 
 
 def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.PrimFunc:
-    """Make the kernel of ``row_mean_of_squares_qk`` or ``qk_rms_norm``.
+    """Make the kernel of any operation but ``apply_qk_rms_norm``.
 
     Parameters
     ----------
@@ -485,60 +866,74 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
     tirx.PrimFunc
         The function bound to one grid, ready for `qknorm_tvm.build.cuda.cuda_source`.
     """
+    check_row_fits(spec)
     params = {str(param.name): param for param in func.params}
-    qk_var, epsilon, total_rows = params.get("qk_var"), params.get("epsilon"), params["q"].shape[0]
-    normalises, launch = spec.operation.normalises, config.dependent_launch
-    q, k = _operands(params, config.columns)
-    rows, parts = config.rows, q.parts
-    threads = WARP * (ROUND_WARPS if q.in_rounds else q.warps + k.warps)
+    total_rows, launch = params["q"].shape[0], config.dependent_launch
+    operands = _operands(spec, params, config.columns)
+    last, rotation = operands[-1], operands[0].rotation
+    rows, parts, in_rounds = config.rows, last.parts, last.in_rounds
+    threads = WARP * (ROUND_WARPS if in_rounds else sum(operand.warps for operand in operands))
+    sums_of_row = sum(operand.sums for operand in operands)
+    adds_rows, rotates = sums_of_row > 0, rotation is not None
+    waits_for_warps = adds_rows or (rotation is not None and rotation.reads_partners)
+    angle_parts = parts if rotation is not None and CHUNK % rotation.head_dim else 1
     tiles = tirx.floordiv(total_rows + (rows - 1), T.int64(rows))
+    finish = _write_outputs if spec.operation.normalises else _write_means
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def kernel():
         for tile in T.thread_binding(tiles, thread="blockIdx.x"):
             for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+                # Those that an operation does not use are not there in its code.
                 x = _registers((rows, parts, VECTOR), spec.in_dtype)
                 neighbours = _registers((VECTOR,), spec.in_dtype)
                 squares = _registers((rows, parts))
                 chunk_sums = _registers((rows, parts))
-                sums = T.alloc_buffer((rows * (q.sums + k.sums),), scope="shared", align=16)
+                sums = T.alloc_buffer((max(1, rows * sums_of_row),), scope="shared", align=16)
                 total = _registers((rows,))
                 rs = _registers((rows,))
                 gamma = _registers((parts, VECTOR))
                 out = _registers((rows, parts, VECTOR), spec.out_dtype)
+                variance = _registers((rows,))
+                position = _registers((rows,), "int64")
+                cosine = _registers((rows, angle_parts, VECTOR), spec.rotary_dtype or "float32")
+                sine = _registers((rows, angle_parts, VECTOR), spec.rotary_dtype or "float32")
+                partner = _registers((rows, parts, VECTOR), spec.in_dtype)
+                partner_gamma = _registers((parts, VECTOR))
+                slot = _registers((rows,), "int64")
+                block = _registers((rows,), "int64")
+                offset = _registers((rows,), "int64")
+                scale = _registers((parts, VECTOR))
+                cached = _registers((VECTOR,), spec.cache_dtype or spec.in_dtype)
                 t = T.meta_var(
                     _Thread(
-                        spec, config, parts, threads, q.sums + k.sums, total_rows, tile, thread,
-                        x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out,
+                        spec, config, parts, threads, sums_of_row, params, total_rows, tile, thread,
+                        x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out, variance,
+                        position, cosine, sine, partner, partner_gamma, slot, block, offset, scale,
+                        cached,
                     )
                 )  # fmt: skip
-                if q.in_rounds:
-                    T.bind(cuda_device.warps_of_k(q.chunks, k.chunks, ROUND_WARPS), var=k.warps)
+                if in_rounds:
+                    T.bind(
+                        cuda_device.warps_of_k(operands[0].chunks, last.chunks, ROUND_WARPS),
+                        var=last.warps,
+                    )
                 if launch == "first":
                     cuda_device.grid_dependency("launch_dependents")
                 if launch != "off":
                     cuda_device.grid_dependency("wait")
-                if thread < k.first_thread:
-                    _load(t, q)
-                else:
-                    _load(t, k)
+                _by_operand(t, operands, _load)
                 if launch == "after_loads":
                     cuda_device.grid_dependency("launch_dependents")
-                if thread < k.first_thread:
-                    _sum_chunks(t, q)
-                else:
-                    _sum_chunks(t, k)
-                # Of the block's barriers, the one that TVM knows: beside another it puts its own.
-                T.tvm_storage_sync("shared")
-                if normalises:
-                    if thread < k.first_thread:
-                        _write_outputs(t, q, epsilon)
-                    else:
-                        _write_outputs(t, k, epsilon)
-                elif thread < k.first_thread:
-                    _write_means(t, q, qk_var)
-                else:
-                    _write_means(t, k, qk_var)
+                if rotates:
+                    _by_operand(t, operands, _load_rotation)
+                if adds_rows:
+                    _by_operand(t, operands, _sum_chunks)
+                if waits_for_warps:
+                    # Of the block's barriers, the one that TVM knows: beside another it puts its
+                    # own.
+                    T.tvm_storage_sync("shared")
+                _by_operand(t, operands, finish)
 
     func = func.with_body(kernel.body)
     return func.with_attr(cuda_device.DEPENDENT_ATTR, launch != "off")

@@ -73,15 +73,50 @@ def partition_chunks(chunks: Sequence[int], wanted: int) -> tuple[int, tuple[int
     return None
 
 
+def operand_cols(spec: KernelSpec) -> list[int | None]:
+    """Return the columns of Q, K and, with a cache, V."""
+    return [spec.q_cols, spec.k_cols, *([spec.k_cols] if spec.operation.has_cache else [])]
+
+
+def check_row_fits(spec: KernelSpec) -> None:
+    """Check that a block of threads can hold a row of what is rotated.
+
+    Raises
+    ------
+    ValueError
+        It cannot; the message names the columns and the limit.
+    """
+    if not spec.operation.rotates:
+        return
+    chunks = [_ceil_div(cols or 1, CHUNK) for cols in operand_cols(spec)]
+    if partition_chunks(chunks, MAX_PARTS) is None:
+        names = "q_cols + 2 * k_cols" if spec.operation.has_cache else "q_cols + k_cols"
+        step = MAX_PARTS * CHUNK
+        raise ValueError(
+            f"{names} must be at most {_MAX_WARPS * step}, each rounded up to a multiple of "
+            f"{step}, for {spec.op} on CUDA, got q_cols={spec.q_cols} and k_cols={spec.k_cols}"
+        )
+
+
 def stride_unit(spec: KernelSpec) -> int:
     """Return the elements to whose multiples row strides are aligned with every access."""
     narrowest = min(spec.in_bytes, spec.out_bytes) if spec.operation.normalises else spec.in_bytes
-    return ACCESS_BYTES // narrowest
+    # Of a float8 cache a vector is 8 bytes.
+    return VECTOR if spec.has_scales else ACCESS_BYTES // narrowest
+
+
+def rotates_vectors(spec: KernelSpec) -> bool:
+    """Return whether vectors are of one head, and rotated as a whole or not at all."""
+    if not spec.operation.rotates:
+        return True
+    half = spec.rotary_dim // 2
+    return spec.head_dim % VECTOR == 0 and half % (VECTOR // 2 if spec.interleaved else VECTOR) == 0
 
 
 def has_whole_vectors(spec: KernelSpec) -> bool:
     """Return whether Q's and K's columns are whole vectors, or open."""
-    return all(cols is None or cols % VECTOR == 0 for cols in (spec.q_cols, spec.k_cols))
+    cols = (spec.q_cols, spec.k_cols)
+    return all(one is None or one % VECTOR == 0 for one in cols) and rotates_vectors(spec)
 
 
 def _aligned(spec: KernelSpec, name: str, config: CudaConfig, min_rows: int = 1) -> CudaVariant:
