@@ -156,7 +156,9 @@ _ROUND_TO_FLOAT8 = """(const float* x, unsigned char* float8) {
 
 
 def round_to_float8(x: tirx.Buffer, float8: tirx.Buffer) -> tirx.Expr:
-    """Round 8 float32 numbers to float8_e4m3fn, to nearest even; NaN stays NaN.
+    """Round 8 float32 numbers to float8_e4m3fn, to nearest even.
+
+    What is beyond its range becomes its largest number, and NaN stays NaN.
 
     In CUDA, as TVM computes with float8 as with other types, element by element.
 

@@ -802,7 +802,7 @@ def _store_cache(t, operand, registers):
                     for e in _unrolled(VECTOR):
                         x32 = T.meta_var(steps.widened(registers[i, j, e]))
                         scale = T.meta_var(t.scale[j, 0 if operand.aligned else e])
-                        t.quotient[e] = steps.divided_by_scale(x32, scale)
+                        t.quotient[e] = steps.over_scale(x32, scale)
                     cuda_device.round_to_float8(t.quotient, t.float8)
                     _write(operand, operand.cache, index_of, column, t.float8, (), streaming)
                 else:

@@ -88,11 +88,16 @@ def rotated_second(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
 FLOAT8_MAX = 448.0
 
 
+def over_scale(x32: Any, scale: Any) -> Any:
+    """Return x / scale, correctly rounded; float8's range is the caller's affair."""
+    return x32 / scale
+
+
 def divided_by_scale(x32: Any, scale: Any) -> Any:
     """Return what a float8 cache stores before it is rounded: x / scale within float8's range.
 
     A quotient that is not a number stays one.
     """
-    quotient = x32 / scale
+    quotient = over_scale(x32, scale)
     low = T.Select(quotient < T.float32(-FLOAT8_MAX), T.float32(-FLOAT8_MAX), quotient)
     return T.Select(low > T.float32(FLOAT8_MAX), T.float32(FLOAT8_MAX), low)
