@@ -145,6 +145,32 @@ def shuffle_vector(
     return device_call(f"qknorm_shuffle_{dtype}_{lanes}", source, to, code=code)
 
 
+_ROUND_TO_FLOAT8 = """(const float* x, unsigned char* float8) {
+#pragma unroll
+  for (int e = 0; e < 8; e += 2) {
+    reinterpret_cast<unsigned short*>(float8)[e / 2] =
+        __nv_cvt_float2_to_fp8x2(make_float2(x[e], x[e + 1]), __NV_SATFINITE, __NV_E4M3);
+  }
+}
+"""
+
+
+def round_to_float8(x: tirx.Buffer, float8: tirx.Buffer) -> tirx.Expr:
+    """Round 8 float32 numbers to float8_e4m3fn, to nearest even.
+
+    What is beyond its range becomes its largest number, and NaN stays NaN.
+
+    In CUDA, as TVM computes with float8 as with other types, element by element.
+
+    Parameters
+    ----------
+    x, float8
+        Registers; those of the result hold bytes.
+    """
+    source, to = (T.address_of(tirx.BufferLoad(buffer, [T.int64(0)])) for buffer in (x, float8))
+    return device_call("qknorm_round_to_float8", source, to, code=_ROUND_TO_FLOAT8)
+
+
 # At least one, and not all. Without a division, which would take longer than a short row; a call,
 # as TVM would put an expression into every index.
 _WARPS_OF_K = """(int64_t q_chunks, int64_t k_chunks) {

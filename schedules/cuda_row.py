@@ -313,7 +313,8 @@ class _Thread:
     block: Any
     offset: Any
     scale: Any
-    cached: Any
+    quotient: Any
+    float8: Any
 
     @property
     def rows(self) -> int:
@@ -343,8 +344,11 @@ def _unrolled(count: int) -> Any:
 
 
 def _move(to: Any, to_index: Any, source: Any, index: Any) -> Any:
-    """Return the statement that copies one element."""
-    return tirx.BufferStore(to, tirx.BufferLoad(source, list(index)), list(to_index))
+    """Return the statement that copies one element, or the bits of one."""
+    value = tirx.BufferLoad(source, list(index))
+    if to.dtype != source.dtype:
+        value = T.reinterpret(str(to.dtype), value)
+    return tirx.BufferStore(to, value, list(to_index))
 
 
 def _clear(registers: Any, index: Any) -> Any:
@@ -737,10 +741,8 @@ def _rotated(t: _Thread, rotation: _Rotation, i: Any, j: Any, e: Any, column: An
             (t.out, (i, j, e)), (t.partner, (i, j, e)), (t.cosine, angle), (t.sine, angle),
         )
     )  # fmt: skip
-    as_first = steps.rotated_first(own, partner, cosine, sine)
-    as_second = steps.rotated_second(partner, own, cosine, sine)
-    rotated = T.Select(rotation.is_first(column), as_first, as_second)
-    return steps.rounded(rotated, t.spec.out_dtype)
+    sign = T.Select(rotation.is_first(column), T.float32(1), steps.negated(T.float32(1)))
+    return steps.rounded(steps.rotated(own, partner, cosine, sine * sign), t.spec.out_dtype)
 
 
 @T.inline
@@ -800,9 +802,9 @@ def _store_cache(t, operand, registers):
                     for e in _unrolled(VECTOR):
                         x32 = T.meta_var(steps.widened(registers[i, j, e]))
                         scale = T.meta_var(t.scale[j, 0 if operand.aligned else e])
-                        quotient = T.meta_var(steps.divided_by_scale(x32, scale))
-                        t.cached[e] = steps.rounded(quotient, t.spec.cache_dtype)
-                    _write(operand, operand.cache, index_of, column, t.cached, (), streaming)
+                        t.quotient[e] = steps.over_scale(x32, scale)
+                    cuda_device.round_to_float8(t.quotient, t.float8)
+                    _write(operand, operand.cache, index_of, column, t.float8, (), streaming)
                 else:
                     _write(operand, operand.cache, index_of, column, registers, (i, j), streaming)
 
@@ -904,13 +906,14 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                 block = _registers((rows,), "int64")
                 offset = _registers((rows,), "int64")
                 scale = _registers((parts, VECTOR))
-                cached = _registers((VECTOR,), spec.cache_dtype or spec.in_dtype)
+                quotient = _registers((VECTOR,))
+                float8 = _registers((VECTOR,), "uint8")
                 t = T.meta_var(
                     _Thread(
                         spec, config, parts, threads, sums_of_row, params, total_rows, tile, thread,
                         x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out, variance,
                         position, cosine, sine, partner, partner_gamma, slot, block, offset, scale,
-                        cached,
+                        quotient, float8,
                     )
                 )  # fmt: skip
                 if in_rounds:

@@ -87,7 +87,7 @@ def check_row_fits(spec: KernelSpec) -> None:
         It cannot; the message names the columns and the limit.
     """
     if not spec.operation.rotates:
-        return
+        return  # rounds
     chunks = [_ceil_div(cols or 1, CHUNK) for cols in operand_cols(spec)]
     if partition_chunks(chunks, MAX_PARTS) is None:
         names = "q_cols + 2 * k_cols" if spec.operation.has_cache else "q_cols + k_cols"
@@ -138,7 +138,7 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
             ),
             _aligned(spec, "decode", CudaConfig(dependent_launch=after)),
         ]
-    cols = (spec.q_cols, spec.k_cols)
+    cols = [cols for cols in operand_cols(spec) if cols is not None]
     vectors, warps = sum(cols) // VECTOR, sum(_ceil_div(one, CHUNK) for one in cols)
     is_long = warps > _MANY_WARPS
 
@@ -146,7 +146,9 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
         return _aligned(spec, name, CudaConfig(**choices), min_rows)
 
     found = [variant("decode", 1, columns=2 if is_long else 1, dependent_launch=after)]
-    if spec.operation.normalises:
+    if spec.operation.rotates and is_long:
+        pass  # two rows would need more registers than so many threads have
+    elif spec.operation.normalises:
         pairs = min(_MANY_BLOCKS, _ceil_div(_MANY_VECTORS, vectors))
         found.append(
             variant("batch", pairs, rows=2, dependent_launch="first" if is_long else after)
@@ -169,13 +171,22 @@ def _general_variants(spec: KernelSpec) -> list[CudaVariant]:
 def row_variants(spec: KernelSpec, config: CudaConfig | None) -> list[CudaVariant]:
     """Choose the kernels; see `cuda_variants.default_variants`.
 
+    Raises ValueError where a block cannot hold a row of what is rotated.
+
     A given config of a vector of 1 is for any layout, any other for vectors of 8 columns.
     """
+    check_row_fits(spec)
     general = _general_variants(spec)
     if config is None:
         return reachable((_aligned_variants(spec) if has_whole_vectors(spec) else []) + general)
     if config.vector == 1:
         return [CudaVariant(name="given", config=config)]
+    if not rotates_vectors(spec):
+        raise ValueError(
+            f"head_dim must be a multiple of {VECTOR}, and rotary_dim of "
+            f"{VECTOR if spec.interleaved else 2 * VECTOR}, for accesses of several elements, got "
+            f"{spec.head_dim} and {spec.rotary_dim}"
+        )
     for name in ("q_cols", "k_cols"):
         cols = getattr(spec, name)
         if cols is not None and cols % VECTOR:

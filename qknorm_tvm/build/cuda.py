@@ -49,6 +49,7 @@ _INSTALL_NVCC = (
 _PRELUDE = """\
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 """
 
@@ -235,7 +236,8 @@ def _nvcc(arguments: Sequence[str], doing: str) -> None:
 def nvcc_compile(source: Path, out: Path, archs: Sequence[str]) -> None:
     """Compile a CUDA source to an object file with machine code for each architecture.
 
-    No fast-math: denormals are kept, and divisions and roots are correctly rounded.
+    No fast-math: denormals are kept, divisions and roots are correctly rounded, and so is each
+    product and each sum.
 
     Parameters
     ----------
@@ -257,6 +259,8 @@ def nvcc_compile(source: Path, out: Path, archs: Sequence[str]) -> None:
             "-O3",
             "-std=c++17",
             "-ftz=false",
+            # Products that are added are rounded first; where they are not, the code says fma.
+            "-fmad=false",
             "-prec-div=true",
             "-prec-sqrt=true",
             "-Xcompiler=-fPIC,-fvisibility=hidden,-ffunction-sections",

@@ -60,21 +60,37 @@ def rounded(x: Any, dtype: str) -> Any:
     return T.Cast(dtype, x)
 
 
-def rotated_first(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
-    """Return the first of a rotated pair, float32: both products are rounded, then the difference.
+def rotated(own: Any, partner: Any, cosine: Any, sine: Any) -> Any:
+    """Return the first of a rotated pair, or with minus the sine the second, float32.
 
-    Targets must not contract them: each of the three is rounded.
+    Both products are rounded, then the difference. It is a difference for the second too, with the
+    same bits, since TVM contracts a sum with a product, for every target that has ``fma``.
     """
-    return a * cosine - b * sine
+    return own * cosine - partner * sine
+
+
+def negated(x: Any) -> Any:
+    """Return -x, zeros' signs too."""
+    return x * T.float32(-1)
+
+
+def rotated_first(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
+    """Return the first of the rotated pair a, b: a cosine - b sine."""
+    return rotated(a, b, cosine, sine)
 
 
 def rotated_second(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
-    """Return the second of a rotated pair, float32; see `rotated_first`."""
-    return b * cosine + a * sine
+    """Return the second of the rotated pair a, b: b cosine + a sine."""
+    return rotated(b, a, cosine, negated(sine))
 
 
 #: The largest float8_e4m3fn.
 FLOAT8_MAX = 448.0
+
+
+def over_scale(x32: Any, scale: Any) -> Any:
+    """Return x / scale, correctly rounded; float8's range is the caller's affair."""
+    return x32 / scale
 
 
 def divided_by_scale(x32: Any, scale: Any) -> Any:
@@ -82,6 +98,6 @@ def divided_by_scale(x32: Any, scale: Any) -> Any:
 
     A quotient that is not a number stays one.
     """
-    quotient = x32 / scale
+    quotient = over_scale(x32, scale)
     low = T.Select(quotient < T.float32(-FLOAT8_MAX), T.float32(-FLOAT8_MAX), quotient)
     return T.Select(low > T.float32(FLOAT8_MAX), T.float32(FLOAT8_MAX), low)

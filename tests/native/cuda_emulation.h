@@ -36,7 +36,11 @@ struct alignas(8) uint2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 typedef unsigned int uint;
+typedef unsigned char uchar;
 typedef _Float16 half;
 
 struct nv_bfloat16 {
@@ -62,11 +66,33 @@ struct alignas(4) nv_bfloat162 {
 struct alignas(4) half2 {
   half x, y;
 };
+struct alignas(8) nv_bfloat164 {
+  nv_bfloat16 x, y, z, w;
+};
+struct alignas(8) half4 {
+  half x, y, z, w;
+};
 
 static inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
 static inline half __float2half_rn(float x) { return (half)x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+
+enum { __NV_SATFINITE, __NV_E4M3 };
+static inline unsigned char round_to_e4m3(float x) {
+  unsigned char sign = signbit(x) ? 0x80 : 0;
+  if (x != x) return sign | 0x7f;
+  float size = fabsf(x);
+  if (size >= 448) return sign | 0x7e;
+  int exponent = std::max(size > 0 ? ilogbf(size) : -6, -6);
+  /* Eighths, to nearest even; sixteen of them are the next exponent's eight. */
+  int eighths = (int)rintf(ldexpf(size, 3 - exponent));
+  return sign | (exponent + 6) * 8 + eighths;
+}
+static inline unsigned short __nv_cvt_float2_to_fp8x2(float2 x, int, int) {
+  return round_to_e4m3(x.x) | round_to_e4m3(x.y) << 8;
+}
 /* For the stores that the kernels spell in PTX: a vector of words must be aligned to its size. */
 template <typename... W>
 static inline void STORE(const void* to, W... values) {
@@ -87,7 +113,7 @@ static ucontext_t scheduler, fibers[kMostThreads];
 static bool finished[kMostThreads];
 static std::vector<char> stacks;
 static barrier block, warps[kMostThreads / kWarp];
-static float exchanged[2][kMostThreads];
+static uint32_t exchanged[2][kMostThreads];
 static unsigned current;
 static bool progress;
 static std::function<void()> body;
@@ -145,15 +171,18 @@ static inline void __syncwarp() {
   wait_at(&warps[current / kWarp]);
 }
 
-static inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+template <typename T>
+static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   using namespace emulation;
+  static_assert(sizeof(T) == 4);
   unsigned own = current;
   barrier* warp = &warps[own / kWarp];
-  float* values = exchanged[warp->turn & 1];
+  uint32_t* words = exchanged[warp->turn & 1];
   if (mask != 0xffffffffu) __builtin_trap();
-  values[own] = value;
+  memcpy(&words[own], &value, 4);
   wait_at(warp);
-  return values[own ^ lanes];
+  memcpy(&value, &words[own ^ lanes], 4);
+  return value;
 }
 
 /* Runs a grid; 0, or -1 where a block never ends. */
