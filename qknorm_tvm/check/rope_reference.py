@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..dtypes import ELEMENT_TYPES
 from . import reference
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def to_float8(x: npt.NDArray, scales: npt.NDArray) -> npt.NDArray:
     with np.errstate(all="ignore"):
         quotient = x.astype(np.float32) / scale
         quotient = np.clip(quotient, -_FLOAT8_MAX, _FLOAT8_MAX)
-    return quotient.astype(reference.NUMPY_DTYPES["float8_e4m3fn"])
+    return quotient.astype(ELEMENT_TYPES["float8_e4m3fn"].numpy)
 
 
 def _statistics(spec: KernelSpec, arrays: Mapping[str, Any], fused: bool) -> npt.NDArray:
