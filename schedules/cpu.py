@@ -112,6 +112,8 @@ def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
     """
     blocks = {str(block.name_hint) for block in _blocks(sch)}
     dtypes = {tag: _element_type(sch, tag) for tag in ("q", "k")}
+    if "heads_q" in blocks:
+        return _schedule_heads(sch, blocks, dtypes, vector=vector, row_tile=row_tile)
     if "q_out" not in blocks:
         return _schedule_statistics(sch, dtypes, row_tile=row_tile)
     tiles = []
@@ -131,18 +133,49 @@ def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
         tiles.append(tile)
     # 3. Q and K in one loop, one parallel launch.
     tile = sch.merge(*tiles)
-    for tag in ("q", "k"):
-        rs = sch.get_sblock(f"rs_{tag}")
+    _schedule_tiles(sch, tile, ("rs_q", "rs_k"), blocks, dtypes)
+    return tile
+
+
+def _schedule_tiles(
+    sch: Schedule, tile: Any, heads: Sequence[str], blocks: set[str], dtypes: Mapping[str, str]
+) -> None:
+    """Make the tile loop parallel; at the head of a tile, what there is one of a row."""
+    for name in heads:
+        head = sch.get_sblock(name)
         # A tile of one row keeps its loop: a trace must find the same loops whatever is sampled.
-        sch.compute_at(rs, tile, preserve_unit_loops=True)
-        sch.unroll(sch.get_loops(rs)[-1])
+        sch.compute_at(head, tile, preserve_unit_loops=True)
+        sch.unroll(sch.get_loops(head)[-1])
     sch.parallel(tile)
     if "mean_q" in blocks:
-        # 4. In the fused operation a tile's statistics come first; its rows are then in L1.
+        # The rows are in L1 when they are normalised.
         for tag in ("q", "k"):
             mean = sch.get_sblock(f"mean_{tag}")
             sch.compute_at(mean, tile, preserve_unit_loops=True)
             schedule_mean(sch, tag, sch.get_loops(mean)[-1], pairs=dtypes[tag] == "bfloat16")
+
+
+def _schedule_heads(
+    sch: Schedule, blocks: set[str], dtypes: Mapping[str, str], *, vector: Any, row_tile: Any
+) -> Any:
+    """Schedule an operation that rotates; returns the tile loop."""
+    tiles = []
+    for tag in ("q", "k", "v"):
+        if f"heads_{tag}" not in blocks:
+            continue
+        # Pairs into vectors, and the columns that are not rotated.
+        row, head, unit = sch.get_loops(sch.get_sblock(f"heads_{tag}"))
+        tile, row_in_tile = sch.split(row, [None, row_tile])
+        panel, lane = sch.split(unit, [None, vector])
+        sch.reorder(tile, head, panel, row_in_tile, lane)
+        sch.unroll(row_in_tile)
+        sch.vectorize(lane)
+        sch.annotate(panel, "pragma_loop_partition_hint", True)
+        tiles.append(tile)
+    tile = sch.merge(*tiles)
+    # Of the caches' blocks and slots, two divisions a row.
+    places = [name for name in ("place_block", "place_offset") if name in blocks]
+    _schedule_tiles(sch, tile, ("rs_q", "rs_k", *places), blocks, dtypes)
     return tile
 
 

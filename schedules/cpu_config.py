@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,12 +82,25 @@ def fields_used(spec: KernelSpec) -> tuple[str, ...]:
     rounds = spec.out_dtype == "bfloat16" or (
         spec.cast_before_gamma and spec.in_dtype == "bfloat16"
     )
-    unused = () if rounds else ("rounding",)
+    unused = [] if rounds else ["rounding"]
+    if spec.operation.rotates:
+        unused.append("streaming_bytes")
     return tuple(field.name for field in dataclasses.fields(CpuConfig) if field.name not in unused)
 
 
 def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     """Choose a config from the spec and the instruction sets that the code may use."""
+    config = _of_norm(spec, features)
+    if not spec.operation.rotates:
+        return config
+    assert spec.head_dim is not None
+    # Whole vectors of a head's pairs, of its other columns, and of V's: none is left over.
+    vector = config.vector // 2 if spec.interleaved else config.vector
+    vector = math.gcd(vector, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
+    return dataclasses.replace(config, vector=vector, streaming_bytes=0)
+
+
+def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     avx512 = {"avx512bw", "avx512vl"} <= features
     register = 64 if avx512 else 32 if "avx2" in features else 16
     if not spec.operation.normalises:

@@ -34,6 +34,7 @@ from qknorm_tvm.check.verification import (  # noqa: F401
     all_patterns,
     special_gamma,
 )
+from qknorm_tvm.dtypes import ELEMENT_TYPES
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target, host_features
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -96,7 +97,7 @@ class Case:
 
 def filled(shape: Sequence[int], dtype: str, byte: int = 0xA5) -> np.ndarray:
     """Return an array whose every byte is `byte`: a canary, or an output to be written."""
-    kind = reference.NUMPY_DTYPES[dtype]
+    kind = ELEMENT_TYPES[dtype].numpy
     size = int(np.prod(shape)) * kind.itemsize
     return np.full(size, byte, np.uint8).view(kind).reshape(shape)
 

@@ -89,7 +89,8 @@ def variants_of(
     found = []
     tile_rows = max(config.row_tile, min_rows)
     vector_bytes = config.vector * spec.out_bytes
-    if spec.operation.normalises and config.streaming_bytes and vector_bytes >= 16:
+    streams = spec.operation.normalises and not spec.operation.rotates
+    if streams and config.streaming_bytes and vector_bytes >= 16:
         unit = STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes)
         stream = Variant(
             "stream",

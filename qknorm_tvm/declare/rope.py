@@ -10,7 +10,8 @@ of Q or K, all in float32 but for what is rounded to the operands' type::
 
 with a, b the pair's y as float32, and the cosine and the sine of the row's position. Both are known
 before either is stored: an output may be the input. K goes to its cache so, and V as it came, to
-slot ``slot_mapping[row]`` where there is one; a float8 cache holds ``cast(x / scale, float8)``.
+slot ``slot_mapping[row]`` where there is one that is not negative; a float8 cache holds
+``cast(x / scale, float8)`` of each.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ def _heads(tag: str, spec: KernelSpec, given: dict[str, Any]) -> Callable[..., A
     x, gamma, out = given[tag], given[f"gamma_{tag}"], given.get(f"{tag}_out")
     heads = x.shape[1] // head_dim
     positions, cos_sin = given.get("positions"), given.get("cos_sin_cache")
-    slots, cache = given.get("slot_mapping"), given.get(f"{tag}_cache")
-    scales = given.get(f"{tag}_scale")
+    cache, scales = given.get(f"{tag}_cache"), given.get(f"{tag}_scale")
 
     def y(rs, row, column):
         return normalised(spec, x[row, column], rs[row], gamma[column])
@@ -89,55 +89,54 @@ def _heads(tag: str, spec: KernelSpec, given: dict[str, Any]) -> Callable[..., A
         return steps.rounded(first, in_dtype), steps.rounded(second, in_dtype)
 
     @T.inline
-    def store(row, head, column, value):
+    def store(place, row, head, columns, values):
         if out is not None:
-            out[row, head * head_dim + column] = value
+            out[row, head * head_dim + columns[0]] = values[0]
+            if len(columns) == 2:
+                out[row, head * head_dim + columns[1]] = values[1]
         if cache is not None:
-            _store(spec, cache, slots, scales, row, head, column, value)
+            _store(spec, cache, place, scales, row, head, columns, values)
 
     @T.inline
-    def write_pair(rs, row, head, pair):
+    def write_pair(rs, place, row, head, pair):
         values = T.meta_var(rotated(rs, row, head, pair))
-        columns = T.meta_var(pair_columns(spec, pair))
         first = T.bind(values[0])
         second = T.bind(values[1])
-        store(row, head, columns[0], first)
-        store(row, head, columns[1], second)
+        store(place, row, head, pair_columns(spec, pair), (first, second))
 
     @T.inline
-    def write_column(rs, row, head, column):
+    def write_column(rs, place, row, head, column):
         value = T.bind(y(rs, row, head * head_dim + column))
-        store(row, head, column, value)
+        store(place, row, head, (column,), (value,))
 
     @T.inline
-    def write_heads(rs):
+    def write_heads(rs, place):
         for i, head, unit in T.grid(x.shape[0], heads, T.int64(pairs + rest)):
             with T.sblock(name):
                 vi, vh, vu = T.axis.remap("SSS", [i, head, unit])
                 if pairs == 0:
-                    write_column(rs, vi, vh, vu)
+                    write_column(rs, place, vi, vh, vu)
                 elif rest == 0:
-                    write_pair(rs, vi, vh, vu)
+                    write_pair(rs, place, vi, vh, vu)
                 else:
                     if vu < pairs:
-                        write_pair(rs, vi, vh, vu)
+                        write_pair(rs, place, vi, vh, vu)
                     else:
-                        write_column(rs, vi, vh, vu + pairs)
+                        write_column(rs, place, vi, vh, vu + pairs)
 
     return write_heads
 
 
 @T.inline
-def _store(spec, cache, slots, scales, row, head, column, value):
-    # Two tests: both sides of an `and` are evaluated, and there may be fewer slots than rows.
-    if row < slots.shape[0]:  # noqa: SIM102
-        if slots[row] >= 0:
-            cache[
-                T.floordiv(slots[row], cache.shape[1]),
-                T.floormod(slots[row], cache.shape[1]),
-                head,
-                column,
-            ] = stored(spec, value, scales, head)
+def _store(spec, cache, place, scales, row, head, columns, values):
+    if place[0][row] >= 0:
+        cache[place[0][row], place[1][row], head, columns[0]] = stored(
+            spec, values[0], scales, head
+        )
+        if len(columns) == 2:
+            cache[place[0][row], place[1][row], head, columns[1]] = stored(
+                spec, values[1], scales, head
+            )
 
 
 def declare_rope(spec: KernelSpec, **promises: Any) -> tirx.PrimFunc:
@@ -150,7 +149,8 @@ def declare_rope(spec: KernelSpec, **promises: Any) -> tirx.PrimFunc:
     mean_q, mean_k = row_mean("q"), row_mean("k")
     heads_q, heads_k = _heads("q", spec, given), _heads("k", spec, given)
     q, k, v, nq, nk = given["q"], given["k"], given.get("v"), spec.q_cols, spec.k_cols
-    given_var = given.get("qk_var")
+    given_var, v_cache, slots = (given.get(name) for name in ("qk_var", "v_cache", "slot_mapping"))
+    block_size = None if v_cache is None else v_cache.shape[1]
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def body():
@@ -170,15 +170,32 @@ def declare_rope(spec: KernelSpec, **promises: Any) -> tirx.PrimFunc:
         else:
             root_q(rs_q, given_var, 0, rows, epsilon)
             root_k(rs_k, given_var, 1, rows, epsilon)
-        heads_q(rs_q)
-        heads_k(rs_k)
-        if v is not None:
+        if v is None:
+            heads_q(rs_q, None)
+            heads_k(rs_k, None)
+        else:
+            block = T.sblock_alloc_buffer((rows,), "int64")
+            offset = T.sblock_alloc_buffer((rows,), "int64")
+            place = T.meta_var((block, offset))
+            # Where each row goes in the caches: a block, negative for nowhere, and a slot of it.
+            for i in range(rows):
+                with T.sblock("place_block"):
+                    vi = T.axis.spatial(rows, i)
+                    block[vi] = T.if_then_else(
+                        vi < slots.shape[0], T.floordiv(slots[vi], block_size), T.int64(-1)
+                    )
+            for i in range(rows):
+                with T.sblock("place_offset"):
+                    vi = T.axis.spatial(rows, i)
+                    offset[vi] = T.if_then_else(
+                        vi < slots.shape[0], T.floormod(slots[vi], block_size), T.int64(-1)
+                    )
+            heads_q(rs_q, place)
+            heads_k(rs_k, place)
             for i, head, column in T.grid(rows, T.int64(spec.kv_heads), T.int64(spec.head_dim)):
                 with T.sblock("heads_v"):
                     vi, vh, vc = T.axis.remap("SSS", [i, head, column])
-                    _store(
-                        spec, given["v_cache"], given["slot_mapping"], given.get("v_scale"),
-                        vi, vh, vc, v[vi, vh * spec.head_dim + vc],
-                    )  # fmt: skip
+                    value = T.meta_var(v[vi, vh * spec.head_dim + vc])
+                    _store(spec, v_cache, place, given.get("v_scale"), vi, vh, (vc,), (value,))
 
     return function(spec.op, given, body.body)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 
 import tvm
+import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import Call, TensorLoad
 from tvm_ffi import structural_map
@@ -42,6 +43,14 @@ define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none
   %hidden = call i32 asm "", "=r,0"(i32 %value) nounwind memory(none)
   ret i32 %hidden
 }
+"""
+_PRODUCT_IR = """
+; A product that is rounded: LLVM fuses no addition with it.
+define internal <LANES x float> @qknorm_product_LANES(<LANES x float> %product) alwaysinline nounwind memory(none) {
+  %rounded = call <LANES x float> @llvm.arithmetic.fence.vLANESf32(<LANES x float> %product)
+  ret <LANES x float> %rounded
+}
+declare <LANES x float> @llvm.arithmetic.fence.vLANESf32(<LANES x float>)
 """
 _STREAM_IR = """
 ; Reads what no store of this call changes, though the compiler cannot see that of a stream's.
@@ -190,7 +199,7 @@ def _to_bfloat16(cast: tirx.Cast, rounding: str, *, hide: bool) -> tirx.Expr:
     """
     lanes = _type(cast).lanes
     value = cast.value
-    if lanes >= _SMALLEST_PAIRS and isinstance(value, tirx.Mul):
+    if lanes >= _SMALLEST_PAIRS and isinstance(value, (tirx.Mul, tirx.Add, tirx.Sub)):
         half = lanes // 2
         even, odd = (_rounded(part, half, rounding) for part in _even_odd(value, half, rounding))
         high = _hidden(0xFFFF0000) if hide else tirx.const(0xFFFF0000, "uint32")
@@ -224,21 +233,98 @@ def _stream(node: tirx.BufferStore) -> tirx.Stmt:
     )
 
 
+def _to_float8(cast: tirx.Cast) -> tirx.Expr:
+    """Round float32 of at most float8_e4m3fn's range to it, half to even; NaN stays NaN."""
+    lanes = _type(cast).lanes
+
+    def splat(value: int) -> tirx.Expr:
+        return _splat(value, lanes)
+
+    bits = _words(cast.value, lanes)
+    size = bits & splat(0x7FFFFFFF)
+    # Of 23 bits of a significand 3 are left; the carry goes into the exponent, whose bias becomes 7.
+    normal = ((size + splat(0x7FFFF) + ((size >> splat(20)) & splat(1))) >> splat(20)) - splat(960)
+    # Below 2**-6 numbers are multiples of 2**-9, and so is the last bit of a sum with 2**14.
+    scale = splat(0x46800000)
+    small = _words(_floats(size, lanes) + _floats(scale, lanes), lanes) - scale
+    number = tirx.Select(size < splat(0x3C800000), small, normal)
+    number = tirx.Select(size > splat(0x7F800000), splat(0x7F), number)
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    number = number | ((bits >> splat(24)) & splat(0x80))
+    return tirx.reinterpret(f"float8_e4m3fn{suffix}", tirx.Cast(f"uint8{suffix}", number))
+
+
+def _is_float8(expr: tirx.Expr) -> bool:
+    return str(_type(expr)).startswith("float8")
+
+
+def _product_ir(lanes: int) -> str:
+    text = _PRODUCT_IR.replace("LANES", str(lanes))
+    return text if lanes > 1 else text.replace("<1 x float>", "float").replace("v1f32", "f32")
+
+
+def _products(body: tirx.Stmt) -> tuple[tirx.Stmt, set[int]]:
+    """Round products before they are added; returns the lanes of which there are some, too."""
+    found: set[int] = set()
+
+    def product(expr: tirx.Expr) -> tirx.Expr:
+        if not isinstance(expr, tirx.Mul):
+            return expr
+        lanes = _type(expr).lanes
+        found.add(lanes)
+        suffix = "" if lanes == 1 else f"x{lanes}"
+        return tirx.call_pure_extern(f"float32{suffix}", f"qknorm_product_{lanes}", expr)
+
+    def add(expr: tirx.Add | tirx.Sub) -> tirx.Expr:
+        if not str(_type(expr)).startswith("float32"):
+            return expr
+        return type(expr)(product(expr.a), product(expr.b))
+
+    body = structural_map(body, (tirx.Add, add))
+    return structural_map(body, (tirx.Sub, add)), found
+
+
 def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> tvm.transform.Pass:
-    """Make the pass that rounds to bfloat16 exactly, and streams; run after vectorising."""
+    """Make the pass that rounds exactly, and streams; run after vectorising."""
     output = {"q_out", "k_out"}
     hide = spec.parsed_target.machine == "x86_64"
 
-    def store(node: tirx.BufferStore) -> tirx.Stmt:
-        value = node.value
+    def exact(value: tirx.Expr) -> tirx.Expr:
         if isinstance(value, tirx.Cast) and _is_bfloat16(value):
-            rounded = _to_bfloat16(value, config.rounding, hide=hide)
-            node = tirx.BufferStore(node.buffer, rounded, node.indices)
-        elif spec.cast_before_gamma:
-            value = _inner_rounded(value, config.rounding, hide=hide)
+            return _to_bfloat16(value, config.rounding, hide=hide)
+        if isinstance(value, tirx.Cast) and _is_float8(value):
+            return _to_float8(value)
+        if spec.cast_before_gamma or spec.operation.rotates:
+            return _inner_rounded(value, config.rounding, hide=hide)
+        return value
+
+    def store(node: tirx.BufferStore) -> tirx.Stmt:
+        value = exact(node.value)
+        if value is not node.value:
             node = tirx.BufferStore(node.buffer, value, node.indices)
         written = node.buffer.name.removesuffix("_1")
         return _stream(node) if streaming and written in output else node
+
+    def with_exact_values(body: tirx.Stmt) -> tirx.Stmt:
+        # TVM's legalisation would make variables of bfloat16 float32: they are kept as bits.
+        bits: list[tuple[tirx.Var, tirx.Var]] = []
+
+        def bind(node: tirx.Bind) -> tirx.Stmt:
+            value = exact(node.value)
+            if not _is_bfloat16(value):
+                return tirx.Bind(node.var, value)
+            kind = str(_type(value)).replace("bfloat16", "uint16")
+            bits.append((node.var, tirx.Var(node.var.name, kind)))
+            return tirx.Bind(bits[-1][1], tirx.reinterpret(kind, value))
+
+        def widen(cast: tirx.Cast) -> tirx.Expr:
+            is_bound = any(var.same_as(cast.value) for var, _ in bits)
+            return _from_bfloat16(cast.value) if is_bound else cast
+
+        body = structural_map(body, (tirx.Bind, bind))
+        body = structural_map(body, (tirx.Cast, widen))
+        values = [(var, tirx.reinterpret(var.ty.dtype, own)) for var, own in bits]
+        return substitute(body, values)
 
     text = _OPAQUE_IR
     if streaming:
@@ -254,7 +340,13 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
     def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
         body = structural_map(func.body, (tirx.BufferStore, store))
         body = structural_map(body, (tirx.Div, _divide))
-        ir = tvm.ir.StringImm(text)
+        code = text
+        if spec.operation.rotates:
+            body = with_exact_values(body)
+            body, lanes = _products(body)
+            for number in sorted(lanes):
+                code += _product_ir(number)
+        ir = tvm.ir.StringImm(code)
         return func.with_body(tirx.AttrStmt(tirx.const(0), "pragma_import_llvm", ir, body))
 
     return rewrite
@@ -367,6 +459,144 @@ def read_words(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.Pr
     return func.with_body(structural_map(func.body, (tirx.For, expand)))
 
 
+def _every_second(expr: tirx.Expr) -> bool:
+    """Whether an expression loads every second element, or an index is of every second one."""
+    index = expr.indices[0] if isinstance(expr, TensorLoad) else expr
+    if not isinstance(index, tirx.Ramp) or not isinstance(index.stride, tirx.IntImm):
+        return False
+    return int(index.stride.value) == 2
+
+
+class _Pairs:
+    """Rewrites what is computed of neighbouring columns, each pair's two elements apart."""
+
+    def __init__(self) -> None:
+        self.simplify = tvm.sym.Analyzer().simplify
+        #: Values in the high halves of words, by the variable that holds them as bfloat16.
+        self.words: list[tuple[tirx.Var, tirx.Var]] = []
+
+    def _follows(self, base: tirx.Expr, other: tirx.Expr) -> bool:
+        distance = self.simplify(base - other)
+        return isinstance(distance, tirx.IntImm) and distance.value == 1
+
+    def bind(self, node: tirx.Bind) -> tirx.Stmt:
+        """Read whole vectors, of which each value takes its half of the elements."""
+        loads: list[TensorLoad] = []
+        tvm_ffi.structural_walk(node.value, (TensorLoad, loads.append))
+        loads = [load for load in loads if _every_second(load)]
+        if not loads:
+            return node
+
+        def split(load: TensorLoad) -> tuple[tirx.Expr, int]:
+            (index,) = load.indices
+            parity = int(
+                any(
+                    other.source.same_as(load.source)
+                    and self._follows(index.base, other.indices[0].base)
+                    for other in loads
+                )
+            )
+            whole = tirx.Ramp(index.base - parity, 1, 2 * index.lanes)
+            return tirx.BufferLoad(load.source, [whole]), parity
+
+        def narrow(load: TensorLoad) -> tirx.Expr:
+            if not _every_second(load) or _is_bfloat16(load):
+                return load
+            whole, parity = split(load)
+            return tirx.Shuffle([whole], list(range(parity, _type(whole).lanes, 2)))
+
+        def widen(cast: tirx.Cast) -> tirx.Expr:
+            lanes = _type(cast).lanes
+            if isinstance(cast.value, TensorLoad):
+                if not _is_bfloat16(cast.value):
+                    return cast
+                if not _every_second(cast.value):
+                    return _from_bfloat16(cast.value)
+                whole, parity = split(cast.value)
+                return _widened(_words(whole, lanes), parity)
+            if isinstance(cast.value, tirx.Cast) and _is_bfloat16(cast.value):
+                high = _splat(0xFFFF0000, lanes)
+                exact = _rounded(_clear_payload(cast.value.value, lanes), lanes, "shift")
+                return _floats(exact & high, lanes)
+            return cast
+
+        value = structural_map(node.value, (TensorLoad, narrow))
+        value = structural_map(value, (tirx.Cast, widen))
+        if not _is_bfloat16(value):
+            return tirx.Bind(node.var, value)
+        lanes = _type(value).lanes
+        words = tirx.Var(f"{node.var.name}_words", f"uint32x{lanes}")
+        self.words.append((node.var, words))
+        exact = _rounded(_clear_payload(value.value, lanes), lanes, "shift")
+        narrowed = tirx.Cast(f"uint16x{lanes}", words >> _splat(16, lanes))
+        return tirx.SeqStmt(
+            [
+                tirx.Bind(words, exact),
+                tirx.Bind(node.var, tirx.reinterpret(f"bfloat16x{lanes}", narrowed)),
+            ]
+        )
+
+    def store(self, sequence: tirx.SeqStmt) -> tirx.Stmt:
+        """Store both elements of pairs as one vector."""
+        statements: list[tirx.Stmt] = []
+        for statement in sequence:
+            last = statements[-1] if statements else None
+            if (
+                isinstance(statement, tirx.BufferStore)
+                and isinstance(last, tirx.BufferStore)
+                and _every_second(statement.indices[0])
+                and _every_second(last.indices[0])
+                and last.buffer.same_as(statement.buffer)
+                and self._follows(statement.indices[0].base, last.indices[0].base)
+            ):
+                statements[-1] = self._both(last, statement)
+            else:
+                statements.append(statement)
+        return tirx.SeqStmt(statements) if len(statements) > 1 else statements[0]
+
+    def _both(self, first: tirx.BufferStore, second: tirx.BufferStore) -> tirx.Stmt:
+        (index,) = first.indices
+        lanes = int(index.lanes)
+        words = [
+            words
+            for value in (first.value, second.value)
+            for var, words in self.words
+            if var.same_as(value)
+        ]
+        if len(words) == 2:
+            pairs = (words[0] >> _splat(16, lanes)) | (words[1] & _splat(0xFFFF0000, lanes))
+            value = tirx.reinterpret(f"bfloat16x{2 * lanes}", pairs)
+        elif _is_float8(first.value):
+            bytes_of = [_to_float8(store.value) for store in (first, second)]
+            value = _interleave(*bytes_of, lanes)
+        else:
+            value = _interleave(first.value, second.value, lanes)
+        return tirx.BufferStore(first.buffer, value, [tirx.Ramp(index.base, 1, 2 * lanes)])
+
+
+def _interleave(first: tirx.Expr, second: tirx.Expr, lanes: int) -> tirx.Expr:
+    return tirx.Shuffle([first, second], [i + half for i in range(lanes) for half in (0, lanes)])
+
+
+def _from_bfloat16(expr: tirx.Expr) -> tirx.Expr:
+    """Widen a bfloat16 vector in order."""
+    lanes = _type(expr).lanes
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    bits = tirx.Cast(f"uint32{suffix}", tirx.reinterpret(f"uint16{suffix}", expr))
+    return _floats(bits << _splat(16, lanes), lanes)
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.Pairs")
+def read_and_store_pairs(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+    """Load and store pairs of neighbouring columns as whole vectors; a TVM pass.
+
+    Run after vectorising: the first elements of pairs then are a ramp of stride 2.
+    """
+    pairs = _Pairs()
+    body = structural_map(func.body, (tirx.Bind, pairs.bind))
+    return func.with_body(structural_map(body, (tirx.SeqStmt, pairs.store)))
+
+
 def lower(
     mod: tvm.IRModule, config: CpuConfig, spec: KernelSpec, *, streaming: bool = False
 ) -> tvm.IRModule:
@@ -391,6 +621,7 @@ def lower(
                 s_tir.transform.LoopPartition(),
                 tirx.transform.VectorizeLoop(True),
                 read_words,
+                *([read_and_store_pairs] if spec.interleaved else []),
                 rewrite_stores(config, spec, streaming=streaming),
                 tirx.transform.BF16ComputeLegalize(),
                 tirx.transform.UnrollLoop(),
