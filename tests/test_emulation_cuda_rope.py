@@ -176,7 +176,9 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
     for tensor in spec.tensors:
         strides = arrays[tensor.name].strides[:-1]
         own = [s // arrays[tensor.name].itemsize for s in strides]
-        for name, stride in zip(tensor.stride_names or ["qk_var_stride"] * len(own), own, strict=True):
+        for name, stride in zip(
+            tensor.stride_names or ["qk_var_stride"] * len(own), own, strict=True
+        ):
             assert name == "qk_var_stride" or stride % unit == 0
             scalars[name] = stride if name == "qk_var_stride" else stride // unit
     kernel(-(-ROWS // variant.config.rows), {**arrays, **scalars}, reverse=seed % 2 == 1)
@@ -215,7 +217,9 @@ def _check_all(spec: KernelSpec, variants: list[CudaVariant] | None = None) -> N
     assert len(checked) == len({variant.name for variant in variants or default_variants(spec)})
 
 
-def _spec(op: str, dtype: str, q_heads: int, k_heads: int, head_dim: int, **fields: Any) -> KernelSpec:
+def _spec(
+    op: str, dtype: str, q_heads: int, k_heads: int, head_dim: int, **fields: Any
+) -> KernelSpec:
     return KernelSpec(
         op=op, in_dtype=dtype, q_cols=q_heads * head_dim, k_cols=k_heads * head_dim,
         head_dim=head_dim, target="cuda:sm_90", **fields,

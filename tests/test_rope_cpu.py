@@ -13,14 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support import LEVELS, OWN, PLAIN, all_patterns, filled, random_values
+from support import LEVELS, OWN, PLAIN, filled, random_values
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build.cpu import cpu_features, generate
 from qknorm_tvm.build.native import Variant
-from qknorm_tvm.check.reference import NUMPY_DTYPES, differing
+from qknorm_tvm.check.reference import differing
 from qknorm_tvm.check.rope_reference import rope_reference
-from qknorm_tvm.declare.parameters import element_type
 from qknorm_tvm.schedules.cpu_config import CpuConfig, default_config
 
 torch = pytest.importorskip("torch")
@@ -84,7 +83,7 @@ def make(
     arrays: dict[str, np.ndarray] = {}
     for tensor in spec.tensors:
         shape = [extents[e] if isinstance(e, str) else e for e in tensor.shape]
-        dtype = element_type(spec, tensor)
+        dtype = spec.dtype_of(tensor)
         if tensor.is_output:
             arrays[tensor.name] = filled(shape, dtype)
         elif dtype != "int64":
