@@ -24,12 +24,12 @@ import pytest
 
 from qknorm_tvm import BuildError, KernelSpec, Module, compile, load
 from qknorm_tvm.check import reference
+from qknorm_tvm.check.cases import PAIRINGS
 from qknorm_tvm.check.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
 from qknorm_tvm.check.reference_torch import to_torch  # noqa: F401
-from qknorm_tvm.check.verification import (  # noqa: F401
+from qknorm_tvm.check.special_values import (  # noqa: F401
     GAMMAS,
     NAN_BITS,
-    PAIRINGS,
     VARIANCES,
     all_patterns,
     special_gamma,

@@ -34,9 +34,11 @@ from support import (
 
 from qknorm_tvm import BuildError, KernelSpec, ModuleFileError, compile, load, targets
 from qknorm_tvm.check import reference
+from qknorm_tvm.check.cases import Case as VerifyCase
+from qknorm_tvm.check.cases import pattern_case, shape_case
 from qknorm_tvm.check.layouts import Placed
-from qknorm_tvm.check.verification import GAMMAS, describe_difference, pattern_case, shape_case
-from qknorm_tvm.check.verification import Case as VerifyCase
+from qknorm_tvm.check.special_values import GAMMAS
+from qknorm_tvm.check.verification import describe_difference
 from qknorm_tvm.cli import main
 from qknorm_tvm.load.module_file import machine_of, read_metadata
 from qknorm_tvm.schedules.cpu_config import CpuConfig
@@ -87,19 +89,19 @@ def _check(
     placed, requests = [], []
     for layout in layouts:
         for count in threads:
-            one = Placed(inputs, case.out_dtype, layout)
-            a = one.activations
-            tensors = (one.q_out, one.k_out, a.gamma_q, a.gamma_k, a.qk_var, a.q, a.k)
-            placed.append((one, f"{case.description}; {layout}, {count} threads"))
-            requests.append(Request("apply_qk_rms_norm", tensors, a.epsilon, count))
+            copy = Placed(case.spec.operation, inputs, case.out_dtype, layout)
+            placed.append((copy, f"{case.description}; {layout}, {count} threads"))
+            tensors = tuple(copy.arrays[name] for name in NAMES)
+            requests.append(Request("apply_qk_rms_norm", tensors, inputs.epsilon, count))
     assert machine.call(module, *requests) == [""] * len(requests)
     compared = 0
-    for one, where in placed:
-        for operand, actual, wanted in zip("qk", (one.q_out, one.k_out), expected, strict=True):
+    for copy, where in placed:
+        for name, wanted in zip(("q_out", "k_out"), expected, strict=True):
+            actual = copy.arrays[name]
             if reference.differing(actual, wanted):
-                pytest.fail(f"{where}: {describe_difference(operand, inputs, actual, wanted)}")
+                pytest.fail(f"{where}: {describe_difference(name, inputs, actual, wanted)}")
             compared += wanted.size
-        assert one.guards_intact(), f"{where}: memory that is no output was written to"
+        assert copy.guards_intact(), f"{where}: memory that is no output was written to"
     return compared
 
 

@@ -18,10 +18,11 @@ from support import DTYPES
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.check import reference
+from qknorm_tvm.check.cases import shape_case
+from qknorm_tvm.check.expected import Graph, outputs_of
 from qknorm_tvm.check.inputs import Activations, generate
 from qknorm_tvm.check.layouts import PADDED, Placed, layouts_for
 from qknorm_tvm.check.reference import NUMPY_DTYPES
-from qknorm_tvm.check.verification import shape_case
 from qknorm_tvm.declare import statistics as declared
 from qknorm_tvm.declare.norm import declare
 from qknorm_tvm.schedules.cuda_config import CudaConfig, CudaVariant
@@ -109,28 +110,16 @@ def _check(spec: KernelSpec, variant: CudaVariant, cases: list[Activations]) -> 
     """Check a kernel in every layout that it takes; return how many."""
     kernel, checked = _kernel(spec, variant), 0
     for number, a in enumerate(cases):
-        qk_var = reference.row_mean_of_squares_qk(a.q, a.k, order="cuda")
-        outputs = reference.apply_qk_rms_norm(
-            a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, spec.out_dtype,
-            cast_before_gamma=spec.cast_before_gamma,
-        )  # fmt: skip
-        for layout in (*layouts_for(spec.in_dtype, spec.out_dtype), PADDED):
-            placed = Placed(a, spec.out_dtype, layout, by_element=True)
-            b = placed.activations
-            if spec.op == STATISTICS:
-                arrays = {"qk_var": np.full((len(a.q), 2), 7, np.float32), "q": b.q, "k": b.k}
-            else:
-                arrays = {"q_out": placed.q_out, "k_out": placed.k_out, "gamma_q": b.gamma_q}
-                arrays |= {"gamma_k": b.gamma_k, "q": b.q, "k": b.k}
+        outputs = outputs_of(Graph("cuda"), a, spec)
+        for layout in (*layouts_for(spec), PADDED):
+            placed = Placed(spec.operation, a, spec.out_dtype, layout, by_element=True)
+            arrays = placed.arrays
             if not _fits(variant, arrays):
                 continue
             checked += 1
             _run(spec, variant, kernel, arrays, reverse=number % 2 == 1)
-            if spec.op == STATISTICS:
-                assert reference.differing(arrays["qk_var"], qk_var) == 0, layout
-                continue
-            for actual, wanted in zip((placed.q_out, placed.k_out), outputs, strict=True):
-                assert reference.differing(actual, wanted) == 0, layout
+            for name, wanted in zip(spec.operation.outputs, outputs, strict=True):
+                assert reference.differing(arrays[name], wanted) == 0, layout
             assert placed.guards_intact(), layout
     return checked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Activations:
         Where they come from, for people.
     notes : tuple of str
         What was computed or converted on the way.
+    extra : mapping of str to ndarray
+        Inputs by name that only some operations take.
     """
 
     q: npt.NDArray
@@ -45,11 +47,12 @@ class Activations:
     epsilon: float = 1e-6
     source: str = ""
     notes: tuple[str, ...] = ()
+    extra: Mapping[str, npt.NDArray] = dataclasses.field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, npt.NDArray]:
         """The arrays by name."""
-        return {name: getattr(self, name) for name in (*_NAMES, "qk_var")}
+        return {**{name: getattr(self, name) for name in (*_NAMES, "qk_var")}, **self.extra}
 
     @property
     def rows(self) -> int:
