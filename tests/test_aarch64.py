@@ -84,12 +84,12 @@ def _check(
     inputs = case.make()
     expected = reference.apply_qk_rms_norm(
         inputs.q, inputs.k, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, inputs.epsilon,
-        case.out_dtype,
+        case.spec.out_dtype,
     )  # fmt: skip
     placed, requests = [], []
     for layout in layouts:
         for count in threads:
-            copy = Placed(case.spec.operation, inputs, case.out_dtype, layout)
+            copy = Placed(case.spec.operation, inputs, case.spec.out_dtype, layout)
             placed.append((copy, f"{case.description}; {layout}, {count} threads"))
             tensors = tuple(copy.arrays[name] for name in NAMES)
             requests.append(Request("apply_qk_rms_norm", tensors, inputs.epsilon, count))

@@ -18,7 +18,7 @@ from support import (
     OWN,
     PAIRINGS,
     SPECIAL_GAMMAS,
-    SPECIAL_VARIANCES,
+    VARIANCES,
     Case,
     all_patterns,
     base_of,
@@ -89,9 +89,9 @@ def _special_case(
 
     def blocks(cols: int) -> np.ndarray:
         one = np.resize(values, (rows, cols))
-        return np.concatenate([one] * len(SPECIAL_VARIANCES))
+        return np.concatenate([one] * len(VARIANCES))
 
-    variances = np.repeat(SPECIAL_VARIANCES, rows)
+    variances = np.repeat(VARIANCES, rows)
     total = len(variances)
     return Case(
         q_out=filled((total, q_cols), out_dtype),

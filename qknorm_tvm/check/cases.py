@@ -50,11 +50,6 @@ class Case:
     layouts: tuple[str, ...]
     make: Callable[[], Activations]
 
-    @property
-    def out_dtype(self) -> str:
-        """Element type of the outputs."""
-        return str(self.spec.out_dtype)
-
 
 def _group(spec: KernelSpec, topic: str) -> str:
     """Return a heading: operations and orders of rounding apart."""

@@ -49,7 +49,7 @@ class Graph:
 
     def normalise(self, a: Activations, spec: KernelSpec) -> tuple[npt.NDArray, ...]:
         """Return q and k normalised with `a.qk_var`."""
-        out_dtype, cast = str(spec.out_dtype), spec.cast_before_gamma
+        out_dtype, cast = spec.out_dtype, spec.cast_before_gamma
         if self.torch_device is not None:
             return torch_outputs(a, out_dtype, self.torch_device, cast_before_gamma=cast)
         return reference.apply_qk_rms_norm(

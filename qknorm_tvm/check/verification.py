@@ -155,7 +155,7 @@ def run_case(module: Module, case: Case, device: Device, report: Report) -> None
             module.library.get_function("qknorm_set_num_threads")(threads)
             where += f", {threads} thread{'s' * (threads > 1)}"
         placed = Placed(
-            spec.operation, inputs, case.out_dtype, layout, by_element=device.by_element
+            spec.operation, inputs, spec.out_dtype, layout, by_element=device.by_element
         )
         device.call(module, spec.op, placed.arrays, inputs.epsilon)
         tally.checks += 1
@@ -197,20 +197,7 @@ def _compare(
 
 
 def describe_difference(name: str, a: Activations, actual: npt.NDArray, wanted: npt.NDArray) -> str:
-    """Describe the first element of an output that differs.
-
-    Parameters
-    ----------
-    name : str
-        The output's.
-    a : Activations
-        What it was computed from.
-    actual, wanted : ndarray
-
-    Returns
-    -------
-    str
-    """
+    """Describe the first element that differs, of the output of that name."""
     bits = f"u{wanted.itemsize}"
     unequal = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(wanted).view(bits)
     both_nan = np.isnan(actual.astype(np.float32)) & np.isnan(wanted.astype(np.float32))

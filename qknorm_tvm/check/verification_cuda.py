@@ -119,17 +119,5 @@ def _graph(spec: KernelSpec, device: str) -> Graph:
 def expected_outputs(
     spec: KernelSpec, inputs: Activations, device: str = "cuda"
 ) -> tuple[npt.NDArray, ...]:
-    """Return what a spec's outputs must be on a GPU, in the order of the operation's.
-
-    Parameters
-    ----------
-    spec : KernelSpec
-    inputs : Activations
-    device : str
-        Where torch computes what is not reproducible.
-
-    Returns
-    -------
-    tuple of ndarray
-    """
+    """Return what a spec's outputs must be on a GPU, in the order of the operation's."""
     return outputs_of(_graph(spec, device), inputs, spec)
