@@ -224,8 +224,8 @@ def ffi_tensors(arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Return tvm-ffi tensors over NumPy arrays, and what must be kept alive as long as they."""
     import tvm_ffi
 
-    raw = [RawTensor(one) if isinstance(one, np.ndarray) else one for one in arrays]
-    return [tvm_ffi.from_dlpack(one) if isinstance(one, RawTensor) else one for one in raw], raw
+    raw = [RawTensor(x) if isinstance(x, np.ndarray) else x for x in arrays]
+    return [tvm_ffi.from_dlpack(x) if isinstance(x, RawTensor) else x for x in raw], raw
 
 
 def raw_call(module: Module, *arrays: Any, op: str = "apply_qk_rms_norm") -> None:

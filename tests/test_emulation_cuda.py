@@ -67,8 +67,8 @@ def test_the_declaration_equals_the_reference(q_cols: int, k_cols: int) -> None:
         target=tvm.target.Target({"kind": "llvm", "mcpu": host_cpu_target()}),
     )
     a = generate(5, q_cols, k_cols, "float32", seed=1)
-    found = np.zeros((5, 2), np.float32)
-    arrays = [tvm.runtime.tensor(x) for x in (found, a.q, a.k)]
+    qk_var = np.zeros((5, 2), np.float32)
+    arrays = [tvm.runtime.tensor(x) for x in (qk_var, a.q, a.k)]
     built["main"](*arrays, 5, q_cols, k_cols)
     wanted = reference.row_mean_of_squares_qk(a.q, a.k, order="cuda")
     assert reference.differing(arrays[0].numpy(), wanted) == 0
@@ -132,8 +132,8 @@ def _cases(spec: KernelSpec, q_cols: int, k_cols: int, rows: int) -> list[Activa
 
 def _different(variants: list[CudaVariant]) -> list[CudaVariant]:
     """Leave out kernels that differ in nothing that the emulation knows of."""
-    found = {(v.config.rows, v.config.columns, v.alignment): v for v in variants}
-    return list(found.values())
+    by_code = {(v.config.rows, v.config.columns, v.alignment): v for v in variants}
+    return list(by_code.values())
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def _special_case(
     rows = -(-values.size // (q_cols if cover == "q" else k_cols))
 
     def blocks(cols: int) -> np.ndarray:
-        one = np.resize(values, (rows, cols))
-        return np.concatenate([one] * len(VARIANCES))
+        block = np.resize(values, (rows, cols))
+        return np.concatenate([block] * len(VARIANCES))
 
     variances = np.repeat(VARIANCES, rows)
     total = len(variances)

@@ -82,7 +82,7 @@ class Call:
         _check_input("q", q)
         _check_input("k", k)
         if k.dtype != q.dtype:
-            raise TypeError(f"k must be {_name(q.dtype)} like q, got {_name(k.dtype)}")
+            raise TypeError(f"k must be {dtype_name(q.dtype)} like q, got {dtype_name(k.dtype)}")
         if k.device != q.device:
             raise ValueError(f"k must be on {q.device} like q, got {k.device}")
         members.check_device("q", q)
@@ -99,22 +99,22 @@ class Call:
             name = f"gamma_{operand}"
             gamma = tensors[name]
             if gamma.dtype != torch.float32:
-                raise TypeError(f"{name} must be float32, got {_name(gamma.dtype)}")
+                raise TypeError(f"{name} must be float32, got {dtype_name(gamma.dtype)}")
             _check_place(name, gamma, x.shape[-1:], f", the columns of {operand}", operand, x)
         matrices = {}
         for name, out in outputs.items():
             operand = name[0]
-            if out_dtype is not None and _name(out.dtype) != out_dtype:
+            if out_dtype is not None and dtype_name(out.dtype) != out_dtype:
                 raise TypeError(
-                    f"{name} must be {out_dtype} like out_dtype, got {_name(out.dtype)}"
+                    f"{name} must be {out_dtype} like out_dtype, got {dtype_name(out.dtype)}"
                 )
             _check_dtype(name, out)
             x = tensors[operand]
             _check_place(name, out, x.shape, f" like {operand}", operand, x)
             matrices[name] = _as_matrix(name, out, copy=False)
         if len(outputs) == 2 and self.q_out.dtype != self.k_out.dtype:
-            got = _name(self.k_out.dtype)
-            raise TypeError(f"k_out must be {_name(self.q_out.dtype)} like q_out, got {got}")
+            got = dtype_name(self.k_out.dtype)
+            raise TypeError(f"k_out must be {dtype_name(self.q_out.dtype)} like q_out, got {got}")
         return Checked(_as_matrix("q", q), _as_matrix("k", k), matrices, out_dtype, weights)
 
     def _check_options(self) -> None:
@@ -169,8 +169,8 @@ class Call:
 
     def report(self, checked: Checked) -> Report:
         """Return what the other ranks must agree with."""
-        dtype = _name(self.q.dtype)
-        given = [_name(out.dtype) for out in self.outputs.values()]
+        dtype = dtype_name(self.q.dtype)
+        given = [dtype_name(out.dtype) for out in self.outputs.values()]
         totals = self if self.layout is None else self.layout
         k_replicas = self.k_replicas if self.layout is None else self.layout.kv_replicas
         return Report(
@@ -201,7 +201,8 @@ def check_no_derivative(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 @functools.cache
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without its module, such as ``"bfloat16"``."""
     return str(dtype).rpartition(".")[2]
 
 
@@ -224,7 +225,7 @@ def _check_dense(name: str, tensor: Any) -> None:
 
 
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
-    dtype = _name(tensor.dtype)
+    dtype = dtype_name(tensor.dtype)
     if dtype not in DTYPE_BYTES:
         raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
 

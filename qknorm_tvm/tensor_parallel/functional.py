@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from ..call import api
 from ..call.arrays import canonical_dtype
 from ..call.torch_autograd import count_writes
-from .arguments import Call, Checked, check_no_derivative
+from .arguments import Call, Checked, check_no_derivative, dtype_name
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
 
@@ -273,7 +273,7 @@ def _check_statistics(qk_var: Any, members: Members) -> None:
     if not isinstance(qk_var, torch.Tensor):
         raise TypeError(f"qk_var must be a torch.Tensor, got {type(qk_var).__name__}")
     if qk_var.dtype != torch.float32:
-        raise TypeError(f"qk_var must be float32, got {str(qk_var.dtype).rpartition('.')[2]}")
+        raise TypeError(f"qk_var must be float32, got {dtype_name(qk_var.dtype)}")
     if qk_var.dim() != 2 or qk_var.shape[1] != 2:
         raise ValueError(f"qk_var must have shape (M, 2), got {tuple(qk_var.shape)}")
     if not qk_var.is_contiguous():
