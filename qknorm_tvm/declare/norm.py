@@ -26,6 +26,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from . import steps
+from .parsing import parses_script
 from .statistics import sum_of_squares
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def declare(
 
 
 @functools.lru_cache(maxsize=64)
+@parses_script
 def _declared(given: _Parameters) -> tirx.PrimFunc:
     """Declare once: parsing TVMScript takes longer than scheduling and LLVM together."""
     declare_operation = {
