@@ -117,7 +117,8 @@ def test_the_parser_reads_no_source_of_its_callers(
     real, seen = inspect.getouterframes, []
 
     def frames(frame: Any, context: int = 1) -> Any:
-        seen.extend(info.filename for info in (infos := real(frame, context)))
+        infos = real(frame, context)
+        seen.extend(info.filename for info in infos)
         return infos
 
     monkeypatch.setattr(inspect, "getouterframes", frames)
