@@ -47,6 +47,7 @@ from tvm.s_tir import SBlock
 from tvm.script import tirx as T
 
 from qknorm_tvm.declare import steps
+from qknorm_tvm.declare.parsing import parses_script
 from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
 
 from . import cuda_device
@@ -465,6 +466,7 @@ def _write_outputs(t, operand, epsilon):
 # ---- the kernel --------------------------------------------------------------------------------
 
 
+@parses_script
 def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.PrimFunc:
     """Make the kernel of ``row_mean_of_squares_qk`` or ``qk_rms_norm``.
 

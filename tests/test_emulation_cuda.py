@@ -190,7 +190,8 @@ def test_a_row_that_registers_do_not_hold(op: str) -> None:
         assert _check(spec, variant, _cases(spec, 32768, 1024, 2))
 
 
-@pytest.mark.parametrize(("op", "vector"), [pytest.param(STATISTICS, 1, marks=_SLOW), (FUSED, 8)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "vector"), [(STATISTICS, 1), (FUSED, 8)])
 def test_the_order_does_not_depend_on_the_config(op: str, vector: int) -> None:
     """A choice of the schedule that changes results."""
     spec = KernelSpec(op=op, q_cols=1800, k_cols=520, target=SM_90)

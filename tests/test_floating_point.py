@@ -9,7 +9,7 @@ import ctypes.util
 from pathlib import Path
 
 import pytest
-from support import compiled, run_python
+from support import OWN, compiled, run_python
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.operations import OPERATIONS
@@ -93,7 +93,10 @@ def in_another_thread(mode):
 def every_operation() -> Path:
     return compiled(
         "floating-point",
-        *(KernelSpec(op=op, in_dtype="bfloat16", q_cols=1536, k_cols=256) for op in OPERATIONS),
+        *(
+            KernelSpec(op=op, in_dtype="bfloat16", q_cols=1536, k_cols=256, target=OWN)
+            for op in OPERATIONS
+        ),
     )
 
 

@@ -120,7 +120,8 @@ def test_one_module_for_a_layer() -> None:
     needs_nvcc()
     target = "cuda:sm_80,sm_90"
     specs = [KernelSpec(op=op, q_cols=64, k_cols=32, target=target) for op in OPERATIONS]
-    metadata = read_metadata(compile(specs).path)
+    compiled = compile(specs)
+    metadata = read_metadata(compiled.path)
     assert metadata["ops"] == sorted(OPERATIONS)
     described = {code["spec"] for code in metadata["levels"][0]["code"]}
     assert described == {spec.text for spec in specs}
