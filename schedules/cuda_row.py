@@ -55,6 +55,7 @@ from tvm.s_tir import SBlock
 from tvm.script import tirx as T
 
 from qknorm_tvm.declare import steps
+from qknorm_tvm.declare.parsing import parses_script
 from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
 
 from . import cuda_device
@@ -841,6 +842,7 @@ def _by_operand(t, operands, stage):
 # ---- the kernel --------------------------------------------------------------------------------
 
 
+@parses_script
 def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.PrimFunc:
     """Make the kernel of any operation but ``apply_qk_rms_norm``.
 

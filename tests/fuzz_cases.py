@@ -16,7 +16,7 @@ from support import (
     DTYPES,
     NAMES,
     SPECIAL_GAMMAS,
-    SPECIAL_VARIANCES,
+    VARIANCES,
     RawTensor,
     random_values,
 )
@@ -24,7 +24,7 @@ from support import (
 from qknorm_tvm.check import reference
 from qknorm_tvm.operations import Operation
 
-SPECIAL = {"gamma_q": SPECIAL_GAMMAS, "gamma_k": SPECIAL_GAMMAS, "qk_var": SPECIAL_VARIANCES}
+SPECIAL = {"gamma_q": SPECIAL_GAMMAS, "gamma_k": SPECIAL_GAMMAS, "qk_var": VARIANCES}
 SPECIAL_INPUTS = np.array(
     [0, -0.0, 1e-45, 6e-8, 1e-20, 65504, 1.8e19, 2e19, -3.3e38, np.inf, -np.inf, np.nan], np.float32
 )

@@ -42,8 +42,8 @@ from support import from_torch, raw_call, to_torch
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, load
 from qknorm_tvm.check import reference
+from qknorm_tvm.check.expected import torch_outputs
 from qknorm_tvm.check.inputs import Activations
-from qknorm_tvm.check.verification_cuda import torch_outputs
 from qknorm_tvm.operations import OPERATIONS
 
 _ROWS = (0, 1, 2, 3, 4, 5, 9, 17)

@@ -24,12 +24,12 @@ import pytest
 
 from qknorm_tvm import BuildError, KernelSpec, Module, compile, load
 from qknorm_tvm.check import reference
+from qknorm_tvm.check.cases import PAIRINGS
 from qknorm_tvm.check.reference_torch import to_numpy as from_torch  # noqa: F401  # for the tests
 from qknorm_tvm.check.reference_torch import to_torch  # noqa: F401
-from qknorm_tvm.check.verification import (  # noqa: F401
+from qknorm_tvm.check.special_values import (  # noqa: F401
     GAMMAS,
     NAN_BITS,
-    PAIRINGS,
     VARIANCES,
     all_patterns,
     special_gamma,
@@ -47,8 +47,7 @@ PLAIN = "x86-64-v2"
 NAMES = ("q_out", "k_out", "gamma_q", "gamma_k", "qk_var", "q", "k")
 EPSILON = 1e-6
 
-#: Mean squares and scales that go wrong first, those of ``qknorm-tvm verify``.
-SPECIAL_VARIANCES = VARIANCES
+#: Scales that go wrong first: four of each kind of ``qknorm-tvm verify``.
 SPECIAL_GAMMAS = np.concatenate([special_gamma(kind, 4) for kind in GAMMAS])
 
 
@@ -226,8 +225,8 @@ def ffi_tensors(arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Return tvm-ffi tensors over NumPy arrays, and what must be kept alive as long as they."""
     import tvm_ffi
 
-    raw = [RawTensor(one) if isinstance(one, np.ndarray) else one for one in arrays]
-    return [tvm_ffi.from_dlpack(one) if isinstance(one, RawTensor) else one for one in raw], raw
+    raw = [RawTensor(x) if isinstance(x, np.ndarray) else x for x in arrays]
+    return [tvm_ffi.from_dlpack(x) if isinstance(x, RawTensor) else x for x in raw], raw
 
 
 def raw_call(module: Module, *arrays: Any, op: str = "apply_qk_rms_norm") -> None:

@@ -11,15 +11,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support import smallest
+from support import base_of, smallest
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm import compile as compile_specs
@@ -30,10 +31,20 @@ from qknorm_tvm.bench.torch_compile import torch_compile
 from qknorm_tvm.bench.workload import BENCHMARKS, UNIQUE_ROWS
 from qknorm_tvm.bench.workload import activations as bench_activations
 from qknorm_tvm.call import cache
-from qknorm_tvm.check import layouts, reference, sweep, verification, verification_cuda
+from qknorm_tvm.check import (
+    cases,
+    layouts,
+    reference,
+    special_values,
+    sweep,
+    verification,
+    verification_cuda,
+)
 from qknorm_tvm.check.inputs import Activations, generate, read_activations
 from qknorm_tvm.cli import main
+from qknorm_tvm.cli.app import commands
 from qknorm_tvm.load.module import Module, load
+from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.targets import host_cpu_target
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -125,30 +136,33 @@ def test_importing_the_package_imports_no_half_that_may_be_missing() -> None:
     assert done == "[]\n"
 
 
+def every_command(command: click.Command, name: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the words of a command, and of those below it."""
+    yield name
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for child in command.list_commands(context):
+            below = command.get_command(context, child)
+            assert below is not None
+            yield from every_command(below, (*name, child))
+
+
 @pytest.mark.parametrize("columns", [60, 80])
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["run"],
-        ["export"],
-        ["pack"],
-        ["inspect"],
-        ["cache"],
-        ["cache", "list"],
-        ["cache", "clear"],
-    ],
-    ids=" ".join,
-)
-def test_help_fits_a_narrow_terminal(command: list[str], columns: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qknorm_tvm", *command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": str(columns)},
-    ).stdout
-    assert [line for line in done.splitlines() if len(line) > columns] == []
+def test_help_of_every_command_fits_a_narrow_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Examples and tables are not wrapped: their lines were up to 100 columns wide."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = list(every_command(commands))
+    assert {(), ("bench-layer",), ("tune",), ("logs", "list"), ("cache", "clear")} <= set(names)
+    too_wide = {}
+    for name in names:
+        assert main([*name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "Usage: " in shown
+        if wide := [line for line in shown.splitlines() if len(line) > columns]:
+            too_wide[name] = wide
+    assert too_wide == {}
 
 
 @pytest.mark.parametrize("command", ["run", "export", "pack", "inspect", "verify", "bench"])
@@ -601,16 +615,17 @@ def test_verify_fails_where_a_result_differs(
 @pytest.mark.parametrize("spoil", ["beside an output", "an input"])
 def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> None:
     class Spoiling:
-        library = module.library
+        library, metadata = module.library, module.metadata
+        active_level = module.active_level
 
         @staticmethod
         def apply_qk_rms_norm(*arguments: object) -> None:
             module.apply_qk_rms_norm(*arguments)
             placed = made[-1]
             if spoil == "an input":
-                placed.activations.qk_var[0, 0] += 1
+                placed.arrays["qk_var"][0, 0] += 1
             else:
-                placed._outputs[3] ^= 1
+                base_of(placed.arrays["q_out"])[3] ^= 1
 
     made: list[layouts.Placed] = []
     original = layouts.Placed
@@ -619,7 +634,7 @@ def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> Non
         made.append(original(*arguments, **how))  # type: ignore[arg-type]
         return made[-1]
 
-    case = verification.shape_case(module.specs[0], 5, 24, 8)
+    case = cases.shape_case(module.specs[0], 5, 24, 8)
     report = verification.Report()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "Placed", recorded)
@@ -632,21 +647,20 @@ def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> Non
 def test_pattern_cases_hold_every_pattern_with_every_variance(dtype: str) -> None:
     spec = KernelSpec(in_dtype=dtype)
     for q_cols, k_cols in ((1536, 1537), (24, 8)):
-        a = verification.pattern_case(spec, q_cols, k_cols, 0).make()
+        a = cases.pattern_case(spec, q_cols, k_cols, 0).make()
         for x, var in ((a.q, a.qk_var[:, 0]), (a.k, a.qk_var[:, 1])):
-            for value in verification.VARIANCES[[0, 3, -1]]:
+            for value in special_values.VARIANCES[[0, 3, -1]]:
                 rows = var.view(np.uint32) == value.view(np.uint32)
                 assert len(np.unique(x[rows].view(np.uint16))) == 1 << 16
 
 
 def test_float32_patterns_hold_what_has_gone_wrong() -> None:
-    bits = set(verification.all_patterns("float32").view(np.uint32).tolist())
+    bits = set(special_values.all_patterns("float32").view(np.uint32).tolist())
     assert {0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001 - 1, 0x3F808000, 0x00000000, 0x80000000} <= bits
 
 
 def test_cases_cover_the_layouts_columns_and_rows_promised() -> None:
-    cases = list(verification.cases_for(KernelSpec()))
-    shapes = [case for case in cases if case.group == "shapes and layouts"]
+    shapes = [case for case in cases.cases_for(KernelSpec()) if case.group == "shapes and layouts"]
     assert {case.layouts for case in shapes} == {layouts.LAYOUTS}
     described = " ".join(case.description for case in shapes)
     for cols in (1, 7, 257, 1537, 1536, 8192):
@@ -658,9 +672,21 @@ def test_cases_cover_the_layouts_columns_and_rows_promised() -> None:
 
 def test_misaligned_means_an_odd_address() -> None:
     a = generate(3, 24, 8, "bfloat16")
-    placed = layouts.Placed(a, "float32", "misaligned")
-    for x in (placed.activations.q, placed.activations.gamma_q, placed.q_out, placed.k_out):
-        assert x.ctypes.data % 2 == 1
+    operation = OPERATIONS["apply_qk_rms_norm"]
+    placed = layouts.Placed(operation, a, "float32", "misaligned")
+    for name in operation.tensors:
+        assert placed.arrays[name].ctypes.data % 2 == 1, name
+
+
+@pytest.mark.parametrize("layout", [*layouts.LAYOUTS, layouts.PADDED])
+def test_looking_at_the_guards_changes_no_output(layout: str) -> None:
+    a = generate(3, 24, 7, "bfloat16")
+    placed = layouts.Placed(OPERATIONS["qk_rms_norm"], a, "bfloat16", layout)
+    for name in ("q_out", "k_out"):
+        placed.arrays[name][...] = 2
+    assert placed.guards_intact()
+    assert (placed.arrays["q_out"] == 2).all()
+    assert (placed.arrays["k_out"] == 2).all()
 
 
 def test_sweep_compares_every_output_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,7 @@ def _clean(folder: Path) -> None:
     _only_whole_files(folder)
 
 
+@pytest.mark.slow
 def test_sixteen_processes_start_with_an_empty_cache(tmp_path: Path) -> None:
     """Sixteen ranks of one node that each compile, or read what another is writing."""
     folder, go = tmp_path / "cache", tmp_path / "go"
@@ -319,6 +320,7 @@ def _kill_when_ready(process: subprocess.Popen[str], after: float) -> None:
     assert line == "ready\n", err
 
 
+@pytest.mark.slow
 def test_killed_while_writing_to_the_cache(tmp_path: Path) -> None:
     """Half a module under the name of a whole one; thousands of writes, cut off anywhere."""
     folder = tmp_path / "cache"

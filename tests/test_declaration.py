@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from typing import Any
 
 import pytest
 from support import PAIRINGS
 
 from qknorm_tvm import KernelSpec
+from qknorm_tvm.build.cuda import scheduled_variant
 from qknorm_tvm.declare.norm import declare
 from qknorm_tvm.operations import OPERATIONS
+from qknorm_tvm.schedules.cuda_variants import default_variants
 from qknorm_tvm.spec import OPS
 
 BLOCKS = ("rs", "x32", "scaled", "weighted")
@@ -169,3 +173,33 @@ def test_columns_of_a_pair_and_of_its_angle() -> None:
 def test_without_rotation_nothing_is_rounded_twice() -> None:
     assert set(_values(_script(_ROPE), "heads_q")) == {"value"}
     assert "positions" not in _script(_ROPE)
+
+
+def test_levels_share_a_declaration_and_targets_do_not() -> None:
+    """Three levels of a portable module that parse the same script three times."""
+    spec = KernelSpec(op="qk_rms_norm", q_cols=96, k_cols=32)
+    assert declare(spec) is declare(spec.replace(target="x86-64-v4"))
+    assert declare(spec) is not declare(spec.replace(target="cuda:sm_90"))
+    assert declare(spec) is not declare(spec, row_tile=2)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+def test_the_parser_reads_no_source_of_its_callers(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below pytest a fused operation took 0.65 s to parse, of which 0.3 were the operation's."""
+    real, seen = inspect.getouterframes, []
+
+    def frames(frame: Any, context: int = 1) -> Any:
+        infos = real(frame, context)
+        seen.extend(info.filename for info in infos)
+        return infos
+
+    monkeypatch.setattr(inspect, "getouterframes", frames)
+    spec = KernelSpec(op="qk_rms_norm", q_cols=104, k_cols=24, target=target)
+    if target == "cpu":
+        declare(spec)
+    else:
+        scheduled_variant(spec, default_variants(spec)[0])
+    assert len(seen) > 20
+    assert __file__ not in seen

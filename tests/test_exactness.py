@@ -18,7 +18,7 @@ from support import (
     OWN,
     PAIRINGS,
     SPECIAL_GAMMAS,
-    SPECIAL_VARIANCES,
+    VARIANCES,
     Case,
     all_patterns,
     base_of,
@@ -57,6 +57,13 @@ def level(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module", params=levels(OWN))
+def main_level(request: pytest.FixtureRequest) -> str:
+    """`level`, of which a default run takes this machine's alone."""
+    needs_level(request.param)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def open_module(level: str) -> Module:
     return load(open_columns(level))
@@ -69,13 +76,13 @@ def pairing_module(level: str) -> Module:
 
 
 @pytest.fixture(scope="module")
-def column_module(level: str) -> Module:
+def column_module(main_level: str) -> Module:
     """Every column pair, fixed."""
     specs = [
-        *specs_of([("bfloat16", "bfloat16")], COLUMNS, level),
-        *specs_of([("float32", "float32")], FLOAT32_COLUMNS, level),
+        *specs_of([("bfloat16", "bfloat16")], COLUMNS, main_level),
+        *specs_of([("float32", "float32")], FLOAT32_COLUMNS, main_level),
     ]
-    return load(compiled(f"columns-{level}", *specs))
+    return load(compiled(f"columns-{main_level}", *specs))
 
 
 def _special_case(
@@ -88,10 +95,10 @@ def _special_case(
     rows = -(-values.size // (q_cols if cover == "q" else k_cols))
 
     def blocks(cols: int) -> np.ndarray:
-        one = np.resize(values, (rows, cols))
-        return np.concatenate([one] * len(SPECIAL_VARIANCES))
+        block = np.resize(values, (rows, cols))
+        return np.concatenate([block] * len(VARIANCES))
 
-    variances = np.repeat(SPECIAL_VARIANCES, rows)
+    variances = np.repeat(VARIANCES, rows)
     total = len(variances)
     return Case(
         q_out=filled((total, q_cols), out_dtype),
@@ -415,14 +422,14 @@ STREAM_PAIRINGS = (
 
 
 @pytest.fixture(scope="module")
-def stream_module(level: str) -> Module:
+def stream_module(main_level: str) -> Module:
     """Stores past the caches at every size; columns of whole cache lines, and not."""
-    specs = list(specs_of(STREAM_PAIRINGS, [(256, 40)], level))
+    specs = list(specs_of(STREAM_PAIRINGS, [(256, 40)], main_level))
     config = {
         spec: CpuConfig(vector=32 if spec.out_bytes == 2 else 16, row_tile=4, streaming_bytes=1)
         for spec in specs
     }
-    return load(compiled(f"stream-{level}", *specs, config=config))
+    return load(compiled(f"stream-{main_level}", *specs, config=config))
 
 
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), STREAM_PAIRINGS)

@@ -9,7 +9,7 @@ import ctypes.util
 from pathlib import Path
 
 import pytest
-from support import compiled, run_python
+from support import OWN, compiled, run_python
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.operations import OPERATIONS
@@ -94,7 +94,7 @@ def every_operation() -> Path:
     return compiled(
         "floating-point",
         *(
-            KernelSpec(op=name, in_dtype="bfloat16", q_cols=1536, k_cols=256)
+            KernelSpec(op=name, in_dtype="bfloat16", q_cols=1536, k_cols=256, target=OWN)
             for name, operation in OPERATIONS.items()
             if not operation.rotates
         ),

@@ -20,6 +20,7 @@ CHECK = """
 
     import qknorm_tvm
     from qknorm_tvm.check.calls import operation_arguments
+    from qknorm_tvm.check.verification import Cpu, Report, iterate, run_case
     from qknorm_tvm.dtypes import ELEMENT_TYPES
     from qknorm_tvm.targets import host_cpu_target
 
@@ -32,7 +33,8 @@ CHECK = """
         )
         for dtype in ("bfloat16", "float16", "float32")
     ]
-    entry = getattr(qknorm_tvm.compile(specs).module, OP)
+    module = qknorm_tvm.compile(specs).module
+    entry = getattr(module, OP)
     for spec in specs:
         dtype = ELEMENT_TYPES[spec.in_dtype].numpy
         for rows in (0, 1, 17):
@@ -50,6 +52,12 @@ CHECK = """
                 np.testing.assert_array_equal(
                     arrays[f"{tag}_out"].view("u1"), wanted.view("u1")
                 )
+    device, report = Cpu([1, 2]), Report()
+    for module, case in iterate([module], device):
+        run_case(module, case, device, report)
+    assert report.exact, report.first_difference
+    shapes = report.groups[f"{OP}: shapes and layouts"]
+    assert shapes.checks == 3 * 4 * 6 * 2  # specs, rows, layouts, threads
     arrays["q_residual"] = arrays["q_residual"].astype("f8")
     with pytest.raises(TypeError, match="q_residual must be float32, got float64"):
         entry(*operation_arguments(OP, arrays, 1e-6))

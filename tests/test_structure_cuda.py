@@ -202,7 +202,8 @@ def test_metadata_and_architectures() -> None:
     needs_nvcc()
     spec = KernelSpec(q_cols=64, k_cols=32, target="cuda:sm_90,sm_80")
     assert spec.target == "cuda:sm_80,sm_90"
-    metadata = read_metadata(compile(spec).path)
+    compiled = compile(spec)
+    metadata = read_metadata(compiled.path)
     assert metadata["kind"] == "cuda"
     assert metadata["architectures"] == ["sm_80", "sm_90", "compute_90"]
     assert metadata["specs"] == [spec.to_dict()]

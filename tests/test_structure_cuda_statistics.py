@@ -129,7 +129,8 @@ def test_one_module_for_a_layer() -> None:
         )
         for name, operation in OPERATIONS.items()
     ]
-    metadata = read_metadata(compile(specs).path)
+    compiled = compile(specs)
+    metadata = read_metadata(compiled.path)
     assert metadata["ops"] == sorted(OPERATIONS)
     described = {code["spec"] for code in metadata["levels"][0]["code"]}
     assert described == {spec.text for spec in specs}

@@ -82,16 +82,21 @@ def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
     assert (copy / records.RECORDS).read_bytes() == before
 
 
-def test_xgboost_goes_on_where_random_ended_past_damaged_lines(copy: Path) -> None:
-    pytest.importorskip("xgboost")
+@pytest.mark.parametrize(
+    ("cost_model", "trials"), [("random", 12), pytest.param("xgb", 28, marks=pytest.mark.slow)]
+)
+def test_a_session_goes_on_past_damaged_lines(copy: Path, cost_model: str, trials: int) -> None:
+    """And where the model of costs is another than the one that began."""
+    if cost_model == "xgb":
+        pytest.importorskip("xgboost")
     path = copy / records.RECORDS
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "", "{}", *lines[1:-1], lines[-1][:50]]) + "\n")
-    summary = tune([SPEC], rows=(16,), trials=28, cost_model="xgb", logs=copy.parent)
+    summary = tune([SPEC], rows=(16,), trials=trials, cost_model=cost_model, logs=copy.parent)
     assert [one.line for one in summary.rejected] == [2, 3, len(lines) + 2]
     (outcome,) = summary.outcomes
-    assert outcome.trials == 28
-    assert summary.measured == 28 - 9
+    assert outcome.trials == trials
+    assert summary.measured == trials - 9
     found = records.read_logs(copy)
     assert found.problems == []
     assert len({one.key for one in found.records}) == len(found.records)

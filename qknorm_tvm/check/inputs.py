@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from .reference import NUMPY_DTYPES, mean_of_squares
 
 #: Bytes to which generated arrays are aligned: a cache line, as frameworks' allocators do.
 _ALIGNMENT = 64
-_NAMES = ("q", "k", "gamma_q", "gamma_k")
+#: What a file must hold, and what it may.
+_REQUIRED = ("q", "k", "gamma_q", "gamma_k")
+_NAMES = (*_REQUIRED, "qk_var")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Activations:
         Where they come from, for people.
     notes : tuple of str
         What was computed or converted on the way.
+    extra : mapping of str to ndarray
+        Inputs by name that only some operations take.
     """
 
     q: npt.NDArray
@@ -45,11 +49,12 @@ class Activations:
     epsilon: float = 1e-6
     source: str = ""
     notes: tuple[str, ...] = ()
+    extra: Mapping[str, npt.NDArray] = dataclasses.field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, npt.NDArray]:
         """The arrays by name."""
-        return {name: getattr(self, name) for name in (*_NAMES, "qk_var")}
+        return {**{name: getattr(self, name) for name in _NAMES}, **self.extra}
 
     @property
     def rows(self) -> int:
@@ -192,10 +197,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             # keys() lists names; the file holds tensors that are not asked for, perhaps large.
             names = list(file.keys())
-            return {
-                name: file.get_tensor(name) if name in (*_NAMES, "qk_var") else None
-                for name in names
-            }
+            return {name: file.get_tensor(name) if name in _NAMES else None for name in names}
     except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
 
@@ -208,7 +210,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
-                arrays[name] = file[name] if name in (*_NAMES, "qk_var") else None
+                arrays[name] = file[name] if name in _NAMES else None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path}: cannot be read as .npz: {error}") from error
     # NumPy stores ml_dtypes' bfloat16 as two bytes of nothing in particular.
@@ -219,7 +221,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path, arrays: dict[str, Any], epsilon: float) -> Activations:
-    missing = [name for name in _NAMES if name not in arrays]
+    missing = [name for name in _REQUIRED if name not in arrays]
     if missing:
         raise ValueError(
             f"{path}: must hold arrays q, k, gamma_q and gamma_k; {', '.join(missing)} missing, "

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ..spec import DTYPE_BYTES
+from ..dtypes import ELEMENT_TYPES
+from ..operations import Operation, TensorArgument
+from ..spec import KernelSpec
 from .inputs import Activations
-from .reference import NUMPY_DTYPES
 
+_APART = ("packed", "fused", "strided", "misaligned")
 #: "fused": slices of a QKV projection; "strided": of one with rows at every alignment.
-LAYOUTS = ("packed", "fused", "strided", "misaligned", "in place", "in place, strided")
+LAYOUTS = (*_APART, "in place", "in place, strided")
 #: Rows of any number of columns that start at whole vectors: for GPUs, whose code asks for that.
 PADDED = "padded"
-_CANARY = 0xA5
+#: Every byte that no input fills.
+CANARY = 0xA5
 _LINE = 64
 
 
-def layouts_for(in_dtype: str, out_dtype: str) -> tuple[str, ...]:
-    """Return the layouts that a pairing allows: in place needs one dtype."""
-    return LAYOUTS if in_dtype == out_dtype else LAYOUTS[:4]
+def layouts_for(spec: KernelSpec) -> tuple[str, ...]:
+    """Return the layouts that a spec allows: in place needs one element type."""
+    in_place = spec.operation.in_place and spec.in_dtype == spec.out_dtype
+    return LAYOUTS if in_place else _APART
 
 
 class Placed:
@@ -30,14 +34,14 @@ class Placed:
 
     Attributes
     ----------
-    activations : Activations
-        The inputs, as views of memory of their own.
-    q_out, k_out, qk_var_out : ndarray
-        The outputs; before the call they hold no result, unless in place.
+    arrays : dict of str to ndarray
+        The operation's tensors by name. Outputs that are not in place hold `CANARY` in every byte.
 
     Parameters
     ----------
+    operation : Operation
     original : Activations
+        They are copied.
     out_dtype : str
     layout : str
         One of `LAYOUTS`, or `PADDED`.
@@ -46,113 +50,121 @@ class Placed:
     """
 
     def __init__(
-        self, original: Activations, out_dtype: str, layout: str, *, by_element: bool = False
+        self,
+        operation: Operation,
+        original: Activations,
+        out_dtype: str,
+        layout: str,
+        *,
+        by_element: bool = False,
     ):
         known = (*LAYOUTS, PADDED)
         if layout not in known:
             raise ValueError(f"layout must be one of {', '.join(known)}, got {layout!r}")
-        self._original = original
-        self._in_place = layout.startswith("in place")
-        misaligned, strided = layout == "misaligned", layout.endswith("strided")
-        fused = strided or layout == "fused"
+        inputs = {name: original.tensors[name] for name in operation.signature}
+        shapes = operation.shapes(original.rows, original.q_cols, original.k_cols)
+        shapes |= {name: array.shape for name, array in inputs.items()}
+        dtypes = operation.dtypes(original.dtype, out_dtype)
+        in_place = {
+            tensor.name: tensor.in_place_of
+            for tensor in operation.arguments
+            if tensor.in_place_of and layout.startswith("in place")
+        }
+        apart = [tensor for tensor in operation.arguments if tensor.name not in in_place]
+        # What has Q's or K's columns is sliced from one memory for inputs, and one for outputs.
+        groups = [
+            [tensor for tensor in apart if tensor.is_stream and tensor.is_output == is_output]
+            for is_output in (False, True)
+        ]
+        groups += [[tensor] for tensor in apart if not tensor.is_stream]
 
-        def offset(dtype: str) -> int:
-            return (DTYPE_BYTES[dtype] if by_element else 1) if misaligned else 0
-
-        dtype = original.dtype
-
-        def memory(dtype: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
-            if layout == PADDED:
-                return _padded(original, dtype)
-            return _projections(original, dtype, fused, strided, offset(dtype))
-
-        self._inputs, q, k = memory(dtype)
-        q[...], k[...] = original.q, original.k
-        if self._in_place:
-            self._outputs, self.q_out, self.k_out = self._inputs, q, k
-        else:
-            self._outputs, self.q_out, self.k_out = memory(out_dtype)
-        self.activations = dataclasses.replace(
-            original,
-            q=q,
-            k=k,
-            qk_var=_moved(original.qk_var, offset("float32"), pad=3 if strided else 0),
-            gamma_q=_moved(original.gamma_q, offset("float32")),
-            gamma_k=_moved(original.gamma_k, offset("float32")),
-        )
-        # Statistics as an output, between guards.
-        self._statistics = np.full(original.rows * 8 + 2 * _LINE, _CANARY, np.uint8)
-        self.qk_var_out = self._statistics[_LINE:-_LINE].view(np.float32).reshape(-1, 2)
-
-    def arrays(self, outputs: Sequence[str]) -> dict[str, npt.NDArray]:
-        """Return all tensors by name; `qk_var` is one to be written where it is an output."""
-        arrays = {**self.activations.tensors, "q_out": self.q_out, "k_out": self.k_out}
-        return {**arrays, "qk_var": self.qk_var_out} if "qk_var" in outputs else arrays
+        self.arrays: dict[str, npt.NDArray] = {}
+        self._memories: list[_Memory] = []
+        for group in filter(None, groups):
+            names = [tensor.name for tensor in group]
+            memory, arrays = _place(
+                [shapes[name] for name in names],
+                ELEMENT_TYPES[dtypes[names[0]]].numpy,
+                _layout_of(group[0], layout),
+                by_element,
+            )
+            self._memories.append(memory)
+            self.arrays |= zip(names, arrays, strict=True)
+        self.arrays |= {name: self.arrays[source] for name, source in in_place.items()}
+        for name, array in inputs.items():
+            self.arrays[name][...] = array
+        self._read_only = {name: inputs[name] for name in inputs.keys() - set(in_place.values())}
 
     def guards_intact(self) -> bool:
-        """Overwrite the outputs, and return whether inputs and all other memory are as before."""
-        names = ["qk_var", "gamma_q", "gamma_k"] + ([] if self._in_place else ["q", "k"])
-        for name in names:
-            if not _same_bits(getattr(self.activations, name), getattr(self._original, name)):
-                return False
-        for out in (self.q_out, self.k_out, self.qk_var_out):
-            out.view(f"u{out.itemsize}")[...] = np.frombuffer(
-                bytes([_CANARY]) * out.itemsize, f"u{out.itemsize}"
-            )
-        memories = (self._outputs, self._statistics)
-        return all(bool((memory == _CANARY).all()) for memory in memories)
+        """Whether inputs that are not written, and all memory beside the arrays, are as before."""
+        return all(
+            _same_bits(self.arrays[name], original) for name, original in self._read_only.items()
+        ) and all(memory.guards_intact() for memory in self._memories)
 
 
-def _projections(
-    a: Activations, dtype: str, fused: bool, strided: bool, offset: int
-) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
-    """Return memory and, in it, arrays like q and k: apart, or slices of one QKV projection."""
-    item = DTYPE_BYTES[dtype]
-    # A V like K; where strided some more, so that an odd stride has rows start at every alignment.
-    cols = a.q_cols + a.k_cols + fused * a.k_cols + 3 * strided
-    cols += strided and cols % 2 == 0
-    guard = 64
-    memory = np.full(max(a.rows, 1) * cols * item + 3 * guard + offset, _CANARY, np.uint8)
-    start = guard + offset
+class _Memory:
+    """Bytes that hold `CANARY`, and the arrays in them; all other bytes are guards."""
 
-    def array(at: int, columns: int, row_stride: int) -> npt.NDArray:
-        return np.ndarray(
-            (a.rows, columns), NUMPY_DTYPES[dtype], memory, at, (row_stride * item, item)
-        )
+    def __init__(self, size: int):
+        self._bytes = np.full(size, CANARY, np.uint8)
+        self._extents: list[tuple[tuple[int, int], int, tuple[int, int]]] = []
 
-    if fused:
-        return (
-            memory,
-            array(start, a.q_cols, cols),
-            array(start + a.q_cols * item, a.k_cols, cols),
-        )
-    after_q = start + a.rows * a.q_cols * item + guard
-    return memory, array(start, a.q_cols, a.q_cols), array(after_q, a.k_cols, a.k_cols)
+    def array(
+        self, shape: tuple[int, int], dtype: np.dtype, start: int, row_stride: int
+    ) -> npt.NDArray:
+        """Return an array that starts at a byte, with rows some bytes apart."""
+        rows, cols = shape
+        self._extents.append(((rows, cols * dtype.itemsize), start, (row_stride, 1)))
+        return np.ndarray(shape, dtype, self._bytes, start, (row_stride, dtype.itemsize))
+
+    def guards_intact(self) -> bool:
+        """Whether all bytes outside of the arrays hold `CANARY`."""
+        changed = self._bytes != CANARY
+        for shape, start, strides in self._extents:
+            np.ndarray(shape, bool, changed, start, strides)[...] = False
+        return not changed.any()
 
 
-def _padded(a: Activations, dtype: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
-    """Return memory and, in it, arrays like q and k whose rows start at cache lines."""
-    item = DTYPE_BYTES[dtype]
-    strides = [-(-cols * item // _LINE) * _LINE for cols in (a.q_cols, a.k_cols)]
-    memory = np.full(a.rows * sum(strides) + 3 * _LINE, _CANARY, np.uint8)
-    starts = (_LINE, 2 * _LINE + a.rows * strides[0])
-    q, k = (
-        np.ndarray((a.rows, cols), NUMPY_DTYPES[dtype], memory, start, (stride, item))
-        for cols, start, stride in zip((a.q_cols, a.k_cols), starts, strides, strict=True)
-    )
-    return memory, q, k
+def _layout_of(tensor: TensorArgument, layout: str) -> str:
+    """Return where a tensor lies: without Q's or K's columns there is no projection to slice."""
+    if tensor.is_stream:
+        return layout
+    if tensor.is_output or layout not in ("misaligned", "strided", "in place, strided"):
+        return "packed"
+    return layout
 
 
-def _moved(array: npt.NDArray, offset: int, pad: int = 0) -> npt.NDArray:
-    """Copy an array to an address off by some bytes, its rows apart by some more elements."""
-    stride = array.shape[-1] + pad
-    rows = array.shape[0] if array.ndim == 2 else 1
-    item = array.itemsize
-    memory = np.zeros(rows * stride * item + offset, np.uint8)
-    strides = (stride * item, item) if array.ndim == 2 else (item,)
-    copy = np.ndarray(array.shape, array.dtype, memory, offset, strides)
-    copy[...] = array
-    return copy
+def _place(
+    shapes: Sequence[tuple[int, ...]], dtype: np.dtype, layout: str, by_element: bool
+) -> tuple[_Memory, list[npt.NDArray]]:
+    """Return memory, and arrays in it: side by side in every row where fused, otherwise apart."""
+    flat = [shape if len(shape) == 2 else (1, math.prod(shape)) for shape in shapes]
+    widths = [cols * dtype.itemsize for _, cols in flat]
+    start = _LINE
+    if layout == "misaligned":
+        start += dtype.itemsize if by_element else 1
+    strided = layout.endswith("strided")
+    if strided or layout == "fused":
+        # The last once more, as a V like K; where strided some more, so that an odd stride has
+        # rows start at every alignment.
+        row = sum(widths) + widths[-1]
+        if strided:
+            row = (row // dtype.itemsize + 3 | 1) * dtype.itemsize
+        strides = [row] * len(flat)
+        starts = [start + sum(widths[:i]) for i in range(len(flat))]
+        end = start + max(flat[0][0], 1) * row
+    else:
+        strides = [-(-width // _LINE) * _LINE if layout == PADDED else width for width in widths]
+        starts = []
+        for (rows, _), stride in zip(flat, strides, strict=True):
+            starts.append(start)
+            start += rows * stride + _LINE
+        end = start
+    memory = _Memory(end + _LINE)
+    return memory, [
+        memory.array(extents, dtype, at, stride).reshape(shape)
+        for extents, at, stride, shape in zip(flat, starts, strides, shapes, strict=True)
+    ]
 
 
 def _same_bits(left: npt.NDArray, right: npt.NDArray) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,17 @@ def sweep_specs(target: str) -> tuple[KernelSpec, ...]:
 
 @dataclasses.dataclass
 class SweepResult:
-    """What a sweep found: outputs compared, how many differ, the first described."""
+    """Outputs compared, how many differ, and the first difference described."""
 
     compared: int = 0
     different: int = 0
     first_difference: str | None = None
+
+    def add(self, other: SweepResult) -> None:
+        """Count another part of the sweep too."""
+        self.compared += other.compared
+        self.different += other.different
+        self.first_difference = self.first_difference or other.first_difference
 
 
 def sweep(
@@ -88,10 +94,7 @@ def sweep(
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(_block, module, at, stop) for at in blocks]
             for job in concurrent.futures.as_completed(jobs):
-                block = job.result()
-                result.compared += block.compared
-                result.different += block.different
-                result.first_difference = result.first_difference or block.first_difference
+                result.add(job.result())
                 progress(min(_CHUNK * _BLOCK, stop - start))
     finally:
         set_threads(0)
@@ -101,40 +104,51 @@ def sweep(
 
 
 def _block(module: Module, start: int, stop: int) -> SweepResult:
+    """Compare the chunks of one block."""
     result = SweepResult()
-    q = aligned_empty((_ROWS, _COLS), np.float32)
-    bits = q.view(np.uint32).reshape(-1)
+    x = aligned_empty((_ROWS, _COLS), np.float32)
     outputs = {
-        name: tuple(aligned_empty(q.shape, reference.NUMPY_DTYPES[name]) for _ in "qk")
+        name: tuple(aligned_empty(x.shape, reference.NUMPY_DTYPES[name]) for _ in "qk")
         for name in OUT_DTYPES
     }
-    for at in range(start, min(start + _CHUNK * _BLOCK, stop), _CHUNK):
-        bits[:] = np.arange(at, at + _CHUNK, dtype=np.uint64)
+    for first in range(start, min(start + _CHUNK * _BLOCK, stop), _CHUNK):
+        x.view(np.uint32).reshape(-1)[:] = np.arange(first, first + _CHUNK, dtype=np.uint64)
         for pairs in PAIRS:
-            (q_var, q_gamma), (k_var, k_gamma) = pairs
-            inputs = Activations(
-                q,
-                q,
-                np.tile(np.array([q_var, k_var], np.float32), (_ROWS, 1)),
-                np.full(_COLS, q_gamma, np.float32),
-                np.full(_COLS, k_gamma, np.float32),
-                epsilon=0.0,
+            result.add(_compare(module, x, first, pairs, outputs))
+    return result
+
+
+def _compare(
+    module: Module,
+    x: npt.NDArray,
+    first: int,
+    pairs: Sequence[tuple[float, float]],
+    outputs: Mapping[str, tuple[npt.NDArray, ...]],
+) -> SweepResult:
+    """Compare one call for each output type; `x` is q and k, the patterns from `first` on."""
+    (q_var, q_gamma), (k_var, k_gamma) = pairs
+    inputs = Activations(
+        x,
+        x,
+        np.tile(np.array([q_var, k_var], np.float32), (_ROWS, 1)),
+        np.full(_COLS, q_gamma, np.float32),
+        np.full(_COLS, k_gamma, np.float32),
+        epsilon=0.0,
+    )
+    weighted = reference.apply_qk_rms_norm(
+        x, x, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, 0.0, "float32"
+    )
+    result = SweepResult()
+    for out_dtype, (q_out, k_out) in outputs.items():
+        arrays = {**inputs.tensors, "q_out": q_out, "k_out": k_out}
+        module.apply_qk_rms_norm(*operation_arguments("apply_qk_rms_norm", arrays, 0.0))
+        for out, product, (var, gamma) in zip((q_out, k_out), weighted, pairs, strict=True):
+            different = reference.differing(out, _rounded(product, out_dtype))
+            difference = (
+                f"{different} of the patterns 0x{first:08x} to 0x{first + _CHUNK - 1:08x}, "
+                f"float32 -> {out_dtype}, mean square {var:g}, gamma {gamma:g}"
             )
-            weighted = reference.apply_qk_rms_norm(
-                q, q, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, 0.0, "float32"
-            )
-            for out_dtype, outs in outputs.items():
-                arrays = {**inputs.tensors, "q_out": outs[0], "k_out": outs[1]}
-                module.apply_qk_rms_norm(*operation_arguments("apply_qk_rms_norm", arrays, 0.0))
-                for out, product, (var, gamma) in zip(outs, weighted, pairs, strict=True):
-                    wrong = reference.differing(out, _rounded(product, out_dtype))
-                    result.compared += out.size
-                    result.different += wrong
-                    if wrong and result.first_difference is None:
-                        result.first_difference = (
-                            f"{wrong} of the patterns 0x{at:08x} to 0x{at + _CHUNK - 1:08x}, "
-                            f"float32 -> {out_dtype}, mean square {var:g}, gamma {gamma:g}"
-                        )
+            result.add(SweepResult(out.size, different, difference if different else None))
     return result
 
 

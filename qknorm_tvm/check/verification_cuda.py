@@ -1,14 +1,10 @@
-"""Bit-exactness on a GPU: where the cases of `verification` run, with unfused torch beside it.
-
-What a case is, its layouts, the guards around outputs and the comparison are `verification`'s. The
-memory of a case goes to the GPU as it is, and comes back after the call.
-"""
+"""A GPU as a device of `verification`: a case's memory goes there as it is, and comes back."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +12,12 @@ import numpy.typing as npt
 
 from ..load.module import Module
 from ..spec import KernelSpec
-from . import reference
 from .calls import call_arguments
+from .cases import Case, cases_for, shape_case
+from .expected import Graph, outputs_of
 from .inputs import Activations
 from .layouts import PADDED
-from .verification import Case, Device, Expected, cases_for, shape_case, torch_outputs
+from .verification import Device
 
 #: Beyond this many elements a case of a switch between kernels says nothing more.
 _MOST_ELEMENTS = 12_000_000
@@ -66,7 +63,7 @@ class OnDevice:
 
 
 class Cuda(Device):
-    """A GPU: compared with what `expected_outputs` says.
+    """A GPU: compared with torch's graph there, or NumPy's where the bits are NumPy's.
 
     Parameters
     ----------
@@ -88,9 +85,8 @@ class Cuda(Device):
         for case in itertools.chain(cases_for(spec, thorough=thorough), switches):
             yield dataclasses.replace(case, layouts=(*case.layouts, PADDED))
 
-    def expected(self, module: Module, spec: KernelSpec, inputs: Activations) -> list[Expected]:
-        outputs = expected_outputs(spec, inputs, self._device)
-        return [Expected(outputs, by_torch=not _by_numpy(spec))]
+    def graphs(self, module: Module, spec: KernelSpec) -> Sequence[Graph]:
+        return [_graph(spec, self._device)]
 
     def call(
         self, module: Module, op: str, arrays: Mapping[str, npt.NDArray], epsilon: float
@@ -114,37 +110,14 @@ def _switch_cases(module: Module, spec: KernelSpec) -> Iterator[Case]:
             yield shape_case(spec, rows, q_cols, k_cols, topic="where kernels change")
 
 
-def _by_numpy(spec: KernelSpec) -> bool:
-    # Reproducible specs and statistics promise NumPy's bits.
-    return spec.reproducible or not spec.operation.normalises
+def _graph(spec: KernelSpec, device: str) -> Graph:
+    """Return the graph that decides: reproducible specs and statistics promise NumPy's bits."""
+    by_numpy = spec.reproducible or not spec.operation.normalises
+    return Graph("cuda", torch_device=None if by_numpy else device)
 
 
 def expected_outputs(
     spec: KernelSpec, inputs: Activations, device: str = "cuda"
 ) -> tuple[npt.NDArray, ...]:
-    """Return what a spec's outputs must be: statistics in CUDA's order, and the graph with them.
-
-    Parameters
-    ----------
-    spec : KernelSpec
-        What is not reproducible is computed by the unfused torch graph on the device.
-    inputs : Activations
-    device : str
-
-    Returns
-    -------
-    tuple of ndarray
-        In the order of the operation's outputs.
-    """
-    if spec.op != "apply_qk_rms_norm":
-        qk_var = reference.row_mean_of_squares_qk(inputs.q, inputs.k, order="cuda")
-        if not spec.operation.normalises:
-            return (qk_var,)
-        inputs = dataclasses.replace(inputs, qk_var=qk_var)
-    out_dtype, cast = str(spec.out_dtype), spec.cast_before_gamma
-    if not _by_numpy(spec):
-        return torch_outputs(inputs, out_dtype, device, cast_before_gamma=cast)
-    return reference.apply_qk_rms_norm(
-        inputs.q, inputs.k, inputs.qk_var, inputs.gamma_q, inputs.gamma_k, inputs.epsilon,
-        out_dtype, cast_before_gamma=cast,
-    )  # fmt: skip
+    """Return what a spec's outputs must be on a GPU, in the order of the operation's."""
+    return outputs_of(_graph(spec, device), inputs, spec)

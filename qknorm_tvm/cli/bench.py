@@ -93,10 +93,11 @@ def bench(
 
     \b
     ours           the module, outputs given
-    copy           the same bytes read and written, with as many threads
+    copy           as many bytes, with as many threads
     NumPy, torch   the unfused graph, which allocates
     torch.compile  the graph compiled for this very shape
-    scalar         the same schedule with vector=1 and row_tile=1; LLVM still vectorises what it can
+    scalar         the schedule with vector=1, row_tile=1;
+                   LLVM still vectorises what it can
 
     With --device cuda: launches in a chain inside a CUDA graph, where the empty kernel is what a
     launch takes at least; copy is torch's copy_ of as many bytes, once for q and k together and
@@ -112,14 +113,18 @@ def bench(
     \b
     Examples:
       qknorm-tvm bench
-      qknorm-tvm bench --shapes 1536/256 --rows 1,4096 --threads 1 --no-torch-compile
-      qknorm-tvm bench --dtype bfloat16 --dtype float32 --csv bench.csv
+      qknorm-tvm bench --shapes 1536/256 --rows 1,4096 \\
+          --threads 1 --no-torch-compile
+      qknorm-tvm bench --dtype bfloat16 --dtype float32 \\
+          --csv bench.csv
       qknorm-tvm bench --cold
-      qknorm-tvm bench --device cuda --rows 1,16,64,256,1024,16384
-      qknorm-tvm bench --device cuda --module qk.so --shapes 1536/256
+      qknorm-tvm bench --device cuda --rows 1,64,1024
+      qknorm-tvm bench --device cuda --module qk.so \\
+          --shapes 1536/256
       qknorm-tvm bench --report before
       qknorm-tvm bench --compare before/results.csv
-      qknorm-tvm bench --compare before/results.csv --against after/results.csv
+      qknorm-tvm bench --compare before/results.csv \\
+          --against after/results.csv
 
     Exit status: 0, 1 when a result is not exact or got slower, 2 when the input is wrong.
     """

@@ -34,7 +34,8 @@ _CUDA_METHOD = (
 
 @click.command(short_help="Time the statistics, and the fused layer.")
 @click.option("--op", "ops", multiple=True, type=click.Choice(_OPS), default=_OPS,
-              show_default=True, help="Operation.")  # fmt: skip
+              show_default=True, metavar="OPERATION",
+              help="What to time; may be given several times.")  # fmt: skip
 @click.option("--shapes", type=Shapes(), default="1536/256,6144/1024", show_default=True,
               metavar="NQ/NK,...", help="Columns of Q and K.")  # fmt: skip
 @click.option("--rows", type=Numbers(1), default="1,16,256,1024,4096,16384", show_default=True,
@@ -68,7 +69,8 @@ def bench_layer(
 
     \b
     ours           the module, outputs given
-    floor          statistics: a sum over the same bytes; layer: a copy of them
+    floor          statistics: a sum over the same bytes;
+                   layer: a copy of them
     torch          operation by operation, as models do
     torch.compile  the graph compiled for this very shape
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
               "LLVM name, cuda (this machine's GPU) or one architecture such as "
               "cuda:sm_90.")  # fmt: skip
 @click.option("--op", type=click.Choice(OPS), default=OPS[0], show_default=True,
-              help="Operation to tune, on CPUs and on CUDA.")  # fmt: skip
+              metavar="OPERATION", help=f"One of {', '.join(OPS)}.")  # fmt: skip
 @click.option("--shapes", type=Shapes(), metavar="Nq/Nk,...",
               help="Columns to tune.  [default: one rank of MiniMax-M2, OLMo-2 7B and 32B on 1, 2, "
               "4 and 8 ranks]")  # fmt: skip
@@ -71,10 +71,15 @@ def tune(
 
     \b
     Examples:
-      qknorm-tvm tune                                  this CPU, all default shapes
-      qknorm-tvm tune --shapes 1536/256 --rows 1,64    one shape, a minute
-      qknorm-tvm tune --target cuda --op qk_rms_norm   another operation, this machine's GPU
-      qknorm-tvm tune --tracker 127.0.0.1:9190 --key epyc --workers 4
+      # this CPU, all default shapes
+      qknorm-tvm tune
+      # one shape, a minute
+      qknorm-tvm tune --shapes 1536/256 --rows 1,64
+      # another operation, this machine's GPU
+      qknorm-tvm tune --target cuda --op qk_rms_norm
+      # four servers of a fleet
+      qknorm-tvm tune --tracker 127.0.0.1:9190 --key epyc \\
+          --workers 4
     """
     from ..machine import load_warning
     from ..spec import KernelSpec

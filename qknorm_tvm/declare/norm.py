@@ -19,6 +19,7 @@ statistics that never leave the registers. What rotates is declared in `declare.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from . import steps
+from .parsing import parses_script
 from .rope import declare_rope
 from .statistics import row_mean, sum_of_squares
 
@@ -159,14 +161,28 @@ def declare(
         one, and the scalars: ``apply_qk_rms_norm(q_out, k_out, gamma_q, gamma_k, qk_var, q, k,
         epsilon, row_tiles, q_out_stride, k_out_stride, q_stride, k_stride)``.
     """
-    if spec.operation.rotates:
-        return declare_rope(spec, row_tile=row_tile, stride_unit=stride_unit, alignment=alignment)
+    # What is computed depends on the kind of target alone: every CPU level shares a declaration.
+    spec = spec.replace(target=spec.parsed_target.kind)
+    return _declared(_Parameters(spec, row_tile, stride_unit, alignment))
+
+
+@functools.lru_cache(maxsize=64)
+@parses_script
+def _declared(given: _Parameters) -> tirx.PrimFunc:
+    """Declare once: parsing TVMScript takes longer than scheduling and LLVM together."""
+    if given.spec.operation.rotates:
+        return declare_rope(
+            given.spec,
+            row_tile=given.row_tile,
+            stride_unit=given.stride_unit,
+            alignment=given.alignment,
+        )
     declare_operation = {
         "apply_qk_rms_norm": _apply_qk_rms_norm,
         "row_mean_of_squares_qk": _row_mean_of_squares_qk,
         "qk_rms_norm": _qk_rms_norm,
-    }[spec.op]
-    return declare_operation(spec, _Parameters(spec, row_tile, stride_unit, alignment))
+    }[given.spec.op]
+    return declare_operation(given.spec, given)
 
 
 def _apply_qk_rms_norm(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:

@@ -5,16 +5,21 @@ Their attention calls four modules one after the other::
     query_states = self.q_norm(self.q_proj(hidden_states))
     key_states = self.k_norm(self.k_proj(hidden_states))
 
-`patch` gives each of the four another ``forward``, on the instance. ``q_proj`` remembers its input;
-``q_norm`` projects K from it and normalises both, in one launch; ``k_proj`` and ``k_norm`` return
-what is there already. So every module is called with the same tensors as before and returns what it
-returned before, only K earlier. Modules, parameters and the keys of ``state_dict`` stay as they
-are: checkpoints load and save as ever, after `patch` as before it.
+`patch` replaces the ``forward`` of these four modules, on the instance:
 
-That K comes earlier must not matter. A hook on ``q_norm``, ``k_proj`` or ``k_norm`` runs after K
-has been normalised, and may change what K is made from. Where there is one, the modules compute
-what they did before `patch`, and a warning says so. An adapter around a module, which changes K
-without a hook, is noticed and refused.
+==========  ==============================================================================
+``q_proj``  projects Q as before, and keeps ``hidden_states``
+``q_norm``  projects K from ``hidden_states``, normalises Q and K in one launch, returns Q
+``k_proj``  returns the K that ``q_norm`` projected
+``k_norm``  returns the K that ``q_norm`` normalised
+==========  ==============================================================================
+
+Every module still takes and returns the same tensors; only K is computed earlier. Modules,
+parameters and ``state_dict`` keys do not change, so checkpoints load and save as before.
+
+A hook on ``q_norm``, ``k_proj`` or ``k_norm`` could observe that K is computed earlier, or change
+what K is computed from. Where there is such a hook, the modules run unfused, with a warning. An
+adapter that wraps a module and changes K without a hook is detected and refused.
 """
 
 from __future__ import annotations
@@ -53,13 +58,13 @@ def patch(
 
     There is no backward: call the model under ``torch.no_grad()``, as ``generate`` does by itself.
 
-    An attention with a hook on ``q_norm``, ``k_proj`` or ``k_norm``, or on all modules, computes
-    its norms one by one as the model does, with a ``RuntimeWarning``, until the hook is removed.
-    With `group` it raises a ``RuntimeError``: the model's own norms know only this rank's columns.
+    While there is a hook on ``q_norm``, ``k_proj`` or ``k_norm``, or on all modules, an attention
+    runs its own norms, unfused, with a ``RuntimeWarning``. With `group` it raises a
+    ``RuntimeError`` instead: the model's own norms know only this rank's columns.
 
-    Gammas are read from the model at every call. Those that are not float32 are widened then, in a
-    small launch each; in OLMo, ``attention.q_norm.float()`` and ``k_norm.float()`` save these and
-    change no result.
+    Gammas are read from the model at every call, and converted to float32 in a small launch each if
+    they have another type. In OLMo, ``attention.q_norm.float()`` and ``attention.k_norm.float()``
+    save these launches and change no result.
 
     Parameters
     ----------
@@ -70,12 +75,12 @@ def patch(
         How mean squares are computed. ``"fused"``: in the same launch. ``"torch"``: as the models
         do, ``x.float().pow(2).mean(-1)``; outputs equal the model's own bit for bit then.
     group : ProcessGroup, optional
-        Ranks over which the heads are sharded: mean squares are reduced over it. The model's
-        projections and norms hold this rank's heads already; whatever else its sharding needs
-        (the sum after ``o_proj``) is not done here.
+        Ranks over which the heads are sharded: mean squares are reduced over them. The model must
+        be sharded already: its projections and norms hold this rank's heads, and the sum after
+        ``o_proj`` is its own business.
     layout : HeadLayout, optional
-        This rank's heads. By default from the model's configuration, which is the whole model's,
-        and the group. Only with `group`.
+        This rank's heads. By default computed from the whole model's heads, which its
+        configuration states, and the group. Only with `group`.
     validate : bool
         Check at every call that the ranks agree, at the cost of a round trip; see
         `qknorm_tvm.tensor_parallel.qk_rms_norm`. Only with `group`.
@@ -88,8 +93,8 @@ def patch(
     Raises
     ------
     TypeError, ValueError
-        The model is none of these, is in training mode or is patched already, the forward of a
-        norm has been replaced, or an option is wrong. Nothing has been changed.
+        The model is not supported, is in training mode or is patched already, a norm's forward
+        has been replaced, or an option is wrong. Nothing has been changed.
     """
     _check_model(model)
     if statistics not in ("fused", "torch"):
@@ -127,7 +132,7 @@ def patch(
 
 
 def unpatch(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `patch`: the modules' own forwards are theirs again.
+    """Undo `patch`: give the modules the forwards that they had before.
 
     Parameters
     ----------
@@ -142,8 +147,8 @@ def unpatch(model: torch.nn.Module) -> torch.nn.Module:
     Raises
     ------
     TypeError, ValueError
-        `model` is no module, or not patched, or a forward was replaced since by someone else, who
-        must undo that first. Nothing has been changed.
+        `model` is no module or is not patched, or a forward has been replaced again since, which
+        must be undone first. Nothing has been changed.
     """
     _check_model(model)
     marked = [module for module in model.modules() if _MARK in module.__dict__]
@@ -162,7 +167,7 @@ def _check_model(model: Any) -> None:
 
 
 def _is_supported(module: torch.nn.Module) -> bool:
-    # The class itself: a subclass may call its modules in another order.
+    # Not a subclass: it may call its modules in another order.
     kind = type(module)
     return (
         kind.__module__.startswith("transformers.models.") and kind.__name__ in _CAST_BEFORE_GAMMA
@@ -187,7 +192,8 @@ def _options(
 ) -> _Options:
     q_norm, k_norm = attention.q_norm, attention.k_norm
     for norm, module in (("q_norm", q_norm), ("k_norm", k_norm)):
-        # Accelerate's stays: it fetches weights, and one not fetched is refused for its device.
+        # accelerate's is allowed: it only fetches weights, and a gamma that has not been fetched is
+        # refused for its device.
         if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
             raise ValueError(
                 f"{name}.{norm} must have its class's forward, got one replaced: what replaces it "
@@ -229,46 +235,45 @@ def _options(
 
 
 @dataclasses.dataclass
-class _Pending:
-    """The tensors of a call of the attention, from ``q_proj`` on until ``k_norm`` has returned.
+class _AttentionCall:
+    """The tensors of one call of the attention, from ``q_proj`` until ``k_norm`` has returned.
 
-    `k` and `k_out` are None until ``q_norm`` has computed them, and stay so where the modules run
-    one by one.
+    `k` and `k_out` are set by ``q_norm``, unless the modules run unfused.
     """
 
     hidden_states: torch.Tensor
-    one_by_one: bool = False
+    unfused: bool = False
     k: torch.Tensor | None = None
     k_out: torch.Tensor | None = None
 
 
 class _FusedNorms:
-    """The forwards of one attention's four modules, and the tensors that they share during a call.
+    """The new forwards of one attention's four modules, and the state of the call in progress.
 
-    Each thread has its own, since two may run the model at a time. After a call that an exception
-    ended, the next call's ``q_proj`` replaces them.
+    The state is kept per thread, since several threads may run the model. If an exception ends a
+    call, the next call of ``q_proj`` replaces its state.
     """
 
     def __init__(self, attention: torch.nn.Module, options: _Options):
         self.options = options
         self.modules = {name: getattr(attention, name) for name in _PARTS}
-        #: Forwards that stood on the instance before, such as accelerate's.
-        self.before: dict[str, Any] = {}
-        self.pending = threading.local()
+        #: Forwards that were set on the instance before, such as accelerate's.
+        self.replaced: dict[str, Any] = {}
+        self.thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copies of the model: what is pending in a thread is not part of it.
-        return {name: value for name, value in self.__dict__.items() if name != "pending"}
+        # A copy of the model has no call in progress.
+        return {name: value for name, value in self.__dict__.items() if name != "thread"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, pending=threading.local())
+        self.__dict__.update(state, thread=threading.local())
 
-    # ---- in and out of the modules ------------------------------------------------------------
+    # ---- installed and removed ----------------------------------------------------------------
 
     def install(self) -> None:
         for name, module in self.modules.items():
             if "forward" in module.__dict__:
-                self.before[name] = module.__dict__["forward"]
+                self.replaced[name] = module.__dict__["forward"]
             module.forward = getattr(self, name)
 
     def check_installed(self) -> None:
@@ -282,54 +287,54 @@ class _FusedNorms:
     def remove(self) -> None:
         for name, module in self.modules.items():
             del module.forward
-            if name in self.before:
-                module.forward = self.before[name]
+            if name in self.replaced:
+                module.forward = self.replaced[name]
 
-    def own(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Call a module's forward as it was before `patch`."""
+    def original(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Call the forward that a module had before `patch`."""
         module = self.modules[name]
-        if name in self.before:
-            return self.before[name](x)
+        if name in self.replaced:
+            return self.replaced[name](x)
         return type(module).forward(module, x)
 
     # ---- the forwards, in the order of their calls ----------------------------------------------
 
     def q_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self.pending.call = _Pending(hidden_states)
-        return self.own("q_proj", hidden_states)
+        self.thread.call = _AttentionCall(hidden_states)
+        return self.original("q_proj", hidden_states)
 
     def q_norm(self, q: torch.Tensor) -> torch.Tensor:
-        call = self.call("q_norm")
+        call = self.current_call("q_norm")
         if call.k is not None:
-            raise self.disorder("q_norm", "a second call")
-        call.one_by_one = self.has_hooks()
-        if call.one_by_one:
-            return self.own("q_norm", q)
-        call.k = self.own("k_proj", call.hidden_states)
+            raise self.out_of_order("q_norm", "a second call")
+        call.unfused = self.must_run_unfused()
+        if call.unfused:
+            return self.original("q_norm", q)
+        call.k = self.original("k_proj", call.hidden_states)
         q_out, call.k_out = self.normalise(q, call.k)
         return q_out
 
     def k_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        call = self.call("k_proj")
-        if call.one_by_one:
-            return self.own("k_proj", hidden_states)
+        call = self.current_call("k_proj")
+        if call.unfused:
+            return self.original("k_proj", hidden_states)
         if call.k is None or hidden_states is not call.hidden_states:
-            raise self.disorder("k_proj", "another tensor than q_proj's")
+            raise self.out_of_order("k_proj", "another tensor than q_proj's")
         return call.k
 
     def k_norm(self, k: torch.Tensor) -> torch.Tensor:
-        call = self.call("k_norm")
-        if call.one_by_one:
-            self.pending.call = None
-            return self.own("k_norm", k)
+        call = self.current_call("k_norm")
+        if call.unfused:
+            self.thread.call = None
+            return self.original("k_norm", k)
         if call.k_out is None or k is not call.k:
-            raise self.disorder("k_norm", "another tensor than k_proj's")
-        self.pending.call = None
+            raise self.out_of_order("k_norm", "another tensor than k_proj's")
+        self.thread.call = None
         return call.k_out
 
-    def has_hooks(self) -> bool:
-        """Whether anything else runs between ``q_norm`` and the end of ``k_norm``; says so."""
-        place = self.hooked()
+    def must_run_unfused(self) -> bool:
+        """Whether a hook would run between ``q_norm`` and the end of ``k_norm``; warn if so."""
+        place = self.place_of_hook()
         if place is None:
             return False
         if self.options.group is not None:
@@ -345,27 +350,27 @@ class _FusedNorms:
         )
         return True
 
-    def hooked(self) -> str | None:
-        """Return where there is a hook, or a forward put around this one's, if there is any."""
+    def place_of_hook(self) -> str | None:
+        """Return the first place with a hook, or with a forward that wraps the new one."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "all modules"
         if self.modules["q_norm"]._forward_hooks:
             return "q_norm"
         for name in ("k_proj", "k_norm"):
             module = self.modules[name]
-            around = getattr(module.forward, "__self__", None) is not self
-            if module._forward_hooks or module._forward_pre_hooks or around:
+            wrapped = getattr(module.forward, "__self__", None) is not self
+            if module._forward_hooks or module._forward_pre_hooks or wrapped:
                 return name
         return None
 
-    def call(self, name: str) -> _Pending:
-        call = getattr(self.pending, "call", None)
+    def current_call(self, name: str) -> _AttentionCall:
+        call = getattr(self.thread, "call", None)
         if call is None:
-            raise self.disorder(name, "no call of q_proj before")
+            raise self.out_of_order(name, "no call of q_proj before")
         return call
 
     @staticmethod
-    def disorder(name: str, got: str) -> RuntimeError:
+    def out_of_order(name: str, got: str) -> RuntimeError:
         return RuntimeError(
             f"{name} must be called in the order q_proj, q_norm, k_proj, k_norm, each on what "
             f"the attention passes on, got {got}: call unpatch(model) before the model is changed "
@@ -382,42 +387,29 @@ class _FusedNorms:
         out_dtype = q.dtype
         if options.cast_before_gamma:
             out_dtype = torch.promote_types(weight.dtype, q.dtype)
+        scales = (gamma_q, gamma_k, options.epsilon)
+        rounding: dict[str, Any] = {
+            "out_dtype": out_dtype,
+            "cast_before_gamma": options.cast_before_gamma,
+        }
         if options.group is not None:
             return tensor_parallel.qk_rms_norm(
                 q,
                 k,
-                gamma_q,
-                gamma_k,
-                options.epsilon,
+                *scales,
                 group=options.group,
                 layout=options.layout,
                 statistics=options.statistics,
-                cast_before_gamma=options.cast_before_gamma,
-                out_dtype=out_dtype,
                 validate=options.validate,
+                **rounding,
             )
         q_rows, k_rows = q.reshape(-1, q.shape[-1]), k.reshape(-1, k.shape[-1])
         if options.statistics == "torch":
-            # On the shape that the model computes it on: the order of its sums is torch's affair.
+            # Of q and k in their own shape, as the model does: torch's order of summation may
+            # depend on the shape.
             means = [x.float().pow(2).mean(-1).reshape(-1) for x in (q, k)]
-            q_out, k_out = torch_ops.apply_qk_rms_norm(
-                q_rows,
-                k_rows,
-                torch.stack(means, dim=1),
-                gamma_q,
-                gamma_k,
-                options.epsilon,
-                out_dtype=out_dtype,
-                cast_before_gamma=options.cast_before_gamma,
-            )
+            qk_var = torch.stack(means, dim=1)
+            q_out, k_out = torch_ops.apply_qk_rms_norm(q_rows, k_rows, qk_var, *scales, **rounding)
         else:
-            q_out, k_out = torch_ops.qk_rms_norm(
-                q_rows,
-                k_rows,
-                gamma_q,
-                gamma_k,
-                options.epsilon,
-                out_dtype=out_dtype,
-                cast_before_gamma=options.cast_before_gamma,
-            )
+            q_out, k_out = torch_ops.qk_rms_norm(q_rows, k_rows, *scales, **rounding)
         return q_out.view(q.shape), k_out.view(k.shape)

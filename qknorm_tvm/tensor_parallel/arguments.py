@@ -18,17 +18,32 @@ from .layout import HeadLayout, check_int
 STATISTICS = ("fused", "torch")
 
 
-@dataclasses.dataclass
-class Call:
-    """One rank's arguments, as given until `check` returns; q, k and outputs are matrices then.
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Arguments that are right, with more than two dimensions joined to rows.
 
     Attributes
     ----------
-    q_weight, k_weight : float or None
-        What this rank's mean squares count; both None where all ranks' count the same by
-        definition. That one rank's happens to be the average says nothing about the others, and
-        all must reduce alike.
+    q, k : torch.Tensor, ``[M, Nq_local]`` and ``[M, Nk_local]``
+    outputs : dict of str to torch.Tensor
+        Those of ``q_out`` and ``k_out`` that are given.
+    out_dtype : str or None
+    weights : tuple of float or None
+        What this rank's mean squares of Q and of K count; None where all ranks' count the same.
+        A weight that happens to be the average is not None: other ranks' may differ, and all must
+        reduce alike.
     """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    outputs: dict[str, torch.Tensor]
+    out_dtype: str | None
+    weights: tuple[float | None, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of `qk_rms_norm` on one rank, as given."""
 
     q: Any
     k: Any
@@ -44,8 +59,6 @@ class Call:
     k_replicas: Any
     statistics: Any
     cast_before_gamma: Any
-    q_weight: float | None = None
-    k_weight: float | None = None
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -53,7 +66,7 @@ class Call:
         given = (("q_out", self.q_out), ("k_out", self.k_out))
         return {name: out for name, out in given if out is not None}
 
-    def check(self, members: Members) -> None:
+    def check(self, members: Members) -> Checked:
         """Check every argument.
 
         Raises
@@ -69,7 +82,7 @@ class Call:
         _check_input("q", q)
         _check_input("k", k)
         if k.dtype != q.dtype:
-            raise TypeError(f"k must be {_name(q.dtype)} like q, got {_name(k.dtype)}")
+            raise TypeError(f"k must be {dtype_name(q.dtype)} like q, got {dtype_name(k.dtype)}")
         if k.device != q.device:
             raise ValueError(f"k must be on {q.device} like q, got {k.device}")
         members.check_device("q", q)
@@ -78,25 +91,31 @@ class Call:
                 f"k must have the rows of q {tuple(q.shape[:-1])}, got {tuple(k.shape[:-1])}"
             )
         self._check_options()
-        self._check_columns(members)
-        for name, operand, like in (("gamma_q", "q", q), ("gamma_k", "k", k)):
+        out_dtype = None
+        if self.out_dtype is not None:
+            out_dtype = canonical_dtype("out_dtype", self.out_dtype)
+        weights = self._weights(members)
+        for operand, x in (("q", q), ("k", k)):
+            name = f"gamma_{operand}"
             gamma = tensors[name]
             if gamma.dtype != torch.float32:
-                raise TypeError(f"{name} must be float32, got {_name(gamma.dtype)}")
-            _check_place(name, gamma, like.shape[-1:], f", the columns of {operand}", operand, like)
+                raise TypeError(f"{name} must be float32, got {dtype_name(gamma.dtype)}")
+            _check_place(name, gamma, x.shape[-1:], f", the columns of {operand}", operand, x)
+        matrices = {}
         for name, out in outputs.items():
-            if self.out_dtype is not None and _name(out.dtype) != self.out_dtype:
+            operand = name[0]
+            if out_dtype is not None and dtype_name(out.dtype) != out_dtype:
                 raise TypeError(
-                    f"{name} must be {self.out_dtype} like out_dtype, got {_name(out.dtype)}"
+                    f"{name} must be {out_dtype} like out_dtype, got {dtype_name(out.dtype)}"
                 )
             _check_dtype(name, out)
-            operand, like = ("q", q) if name == "q_out" else ("k", k)
-            _check_place(name, out, like.shape, f" like {operand}", operand, like)
-            setattr(self, name, _as_matrix(name, out, copy=False))
+            x = tensors[operand]
+            _check_place(name, out, x.shape, f" like {operand}", operand, x)
+            matrices[name] = _as_matrix(name, out, copy=False)
         if len(outputs) == 2 and self.q_out.dtype != self.k_out.dtype:
-            got = _name(self.k_out.dtype)
-            raise TypeError(f"k_out must be {_name(self.q_out.dtype)} like q_out, got {got}")
-        self.q, self.k = _as_matrix("q", q), _as_matrix("k", k)
+            got = dtype_name(self.k_out.dtype)
+            raise TypeError(f"k_out must be {dtype_name(self.q_out.dtype)} like q_out, got {got}")
+        return Checked(_as_matrix("q", q), _as_matrix("k", k), matrices, out_dtype, weights)
 
     def _check_options(self) -> None:
         if not _is_number(self.epsilon):
@@ -107,28 +126,32 @@ class Call:
         if not isinstance(self.cast_before_gamma, bool):
             got = type(self.cast_before_gamma).__name__
             raise TypeError(f"cast_before_gamma must be a bool, got {got}")
-        if self.out_dtype is not None:
-            self.out_dtype = canonical_dtype("out_dtype", self.out_dtype)
 
-    def _check_columns(self, members: Members) -> None:
-        """Check columns against the layout, or find what they weigh by the totals."""
+    def _weights(self, members: Members) -> tuple[float | None, float | None]:
+        """Check the columns against the layout or the totals; return `Checked.weights`."""
+        if self.layout is not None:
+            self._check_layout(members)
+            return None, None
+        world = members.world_size
+        check_int("k_replicas", self.k_replicas, 1, world)
+        if self.k_cols_total is None and self.k_replicas != 1:
+            raise ValueError(
+                f"k_replicas must be 1 where k_cols_total is not given, got {self.k_replicas}"
+            )
+
+        def weight(operand: str, total: Any, replicas: int) -> float | None:
+            if total is None:
+                return None
+            cols = getattr(self, operand).shape[-1]
+            # One rank holds the whole rows.
+            most = cols if world == 1 else world * MAX_COLS
+            check_int(f"{operand}_cols_total", total, cols, most)
+            return float(cols / (total * replicas))
+
+        return weight("q", self.q_cols_total, 1), weight("k", self.k_cols_total, self.k_replicas)
+
+    def _check_layout(self, members: Members) -> None:
         layout, world = self.layout, members.world_size
-        columns = {"q": self.q.shape[-1], "k": self.k.shape[-1]}
-        if layout is None:
-            check_int("k_replicas", self.k_replicas, 1, world)
-            if self.k_cols_total is None and self.k_replicas != 1:
-                raise ValueError(
-                    f"k_replicas must be 1 where k_cols_total is not given, got {self.k_replicas}"
-                )
-            for operand, cols in columns.items():
-                total = getattr(self, f"{operand}_cols_total")
-                if total is not None:
-                    # One rank holds the whole rows.
-                    most = cols if world == 1 else world * MAX_COLS
-                    check_int(f"{operand}_cols_total", total, cols, most)
-                    replicas = self.k_replicas if operand == "k" else 1
-                    setattr(self, f"{operand}_weight", cols / (total * replicas))
-            return
         if not isinstance(layout, HeadLayout):
             raise TypeError(f"layout must be a HeadLayout, got {type(layout).__name__}")
         if (self.q_cols_total, self.k_cols_total, self.k_replicas) != (None, None, 1):
@@ -138,36 +161,31 @@ class Call:
                 f"layout must be for rank {members.rank} of {world} like the group, "
                 f"got rank {layout.rank} of {layout.world_size}"
             )
-        for operand, cols in (("q", layout.q_cols), ("k", layout.k_cols)):
-            if columns[operand] != cols:
+        for operand, x, cols in (("q", self.q, layout.q_cols), ("k", self.k, layout.k_cols)):
+            if x.shape[-1] != cols:
                 raise ValueError(
-                    f"{operand} must have {cols} columns by its layout, got {columns[operand]}"
+                    f"{operand} must have {cols} columns by its layout, got {x.shape[-1]}"
                 )
 
-    def report(self) -> Report:
+    def report(self, checked: Checked) -> Report:
         """Return what the other ranks must agree with."""
-        dtype = _name(self.q.dtype)
-        given = [_name(out.dtype) for out in self.outputs.values()]
-        of = self if self.layout is None else self.layout
+        dtype = dtype_name(self.q.dtype)
+        given = [dtype_name(out.dtype) for out in self.outputs.values()]
+        totals = self if self.layout is None else self.layout
+        k_replicas = self.k_replicas if self.layout is None else self.layout.kv_replicas
         return Report(
             alike={
-                "rows of q and k": self.q.shape[0],
+                "rows of q and k": checked.q.shape[0],
                 "dtype of q and k": dtype,
-                "dtype of the outputs": given[0] if given else self.out_dtype or dtype,
+                "dtype of the outputs": given[0] if given else checked.out_dtype or dtype,
                 "epsilon": repr(float(self.epsilon)),
                 "statistics": self.statistics,
                 "cast_before_gamma": self.cast_before_gamma,
-                "weighting by column totals": (self.q_weight, self.k_weight) != (None, None),
-                "q_cols_total": of.q_cols_total,
-                "k_cols_total": of.k_cols_total,
+                "weighting by column totals": checked.weights != (None, None),
+                "q_cols_total": totals.q_cols_total,
+                "k_cols_total": totals.k_cols_total,
             },
-            columns={
-                "q": (self.q.shape[1], 1),
-                "k": (
-                    self.k.shape[1],
-                    self.k_replicas if self.layout is None else self.layout.kv_replicas,
-                ),
-            },
+            columns={"q": (checked.q.shape[1], 1), "k": (checked.k.shape[1], k_replicas)},
         )
 
 
@@ -183,7 +201,8 @@ def check_no_derivative(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 @functools.cache
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without its module, such as ``"bfloat16"``."""
     return str(dtype).rpartition(".")[2]
 
 
@@ -206,7 +225,7 @@ def _check_dense(name: str, tensor: Any) -> None:
 
 
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
-    dtype = _name(tensor.dtype)
+    dtype = dtype_name(tensor.dtype)
     if dtype not in DTYPE_BYTES:
         raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
 

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from ..call import api
 from ..call.arrays import canonical_dtype
 from ..call.torch_autograd import count_writes
-from .arguments import Call, check_no_derivative
+from .arguments import Call, Checked, check_no_derivative, dtype_name
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
 
@@ -116,21 +116,17 @@ def qk_rms_norm(
         return _trace(call, group, validate)
     members = _members(group, layout)
     if validate and members.world_size > 1:
-        qk_var = _check_together(call, members)
+        checked, qk_var = _check_together(call, members)
     else:
-        call.check(members)
-        qk_var = _local_statistics(call, members)
+        checked = call.check(members)
+        qk_var = _local_statistics(call, checked, members)
     if qk_var is not None:
-        _reduce(qk_var, members, call.q_weight, call.k_weight)
-    outputs = _normalise(call, qk_var)
+        _reduce(qk_var, members, *checked.weights)
+    outputs = _normalise(call, checked, qk_var)
     return (
-        _in_shape_of(q, outputs[0]) if q_out is None else q_out,
-        _in_shape_of(k, outputs[1]) if k_out is None else k_out,
+        outputs[0].view(q.shape) if q_out is None else q_out,
+        outputs[1].view(k.shape) if k_out is None else k_out,
     )
-
-
-def _in_shape_of(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return out if x.dim() == 2 else out.view(x.shape)
 
 
 def _members(group: Any, layout: Any) -> Members:
@@ -140,54 +136,48 @@ def _members(group: Any, layout: Any) -> Members:
     return members_of(group, may_be_alone=alone)
 
 
-def _check_together(call: Call, members: Members) -> torch.Tensor | None:
-    """Check this rank's call, and that of all others; return the local statistics."""
-    qk_var = failure = None
+def _check_together(call: Call, members: Members) -> tuple[Checked, torch.Tensor | None]:
+    """Check this rank's call, and that of all others; return the local statistics too."""
+    failure = None
     try:
-        call.check(members)
-        qk_var = _local_statistics(call, members)
-        _try_normalise(call, qk_var)
-        report = call.report()
+        checked = call.check(members)
+        qk_var = _local_statistics(call, checked, members)
+        # Only the last step knows its code, and which memory may overlap.
+        before = {name: out.clone() for name, out in checked.outputs.items()}
+        _normalise(call, checked, qk_var)
+        for name, out in checked.outputs.items():
+            out.copy_(before[name])
+        report = call.report(checked)
     except Exception as error:
         report, failure = Report(error=f"{type(error).__name__}: {error}"), error
     wrong = disagreement(exchange(report, members))
     if wrong is not None:
         raise ValueError(wrong) from failure
-    return qk_var
+    return checked, qk_var
 
 
-def _local_statistics(call: Call, members: Members) -> torch.Tensor | None:
+def _local_statistics(call: Call, checked: Checked, members: Members) -> torch.Tensor | None:
     """Return the mean squares of this rank's columns; None where the fused operation serves."""
     if call.statistics == "torch":
-        return torch.stack([x.float().pow(2).mean(-1) for x in (call.q, call.k)], dim=1)
+        return torch.stack([x.float().pow(2).mean(-1) for x in (checked.q, checked.k)], dim=1)
     if members.world_size == 1:
         return None
-    return api.row_mean_of_squares_qk(call.q, call.k)
+    return api.row_mean_of_squares_qk(checked.q, checked.k)
 
 
-def _normalise(call: Call, qk_var: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    options = {
-        "q_out": call.q_out,
-        "k_out": call.k_out,
-        "out_dtype": call.out_dtype,
-        "cast_before_gamma": call.cast_before_gamma,
-    }
+def _normalise(
+    call: Call, checked: Checked, qk_var: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     scales = (call.gamma_q, call.gamma_k, call.epsilon)
+    options = {"out_dtype": checked.out_dtype, "cast_before_gamma": call.cast_before_gamma}
+    options |= checked.outputs
     if qk_var is None:
-        outputs = api.qk_rms_norm(call.q, call.k, *scales, **options)
+        outputs = api.qk_rms_norm(checked.q, checked.k, *scales, **options)
     else:
-        outputs = api.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
-    if call.outputs:
+        outputs = api.apply_qk_rms_norm(checked.q, checked.k, qk_var, *scales, **options)
+    if checked.outputs:
         count_writes(tuple(call.outputs.values()))
     return outputs
-
-
-def _try_normalise(call: Call, qk_var: torch.Tensor | None) -> None:
-    """Raise what the last step would: only it knows its code, and which memory may overlap."""
-    before = {name: out.clone() for name, out in call.outputs.items()}
-    _normalise(call, qk_var)
-    for name, out in call.outputs.items():
-        out.copy_(before[name])
 
 
 # ---- the all-reduce ---------------------------------------------------------------------------
@@ -253,7 +243,13 @@ def _reduce(
     world = members.world_size
     op = dist.ReduceOp.SUM
     if q_weight is not None or k_weight is not None:
-        _scale(qk_var, q_weight or 1 / world, k_weight or 1 / world)
+        q_factor, k_factor = q_weight or 1 / world, k_weight or 1 / world
+        if q_factor != k_factor:
+            # By column, not by a tensor of both: that would be copied to the device in every call.
+            qk_var[:, 0].mul_(q_factor)
+            qk_var[:, 1].mul_(k_factor)
+        elif q_factor != 1:
+            qk_var.mul_(q_factor)
     elif world > 1 and members.backends.get(qk_var.device.type) == "nccl":
         op = dist.ReduceOp.AVG
     elif world > 1:
@@ -262,16 +258,6 @@ def _reduce(
     if world > 1:
         dist.all_reduce(qk_var, op=op, group=members.group)
         count_writes((qk_var,))
-
-
-def _scale(qk_var: torch.Tensor, q_weight: float, k_weight: float) -> None:
-    if q_weight == k_weight:
-        if q_weight != 1:
-            qk_var.mul_(q_weight)
-        return
-    # By column, not by a tensor of both: that would be copied to the device in every call.
-    qk_var[:, 0].mul_(q_weight)
-    qk_var[:, 1].mul_(k_weight)
 
 
 def _check_weight(name: str, weight: Any) -> None:
@@ -287,7 +273,7 @@ def _check_statistics(qk_var: Any, members: Members) -> None:
     if not isinstance(qk_var, torch.Tensor):
         raise TypeError(f"qk_var must be a torch.Tensor, got {type(qk_var).__name__}")
     if qk_var.dtype != torch.float32:
-        raise TypeError(f"qk_var must be float32, got {str(qk_var.dtype).rpartition('.')[2]}")
+        raise TypeError(f"qk_var must be float32, got {dtype_name(qk_var.dtype)}")
     if qk_var.dim() != 2 or qk_var.shape[1] != 2:
         raise ValueError(f"qk_var must have shape (M, 2), got {tuple(qk_var.shape)}")
     if not qk_var.is_contiguous():

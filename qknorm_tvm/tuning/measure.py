@@ -91,7 +91,8 @@ def arena_bytes(sizes: Mapping[str, int]) -> int:
 
 def exactness_case(spec: KernelSpec, rows: int) -> Activations:
     """Return inputs in which random bits, infinities, NaNs and denormals are strewn."""
-    from ..check.verification import shape_case, special_gamma
+    from ..check.cases import shape_case
+    from ..check.special_values import special_gamma
 
     assert spec.q_cols is not None
     assert spec.k_cols is not None

@@ -9,7 +9,7 @@ from gpu_calls import check, make_call, torch
 from module_list import DTYPES, FIXED, PAIRINGS
 
 from qknorm_tvm import Module
-from qknorm_tvm.check import verification_cuda
+from qknorm_tvm.check import expected
 from qknorm_tvm.check.verification import Report, run_case
 from qknorm_tvm.check.verification_cuda import Cuda
 
@@ -69,15 +69,13 @@ def test_a_difference_would_be_seen(get_module: GetModule) -> None:
     module = get_module("single")
     (spec,) = module.specs
     case = next(Cuda().cases(module, spec))
-    broken = verification_cuda.torch_outputs
+    broken = expected.torch_outputs
     try:
-        verification_cuda.torch_outputs = lambda a, *rest, **how: tuple(
-            -x for x in broken(a, *rest, **how)
-        )
+        expected.torch_outputs = lambda a, *rest, **how: tuple(-x for x in broken(a, *rest, **how))
         report = Report()
         run_case(module, case, Cuda(), report)
     finally:
-        verification_cuda.torch_outputs = broken
+        expected.torch_outputs = broken
     assert not report.exact
 
 
