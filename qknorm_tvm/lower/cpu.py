@@ -470,7 +470,8 @@ def _every_second(expr: tirx.Expr) -> bool:
 class _Pairs:
     """Rewrites what is computed of neighbouring columns, each pair's two elements apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounding: str) -> None:
+        self.rounding = rounding
         self.simplify = tvm.sym.Analyzer().simplify
         #: Values in the high halves of words, by the variable that holds them as bfloat16.
         self.words: list[tuple[tirx.Var, tirx.Var]] = []
@@ -499,11 +500,27 @@ class _Pairs:
             whole = tirx.Ramp(index.base - parity, 1, 2 * index.lanes)
             return tirx.BufferLoad(load.source, [whole]), parity
 
+        # No payload of a NaN may reach what is rounded; a bfloat16's is no trouble.
+        is_rounded = _is_bfloat16(node.value)
+
+        def clear(value: tirx.Broadcast) -> tirx.Expr:
+            is_float = str(_type(value)).startswith("float32")
+            if not (is_rounded and is_float):
+                return value
+            return tirx.Broadcast(_clear_payload(value.value, 1), value.lanes)
+
         def narrow(load: TensorLoad) -> tirx.Expr:
+            if (
+                is_rounded
+                and str(_type(load)) == f"float32x{_type(load).lanes}"
+                and not (_every_second(load))
+            ):
+                return _clear_payload(load, _type(load).lanes)
             if not _every_second(load) or _is_bfloat16(load):
                 return load
             whole, parity = split(load)
-            return tirx.Shuffle([whole], list(range(parity, _type(whole).lanes, 2)))
+            half = tirx.Shuffle([whole], list(range(parity, _type(whole).lanes, 2)))
+            return _clear_payload(half, _type(load).lanes) if is_rounded else half
 
         def widen(cast: tirx.Cast) -> tirx.Expr:
             lanes = _type(cast).lanes
@@ -516,18 +533,18 @@ class _Pairs:
                 return _widened(_words(whole, lanes), parity)
             if isinstance(cast.value, tirx.Cast) and _is_bfloat16(cast.value):
                 high = _splat(0xFFFF0000, lanes)
-                exact = _rounded(_clear_payload(cast.value.value, lanes), lanes, "shift")
-                return _floats(exact & high, lanes)
+                return _floats(_rounded(cast.value.value, lanes, self.rounding) & high, lanes)
             return cast
 
-        value = structural_map(node.value, (TensorLoad, narrow))
+        value = structural_map(node.value, (tirx.Broadcast, clear))
+        value = structural_map(value, (TensorLoad, narrow))
         value = structural_map(value, (tirx.Cast, widen))
         if not _is_bfloat16(value):
             return tirx.Bind(node.var, value)
         lanes = _type(value).lanes
         words = tirx.Var(f"{node.var.name}_words", f"uint32x{lanes}")
         self.words.append((node.var, words))
-        exact = _rounded(_clear_payload(value.value, lanes), lanes, "shift")
+        exact = _rounded(value.value, lanes, self.rounding)
         narrowed = tirx.Cast(f"uint16x{lanes}", words >> _splat(16, lanes))
         return tirx.SeqStmt(
             [
@@ -586,15 +603,19 @@ def _from_bfloat16(expr: tirx.Expr) -> tirx.Expr:
     return _floats(bits << _splat(16, lanes), lanes)
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.Pairs")
-def read_and_store_pairs(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
-    """Load and store pairs of neighbouring columns as whole vectors; a TVM pass.
+def interleaved_pairs(rounding: str) -> tvm.transform.Pass:
+    """Make the pass that loads and stores pairs of neighbouring columns as whole vectors.
 
     Run after vectorising: the first elements of pairs then are a ramp of stride 2.
     """
-    pairs = _Pairs()
-    body = structural_map(func.body, (tirx.Bind, pairs.bind))
-    return func.with_body(structural_map(body, (tirx.SeqStmt, pairs.store)))
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.InterleavedPairs")
+    def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+        pairs = _Pairs(rounding)
+        body = structural_map(func.body, (tirx.Bind, pairs.bind))
+        return func.with_body(structural_map(body, (tirx.SeqStmt, pairs.store)))
+
+    return rewrite
 
 
 def lower(
@@ -621,7 +642,7 @@ def lower(
                 s_tir.transform.LoopPartition(),
                 tirx.transform.VectorizeLoop(True),
                 read_words,
-                *([read_and_store_pairs] if spec.interleaved else []),
+                *([interleaved_pairs(config.rounding)] if spec.interleaved else []),
                 rewrite_stores(config, spec, streaming=streaming),
                 tirx.transform.BF16ComputeLegalize(),
                 tirx.transform.UnrollLoop(),
