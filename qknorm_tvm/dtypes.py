@@ -101,7 +101,9 @@ ELEMENT_TYPES = {
 }
 
 #: Element types of q, k and their outputs, with their size in bytes.
-DTYPE_BYTES = {name: element.bytes for name, element in ELEMENT_TYPES.items() if element.is_operand}
+DTYPE_BYTES = {
+    name: element.bytes for name, element in ELEMENT_TYPES.items() if element.is_operand
+}
 
 
 def numpy_dtypes() -> dict[str, np.dtype[Any]]:
