@@ -306,7 +306,8 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
         return _stream(node) if streaming and written in output else node
 
     def with_exact_values(body: tirx.Stmt) -> tirx.Stmt:
-        # TVM's legalisation would make variables of bfloat16 float32: they are kept as bits.
+        # TVM's legalisation of bfloat16 leaves out what is bound to a variable, which is kept as
+        # bits, and widened here.
         bits: list[tuple[tirx.Var, tirx.Var]] = []
 
         def bind(node: tirx.Bind) -> tirx.Stmt:
@@ -315,11 +316,13 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
                 return tirx.Bind(node.var, value)
             kind = str(_type(value)).replace("bfloat16", "uint16")
             bits.append((node.var, tirx.Var(node.var.name, kind)))
-            return tirx.Bind(bits[-1][1], tirx.reinterpret(kind, value))
+            # `exact` has made it of bits.
+            (value,) = value.args
+            value = value if str(_type(value)) == kind else tirx.reinterpret(kind, value)
+            return tirx.Bind(bits[-1][1], value)
 
         def widen(cast: tirx.Cast) -> tirx.Expr:
-            is_bound = any(var.same_as(cast.value) for var, _ in bits)
-            return _from_bfloat16(cast.value) if is_bound else cast
+            return _from_bfloat16(cast.value) if _is_bfloat16(cast.value) else cast
 
         body = structural_map(body, (tirx.Bind, bind))
         body = structural_map(body, (tirx.Cast, widen))
@@ -528,7 +531,7 @@ class _Pairs:
                 if not _is_bfloat16(cast.value):
                     return cast
                 if not _every_second(cast.value):
-                    return _from_bfloat16(cast.value)
+                    return cast
                 whole, parity = split(cast.value)
                 return _widened(_words(whole, lanes), parity)
             if isinstance(cast.value, tirx.Cast) and _is_bfloat16(cast.value):
