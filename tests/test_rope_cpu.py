@@ -216,13 +216,14 @@ def test_every_pattern(dtype: str, rotary_dtype: str | None, interleaved: bool, 
     arrays["q"] = np.concatenate([ordered, partners], axis=2).reshape(rows, 256)
     if interleaved:
         arrays["q"] = np.stack([ordered, partners], axis=3).reshape(rows, 256)
-    arrays["gamma_q"][:] = arrays["gamma_k"][:] = rng.choice([1, -1, 1e-3, 3.1], 256)[0]
+    arrays["gamma_q"][:], arrays["gamma_k"][:] = 3.1, -1
     arrays["gamma_q"][::7] = np.float32(np.nan)
     arrays["gamma_q"].view(np.uint32)[3] = 0x7FFFFFFF
     arrays["qk_var"][:] = rng.choice([1.0, 1e-12, 1e8, 0.0], (rows, 2))
     kind = arrays["cos_sin_cache"].dtype
     angles = rng.choice(np.array(ANGLES, np.float32), (MAX_POSITION, 64))
-    arrays["cos_sin_cache"][:] = angles.astype(kind)
+    with np.errstate(over="ignore"):
+        arrays["cos_sin_cache"][:] = angles.astype(kind)
     check(spec, arrays, cpu=cpu, row_tile=4)
 
 

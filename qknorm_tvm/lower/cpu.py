@@ -10,6 +10,10 @@ sign: 0x7fffffff becomes -0), and widens each bfloat16 with a shuffle. Here
   A shift and a mask widen them, a shift and a ternary-logic instruction put them back: 14 vector
   instructions for 32 elements on AVX-512 instead of 23, and fewer still that need a shuffle port.
 
+* where an operation rotates, products are rounded before they are added, which LLVM would fuse;
+  pairs of neighbouring columns are read and stored as whole vectors; float8 is rounded by integer
+  operations.
+
 The arithmetic on each element, and so each result, stays the declaration's.
 """
 
@@ -46,7 +50,8 @@ define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none
 """
 _PRODUCT_IR = """
 ; A product that is rounded: LLVM fuses no addition with it.
-define internal <LANES x float> @qknorm_product_LANES(<LANES x float> %product) alwaysinline nounwind memory(none) {
+define internal <LANES x float> @qknorm_product_LANES(<LANES x float> %product)
+    alwaysinline nounwind memory(none) {
   %rounded = call <LANES x float> @llvm.arithmetic.fence.vLANESf32(<LANES x float> %product)
   ret <LANES x float> %rounded
 }
@@ -242,7 +247,7 @@ def _to_float8(cast: tirx.Cast) -> tirx.Expr:
 
     bits = _words(cast.value, lanes)
     size = bits & splat(0x7FFFFFFF)
-    # Of 23 bits of a significand 3 are left; the carry goes into the exponent, whose bias becomes 7.
+    # Of a significand's 23 bits 3 are left; a carry goes into the exponent, whose bias becomes 7.
     normal = ((size + splat(0x7FFFF) + ((size >> splat(20)) & splat(1))) >> splat(20)) - splat(960)
     # Below 2**-6 numbers are multiples of 2**-9, and so is the last bit of a sum with 2**14.
     scale = splat(0x46800000)
