@@ -11,6 +11,13 @@ Map from loops: ``tile`` -> tasks of the thread pool, ``panel`` -> serial, ``row
 ``lane`` -> SIMD lanes. Columns beyond the last whole vector are a partition of ``panel`` of their
 own, so the vector loop carries no test.
 
+Operations that rotate go by heads and, in a head, by panels of pairs and then of the other columns:
+``tile`` -> ``head`` -> ``panel`` -> ``row`` -> ``lane``. What rows have one of comes first in a
+tile: rs, and where the row goes in the caches. V is a third part of the tile. Panels outside heads,
+so that a row's cosines are widened once, gain nothing (17.9 and 17.9 us at M = 64 of 1536/256 with
+rotary 64 of 128, one thread of a Zen 4; two rows a tile 18.1, one 20.0; 280 ns are about 1,500
+vector instructions a row, of which the rotation and its roundings are a third).
+
 What was tried (one thread of a Xeon, Emerald Rapids, 3.0 GHz, TVM 0.27, x86-64-v4, Nq 1536, Nk 256;
 times over those of numpy.copyto of the same bytes; ``qknorm-tvm bench`` measures anew):
 

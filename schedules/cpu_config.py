@@ -97,7 +97,9 @@ def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     # Whole vectors of a head's pairs, of its other columns, and of V's: none is left over.
     vector = config.vector // 2 if spec.interleaved else config.vector
     vector = math.gcd(vector, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
-    return dataclasses.replace(config, vector=vector, streaming_bytes=0)
+    # Rows share gamma's shuffle here too; four leave registers for the rotation.
+    row_tile = min(config.row_tile, 4)
+    return dataclasses.replace(config, vector=vector, row_tile=row_tile, streaming_bytes=0)
 
 
 def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:

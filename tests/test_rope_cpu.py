@@ -138,3 +138,104 @@ def test_equals_the_reference(choice: int, dtype: str, rotary_dtype: str | None,
     """A product fused with a sum, a rounding left out, a float8 off by one, a slot mistaken."""
     spec = _of_type(CHOICES[choice], dtype, rotary_dtype)
     check(spec, make(spec, 8), cpu=cpu, row_tile=4 if choice % 2 else 1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(64, 64), (80, 32), (80, 80), (128, 64), (128, 128), (27, 10)]
+)
+def test_shapes_of_heads(head_dim: int, rotary_dim: int, interleaved: bool) -> None:
+    """Pairs or columns beyond the last whole vector."""
+    spec = CACHE.replace(
+        q_cols=2 * head_dim, k_cols=head_dim, head_dim=head_dim, rotary_dim=rotary_dim,
+        interleaved=interleaved, writes_k_out=True,
+    )  # fmt: skip
+    check(spec, make(spec, 4), row_tile=4)
+
+
+@pytest.mark.parametrize("vector", [8, 32, 128])
+@pytest.mark.parametrize("choice", [0, 2, 5])
+def test_any_vector(choice: int, vector: int) -> None:
+    """Vectors that hold pairs and other columns at once, or more than there are."""
+    spec = CHOICES[choice]
+    check(spec, make(spec, 4), config=CpuConfig(vector=vector))
+
+
+def test_caches_of_any_shape_and_strides() -> None:
+    """A block or a stride mistaken; a row without a slot stored; scales of a head and of all."""
+    spec = CACHE.replace(rotary_dim=64, cache_dtype=FLOAT8)
+    for block_size, slots in ((1, 24), (16, 24), (64, 0), (64, 7)):
+        check(spec, make(spec, 24, block_size=block_size, slots=slots))
+    arrays = make(spec, 24)
+    for name in ("k_scale", "v_scale"):
+        arrays[name] = arrays[name][:1]
+    # K and V in one tensor, heads before slots.
+    blocks, block_size, heads, head_dim = arrays["k_cache"].shape
+    both = filled((blocks, 2, heads, block_size, head_dim), FLOAT8)
+    arrays["k_cache"], arrays["v_cache"] = (both[:, i].swapaxes(1, 2) for i in range(2))
+    check(spec, arrays)
+
+
+@pytest.mark.parametrize("choice", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_in_place_on_slices_of_one_tensor(choice: int, dtype: str) -> None:
+    """The second of a pair computed from a first that has been rotated already."""
+    spec = _of_type(CHOICES[choice], dtype, None)
+    arrays = make(spec, 8)
+    qkv = random_values(np.random.default_rng(1), (8, 1030), dtype)
+    arrays["q"], arrays["k"] = qkv[:, 3:387], qkv[:, 387:515]
+    arrays["q_out"], arrays["k_out"] = arrays["q"], arrays["k"]
+    before = qkv.copy()
+    check(spec, arrays, row_tile=4)
+    for columns in (slice(0, 3), slice(515, None)):
+        assert qkv[:, columns].tobytes() == before[:, columns].tobytes()
+
+
+#: Cosines and sines that go wrong first.
+ANGLES = (0.0, -0.0, 1.0, -1.0, 0.7071, 2.0**-126, 2.0**-133, 3e38, np.inf, np.nan)
+
+
+@pytest.mark.parametrize("cpu", LEVELS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dtype", [None, "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_pattern(dtype: str, rotary_dtype: str | None, interleaved: bool, cpu: str) -> None:
+    """A rounding or a product that is wrong for some element, next to one wrong for others."""
+    spec = KernelSpec(
+        op="qk_rms_norm_rope", in_dtype=dtype, q_cols=256, k_cols=64, head_dim=64,
+        rotary_dim=64, rotary_dtype=rotary_dtype, interleaved=interleaved,
+    )  # fmt: skip
+    patterns = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPES[dtype])
+    rng = np.random.default_rng(0)
+    rows = 2 * len(patterns) // 256
+    arrays = make(spec, rows)
+    # Every pattern beside chance ones: as the first of a pair and as the second.
+    partners = rng.permutation(patterns).reshape(-1, 4, 32)
+    ordered = patterns.reshape(-1, 4, 32)
+    arrays["q"] = np.concatenate([ordered, partners], axis=2).reshape(rows, 256)
+    if interleaved:
+        arrays["q"] = np.stack([ordered, partners], axis=3).reshape(rows, 256)
+    arrays["gamma_q"][:], arrays["gamma_k"][:] = 3.1, -1
+    arrays["gamma_q"][::7] = np.float32(np.nan)
+    arrays["gamma_q"].view(np.uint32)[3] = 0x7FFFFFFF
+    arrays["qk_var"][:] = rng.choice([1.0, 1e-12, 1e8, 0.0], (rows, 2))
+    kind = arrays["cos_sin_cache"].dtype
+    angles = rng.choice(np.array(ANGLES, np.float32), (MAX_POSITION, 64))
+    with np.errstate(over="ignore"):
+        arrays["cos_sin_cache"][:] = angles.astype(kind)
+    check(spec, arrays, cpu=cpu, row_tile=4)
+
+
+@pytest.mark.parametrize("cpu", LEVELS)
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0**-9, 1 / 3, 3e-38, 1e38, 0.0, np.inf, np.nan])
+def test_float8_of_every_bfloat16(scale: float, cpu: str) -> None:
+    """A tie, a denormal, a carry into the exponent, or a number beyond 448 rounded wrongly."""
+    spec = KernelSpec(
+        op="qk_rms_norm_rope_cache", q_cols=64, k_cols=256, head_dim=64, cache_dtype=FLOAT8
+    )
+    patterns = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    arrays = make(spec, 256)
+    arrays["v"] = patterns.reshape(256, 256)
+    arrays["slot_mapping"] = np.arange(256)
+    arrays["v_scale"] = np.array([scale], np.float32)
+    check(spec, arrays, cpu=cpu)

@@ -10,6 +10,10 @@ sign: 0x7fffffff becomes -0), and widens each bfloat16 with a shuffle. Here
   A shift and a mask widen them, a shift and a ternary-logic instruction put them back: 14 vector
   instructions for 32 elements on AVX-512 instead of 23, and fewer still that need a shuffle port.
 
+* where an operation rotates, products are rounded before they are added, which LLVM would fuse;
+  pairs of neighbouring columns are read and stored as whole vectors; float8 is rounded by integer
+  operations.
+
 The arithmetic on each element, and so each result, stays the declaration's.
 """
 
@@ -46,7 +50,8 @@ define internal i32 @qknorm_opaque(i32 %value) alwaysinline nounwind memory(none
 """
 _PRODUCT_IR = """
 ; A product that is rounded: LLVM fuses no addition with it.
-define internal <LANES x float> @qknorm_product_LANES(<LANES x float> %product) alwaysinline nounwind memory(none) {
+define internal <LANES x float> @qknorm_product_LANES(<LANES x float> %product)
+    alwaysinline nounwind memory(none) {
   %rounded = call <LANES x float> @llvm.arithmetic.fence.vLANESf32(<LANES x float> %product)
   ret <LANES x float> %rounded
 }
@@ -242,7 +247,7 @@ def _to_float8(cast: tirx.Cast) -> tirx.Expr:
 
     bits = _words(cast.value, lanes)
     size = bits & splat(0x7FFFFFFF)
-    # Of 23 bits of a significand 3 are left; the carry goes into the exponent, whose bias becomes 7.
+    # Of a significand's 23 bits 3 are left; a carry goes into the exponent, whose bias becomes 7.
     normal = ((size + splat(0x7FFFF) + ((size >> splat(20)) & splat(1))) >> splat(20)) - splat(960)
     # Below 2**-6 numbers are multiples of 2**-9, and so is the last bit of a sum with 2**14.
     scale = splat(0x46800000)
@@ -306,7 +311,8 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
         return _stream(node) if streaming and written in output else node
 
     def with_exact_values(body: tirx.Stmt) -> tirx.Stmt:
-        # TVM's legalisation would make variables of bfloat16 float32: they are kept as bits.
+        # TVM's legalisation of bfloat16 leaves out what is bound to a variable, which is kept as
+        # bits, and widened here.
         bits: list[tuple[tirx.Var, tirx.Var]] = []
 
         def bind(node: tirx.Bind) -> tirx.Stmt:
@@ -315,11 +321,13 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
                 return tirx.Bind(node.var, value)
             kind = str(_type(value)).replace("bfloat16", "uint16")
             bits.append((node.var, tirx.Var(node.var.name, kind)))
-            return tirx.Bind(bits[-1][1], tirx.reinterpret(kind, value))
+            # `exact` has made it of bits.
+            (value,) = value.args
+            value = value if str(_type(value)) == kind else tirx.reinterpret(kind, value)
+            return tirx.Bind(bits[-1][1], value)
 
         def widen(cast: tirx.Cast) -> tirx.Expr:
-            is_bound = any(var.same_as(cast.value) for var, _ in bits)
-            return _from_bfloat16(cast.value) if is_bound else cast
+            return _from_bfloat16(cast.value) if _is_bfloat16(cast.value) else cast
 
         body = structural_map(body, (tirx.Bind, bind))
         body = structural_map(body, (tirx.Cast, widen))
@@ -470,7 +478,8 @@ def _every_second(expr: tirx.Expr) -> bool:
 class _Pairs:
     """Rewrites what is computed of neighbouring columns, each pair's two elements apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounding: str) -> None:
+        self.rounding = rounding
         self.simplify = tvm.sym.Analyzer().simplify
         #: Values in the high halves of words, by the variable that holds them as bfloat16.
         self.words: list[tuple[tirx.Var, tirx.Var]] = []
@@ -499,11 +508,27 @@ class _Pairs:
             whole = tirx.Ramp(index.base - parity, 1, 2 * index.lanes)
             return tirx.BufferLoad(load.source, [whole]), parity
 
+        # No payload of a NaN may reach what is rounded; a bfloat16's is no trouble.
+        is_rounded = _is_bfloat16(node.value)
+
+        def clear(value: tirx.Broadcast) -> tirx.Expr:
+            is_float = str(_type(value)).startswith("float32")
+            if not (is_rounded and is_float):
+                return value
+            return tirx.Broadcast(_clear_payload(value.value, 1), value.lanes)
+
         def narrow(load: TensorLoad) -> tirx.Expr:
+            if (
+                is_rounded
+                and str(_type(load)) == f"float32x{_type(load).lanes}"
+                and not (_every_second(load))
+            ):
+                return _clear_payload(load, _type(load).lanes)
             if not _every_second(load) or _is_bfloat16(load):
                 return load
             whole, parity = split(load)
-            return tirx.Shuffle([whole], list(range(parity, _type(whole).lanes, 2)))
+            half = tirx.Shuffle([whole], list(range(parity, _type(whole).lanes, 2)))
+            return _clear_payload(half, _type(load).lanes) if is_rounded else half
 
         def widen(cast: tirx.Cast) -> tirx.Expr:
             lanes = _type(cast).lanes
@@ -511,23 +536,23 @@ class _Pairs:
                 if not _is_bfloat16(cast.value):
                     return cast
                 if not _every_second(cast.value):
-                    return _from_bfloat16(cast.value)
+                    return cast
                 whole, parity = split(cast.value)
                 return _widened(_words(whole, lanes), parity)
             if isinstance(cast.value, tirx.Cast) and _is_bfloat16(cast.value):
                 high = _splat(0xFFFF0000, lanes)
-                exact = _rounded(_clear_payload(cast.value.value, lanes), lanes, "shift")
-                return _floats(exact & high, lanes)
+                return _floats(_rounded(cast.value.value, lanes, self.rounding) & high, lanes)
             return cast
 
-        value = structural_map(node.value, (TensorLoad, narrow))
+        value = structural_map(node.value, (tirx.Broadcast, clear))
+        value = structural_map(value, (TensorLoad, narrow))
         value = structural_map(value, (tirx.Cast, widen))
         if not _is_bfloat16(value):
             return tirx.Bind(node.var, value)
         lanes = _type(value).lanes
         words = tirx.Var(f"{node.var.name}_words", f"uint32x{lanes}")
         self.words.append((node.var, words))
-        exact = _rounded(_clear_payload(value.value, lanes), lanes, "shift")
+        exact = _rounded(value.value, lanes, self.rounding)
         narrowed = tirx.Cast(f"uint16x{lanes}", words >> _splat(16, lanes))
         return tirx.SeqStmt(
             [
@@ -586,15 +611,19 @@ def _from_bfloat16(expr: tirx.Expr) -> tirx.Expr:
     return _floats(bits << _splat(16, lanes), lanes)
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="qknorm.Pairs")
-def read_and_store_pairs(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
-    """Load and store pairs of neighbouring columns as whole vectors; a TVM pass.
+def interleaved_pairs(rounding: str) -> tvm.transform.Pass:
+    """Make the pass that loads and stores pairs of neighbouring columns as whole vectors.
 
     Run after vectorising: the first elements of pairs then are a ramp of stride 2.
     """
-    pairs = _Pairs()
-    body = structural_map(func.body, (tirx.Bind, pairs.bind))
-    return func.with_body(structural_map(body, (tirx.SeqStmt, pairs.store)))
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="qknorm.InterleavedPairs")
+    def rewrite(func: tirx.PrimFunc, _mod: tvm.IRModule, _ctx: object) -> tirx.PrimFunc:
+        pairs = _Pairs(rounding)
+        body = structural_map(func.body, (tirx.Bind, pairs.bind))
+        return func.with_body(structural_map(body, (tirx.SeqStmt, pairs.store)))
+
+    return rewrite
 
 
 def lower(
@@ -621,7 +650,7 @@ def lower(
                 s_tir.transform.LoopPartition(),
                 tirx.transform.VectorizeLoop(True),
                 read_words,
-                *([read_and_store_pairs] if spec.interleaved else []),
+                *([interleaved_pairs(config.rounding)] if spec.interleaved else []),
                 rewrite_stores(config, spec, streaming=streaming),
                 tirx.transform.BF16ComputeLegalize(),
                 tirx.transform.UnrollLoop(),
