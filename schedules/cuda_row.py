@@ -385,9 +385,7 @@ def _scale_index(operand: _Operand, column: Any) -> Any:
     return tirx.min(head, operand.scales.shape[0] - 1)
 
 
-def _operands(
-    spec: KernelSpec, params: dict[str, Any], wanted: int
-) -> tuple[_Operand, ...]:
+def _operands(spec: KernelSpec, params: dict[str, Any], wanted: int) -> tuple[_Operand, ...]:
     """Partition a block's warps: as many as chunks, or as many as a block may have."""
     tags = [tag for tag in "qkv" if tag in params]
     cols = [params[tag].shape[1] for tag in tags]
@@ -421,11 +419,12 @@ def _operands(
         )
         if spec.rotary_dim and operand.is_normalised:
             assert spec.head_dim is not None
-            rotation = _Rotation(
-                spec.head_dim, spec.rotary_dim, spec.interleaved, operand.aligned
-            )
+            rotation = _Rotation(spec.head_dim, spec.rotary_dim, spec.interleaved, operand.aligned)
             operand = dataclasses.replace(operand, rotation=rotation)
-        first_thread, first_sum = operand.first_thread + operand.warps * WARP, first_sum + operand.sums
+        first_thread, first_sum = (
+            operand.first_thread + operand.warps * WARP,
+            first_sum + operand.sums,
+        )
         operands.append(operand)
     return tuple(operands)
 
@@ -563,9 +562,7 @@ def _load_partners(t, operand):
                 _read_elsewhere(
                     operand, t.partner, (i, j), operand.x, (t.row(i),), column, place_of, VECTOR
                 )
-        _read_elsewhere(
-            operand, t.partner_gamma, (j,), operand.gamma, (), column, place_of, VECTOR
-        )
+        _read_elsewhere(operand, t.partner_gamma, (j,), operand.gamma, (), column, place_of, VECTOR)
 
 
 @T.inline
@@ -710,9 +707,7 @@ def _roots(t, operand):
     epsilon = T.meta_var(t.params["epsilon"])
     for i in _unrolled(t.rows):
         if t.has_given_statistics:
-            t.rs[i] = steps.inverse_root(
-                t.variance[i], epsilon, reproducible=t.spec.reproducible
-            )
+            t.rs[i] = steps.inverse_root(t.variance[i], epsilon, reproducible=t.spec.reproducible)
         else:
             _sum_slots(t, operand, i)
             variance = T.meta_var(steps.mean(t.total[i], operand.cols))

@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cuda_code import scheduled
 from cuda_emulation import Kernel
-from tvm import tirx
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.check import reference
 from qknorm_tvm.check.inputs import generate
 from qknorm_tvm.check.reference import NUMPY_DTYPES
-from qknorm_tvm.declare.parameters import function, parameters
-from qknorm_tvm.schedules import cuda_row
 from qknorm_tvm.schedules.cuda_config import CudaVariant
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
@@ -103,10 +101,7 @@ def _stored(x: npt.NDArray, spec: KernelSpec, scale: npt.NDArray | None) -> npt.
 
 
 def _kernel(spec: KernelSpec, variant: CudaVariant) -> Kernel:
-    given = parameters(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
-    declared = function("emulated", given, tirx.Evaluate(0))  # the kernel has its own body
-    func = cuda_row.schedule(declared, spec, variant.config)
-    return Kernel(build_cuda.cuda_source([("emulated", func)]))
+    return Kernel(build_cuda.cuda_source([("emulated", scheduled(spec, variant))]))
 
 
 def _inputs(spec: KernelSpec, seed: int) -> dict[str, npt.NDArray]:
@@ -176,7 +171,9 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
     for tensor in spec.tensors:
         strides = arrays[tensor.name].strides[:-1]
         own = [s // arrays[tensor.name].itemsize for s in strides]
-        for name, stride in zip(tensor.stride_names or ["qk_var_stride"] * len(own), own, strict=True):
+        for name, stride in zip(
+            tensor.stride_names or ["qk_var_stride"] * len(own), own, strict=True
+        ):
             assert name == "qk_var_stride" or stride % unit == 0
             scalars[name] = stride if name == "qk_var_stride" else stride // unit
     kernel(-(-ROWS // variant.config.rows), {**arrays, **scalars}, reverse=seed % 2 == 1)
@@ -215,7 +212,9 @@ def _check_all(spec: KernelSpec, variants: list[CudaVariant] | None = None) -> N
     assert len(checked) == len({variant.name for variant in variants or default_variants(spec)})
 
 
-def _spec(op: str, dtype: str, q_heads: int, k_heads: int, head_dim: int, **fields: Any) -> KernelSpec:
+def _spec(
+    op: str, dtype: str, q_heads: int, k_heads: int, head_dim: int, **fields: Any
+) -> KernelSpec:
     return KernelSpec(
         op=op, in_dtype=dtype, q_cols=q_heads * head_dim, k_cols=k_heads * head_dim,
         head_dim=head_dim, target="cuda:sm_90", **fields,
