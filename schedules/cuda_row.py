@@ -15,10 +15,10 @@ Map from the declaration's loops::
 
 1. *Load*: every thread loads its vectors of all of its rows, and gamma, before anything else; what
    leads to further loads (positions, slots) first, and what it leads to (cosines) last.
-2. *Sum*, unless the statistics are given: it adds its squares, and a warp its threads' sums, by shuffles. They are a butterfly:
-   addition commutes, so that every lane has the bits of the declared sum of halves. Each warp
-   leaves its chunks' sums in shared memory; all wait for one another once; then each warp adds the
-   slots' sums, by shuffles again.
+2. *Sum*, unless the statistics are given: it adds its squares, and a warp its threads' sums, by
+   shuffles. They are a butterfly: addition commutes, so that every lane has the bits of the
+   declared sum of halves. Each warp leaves its chunks' sums in shared memory; all wait for one
+   another once; then each warp adds the slots' sums, by shuffles again.
 3. *Normalise*, *rotate* and *store* the vectors that a thread still holds; or write the means.
 
 Where a row's columns are open, or more than registers hold, the warps go through its chunks in
@@ -31,17 +31,18 @@ them in shared memory, so that each thread gets the 8 neighbouring columns that 
 Lanes without columns, and chunks that a row does not have, hold zeros as in the declaration; sums
 that would only add such zeros are left out.
 
-A rotated column needs its partner's rounded norm (`_Rotation`): it is in the same vector, or another
-lane of the warp has it, at one distance for all; else the thread reads the partner's column of x
-too and normalises it. Outputs may be the inputs: one barrier then keeps all of the block's reads
-before its first write.
+A rotated column needs its partner's rounded norm (`_Rotation`): it is in the same vector, or
+another lane of the warp has it, at one distance for all; else the thread reads the partner's column
+of x too and normalises it. Outputs may be the inputs: one barrier then keeps all of the block's
+reads before its first write.
 
 TensorIR's primitives have no words for a sum in a given order over a warp and over warps, for two
 operands in one block of threads, or for registers that are read before the sum and after it: this
 kernel is written out, for the parameters of the declared function.
 """
 
-# ruff: noqa: SIM102 -- nested, a condition that is True when the kernel is made leaves no code
+# ruff: noqa: SIM102, SIM114 -- a condition that is known when the kernel is made leaves no code,
+# if it stands alone
 
 from __future__ import annotations
 

@@ -162,9 +162,10 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
 
 def _general_variants(spec: KernelSpec) -> list[CudaVariant]:
     is_open = spec.q_cols is None or spec.k_cols is None
-    config = CudaConfig(
-        vector=1, columns=1 if is_open else _GENERAL_COLUMNS, dependent_launch="after_loads"
-    )
+    columns = 1 if is_open else _GENERAL_COLUMNS
+    if spec.operation.rotates:
+        columns = 2  # partners and cosines need registers too
+    config = CudaConfig(vector=1, columns=columns, dependent_launch="after_loads")
     return [CudaVariant(name="general", config=config)]
 
 

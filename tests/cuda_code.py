@@ -15,13 +15,17 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
 from support import session_folder
+from tvm import tirx
 
 from qknorm_tvm import BuildError, KernelSpec, compile
 from qknorm_tvm.build import cuda as build_cuda
+from qknorm_tvm.declare.parameters import function, parameters
+from qknorm_tvm.schedules import cuda_row
 from qknorm_tvm.schedules.cuda_config import CudaVariant
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
@@ -60,6 +64,30 @@ MODULES: dict[str, tuple[KernelSpec, ...]] = {
         for dtype, q, k in columns
     ),
 }
+ROPE, CACHE = "qk_rms_norm_rope", "qk_rms_norm_rope_cache"
+
+
+def _rotating(op: str, q_cols: int, k_cols: int, head_dim: int = 128, **fields: Any) -> KernelSpec:
+    return KernelSpec(
+        op=op, q_cols=q_cols, k_cols=k_cols, head_dim=head_dim, target=SM_90, **fields
+    )
+
+
+MODULES["rope-few"] = (
+    _rotating(CACHE, 1536, 256, rotary_dim=64),
+    _rotating(CACHE, 1536, 256, rotary_dim=64, statistics="local", cache_dtype="float8_e4m3fn"),
+    _rotating(ROPE, 1920, 480, 96, rotary_dim=96),
+)
+MODULES["rope"] = (
+    *MODULES["rope-few"],
+    _rotating(CACHE, 6144, 1024, rotary_dim=64),
+    _rotating(CACHE, 6144, 1024, rotary_dim=128, statistics="local", writes_k_out=True),
+    _rotating(CACHE, 1536, 256, rotary_dim=64, in_dtype="float32"),
+    _rotating(CACHE, 1536, 256, rotary_dim=64, rotary_dtype="float32", statistics="local"),
+    _rotating(CACHE, 1536, 256),
+    _rotating(ROPE, 1536, 256, rotary_dim=64, interleaved=True),
+    _rotating(ROPE, 1280, 320, 80, rotary_dim=32, statistics="local", in_dtype="float16"),
+)
 #: What a default run looks at: nvcc takes as long as everything else.
 MODULES["apply-few"] = MODULES["apply"][:1]
 MODULES["statistics-few"] = MODULES["statistics"][4:5]
@@ -145,6 +173,36 @@ def built(name: str) -> Built:
             command = next(one for one in commands if "-c" in one)
             about.write_text(json.dumps({"command": command, "built_in": str(here)}))
     return Built(name, path, source, **json.loads(about.read_text()))
+
+
+def scheduled(spec: KernelSpec, variant: CudaVariant) -> tirx.PrimFunc:
+    """Make a row kernel for the parameters of a spec; it has nothing of the declared body."""
+    given = parameters(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
+    declared = function("declared", given, tirx.Evaluate(0))
+    return cuda_row.schedule(declared, spec, variant.config)
+
+
+def source_of(name: str) -> Built:
+    """Write the kernels of one of `MODULES` alone, without a module around them."""
+    needs_nvcc()
+    folder = session_folder() / f"cuda-source-{name}"
+    folder.mkdir(exist_ok=True)
+    about, source = folder / "about.json", folder / "module.cu"
+    with filelock.FileLock(folder / "lock"):
+        if not about.exists():
+            functions = [
+                (symbol.removesuffix("_kernel"), scheduled(*of))
+                for symbol, of in kernels_of(name).items()
+            ]
+            source.write_text(build_cuda.cuda_source(functions))
+            commands: list[list[str]] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    build_cuda, "run_compiler", lambda command, _: commands.append(command)
+                )
+                build_cuda.nvcc_compile(source, folder / "cuda.o", ["sm_90"])
+            about.write_text(json.dumps({"command": commands[0], "built_in": str(folder)}))
+    return Built(name, folder / "module.so", source, **json.loads(about.read_text()))
 
 
 def kernels_of(name: str) -> dict[str, tuple[KernelSpec, CudaVariant]]:

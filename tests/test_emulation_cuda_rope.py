@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cuda_code import scheduled
 from cuda_emulation import Kernel
-from tvm import tirx
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.check import reference
 from qknorm_tvm.check.inputs import generate
 from qknorm_tvm.check.reference import NUMPY_DTYPES
-from qknorm_tvm.declare.parameters import function, parameters
-from qknorm_tvm.schedules import cuda_row
 from qknorm_tvm.schedules.cuda_config import CudaVariant
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
@@ -103,10 +101,7 @@ def _stored(x: npt.NDArray, spec: KernelSpec, scale: npt.NDArray | None) -> npt.
 
 
 def _kernel(spec: KernelSpec, variant: CudaVariant) -> Kernel:
-    given = parameters(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
-    declared = function("emulated", given, tirx.Evaluate(0))  # the kernel has its own body
-    func = cuda_row.schedule(declared, spec, variant.config)
-    return Kernel(build_cuda.cuda_source([("emulated", func)]))
+    return Kernel(build_cuda.cuda_source([("emulated", scheduled(spec, variant))]))
 
 
 def _inputs(spec: KernelSpec, seed: int) -> dict[str, npt.NDArray]:
