@@ -41,7 +41,7 @@ operands in one block of threads, or for registers that are read before the sum 
 kernel is written out, for the parameters of the declared function.
 """
 
-# ruff: noqa: SIM102, SIM114 -- a condition that is known when the kernel is made leaves no code,
+# ruff: noqa: SIM102 -- a condition that is known when the kernel is made leaves no code,
 # if it stands alone
 
 from __future__ import annotations

@@ -309,7 +309,7 @@ def test_caches_side_by_side_in_one_buffer_do_not_overlap() -> None:
     given["k_cache"], given["v_cache"] = buffer[:, 0, :, :-1], buffer[:, 1, :, :-1]
     check(CACHE, given)
     given["v_cache"] = buffer[:, 0, :, 1:]
-    with pytest.raises(ValueError, match="^v_cache must not overlap k_cache"):
+    with pytest.raises(ValueError, match=r"^v_cache must not overlap k_cache"):
         qknorm_tvm.qk_rms_norm_rope_cache(**given)
     heads = np.zeros((3, 16, 2 * KV_HEADS, HEAD_DIM), BFLOAT16)
     given["k_cache"], given["v_cache"] = heads[:, :, :KV_HEADS], heads[:, :, KV_HEADS:]
@@ -336,7 +336,7 @@ def test_a_module_of_several_specs_serves_by_what_is_given() -> None:
         for name, value in expected.items():
             assert differing(given[name], value) == 0, name
     values[names.index("qk_var")] = np.zeros((9, 2), "f4")
-    with pytest.raises(ValueError, match="^the tensors given, the dtypes and columns of cos_sin"):
+    with pytest.raises(ValueError, match=r"^the tensors given, the dtypes and columns of cos_sin"):
         module.qk_rms_norm_rope_cache(*values, 1e-6, 1)
 
 
@@ -350,11 +350,11 @@ def test_a_tensor_that_the_only_spec_does_not_take() -> None:
     del given["head_dim"]
     given |= {"q_out": np.empty((9, Q_COLS), BFLOAT16)}
     values = {name: _stored(given.get(name)) for name in CACHE.operation.tensors}
-    with pytest.raises(ValueError, match="^qk_var must be None for this module's spec "):
+    with pytest.raises(ValueError, match=r"^qk_var must be None for this module's spec "):
         module.qk_rms_norm_rope_cache(*(values | {"qk_var": np.zeros((9, 2), "f4")}).values(), 1e-6)
-    with pytest.raises(ValueError, match="^positions must be a tensor for this module's spec "):
+    with pytest.raises(ValueError, match=r"^positions must be a tensor for this module's spec "):
         module.qk_rms_norm_rope_cache(*(values | {"positions": None}).values(), 1e-6, 1)
-    with pytest.raises(TypeError, match="^q must be a tensor, got None"):
+    with pytest.raises(TypeError, match=r"^q must be a tensor, got None"):
         module.qk_rms_norm_rope_cache(*(values | {"q": None}).values(), 1e-6, 1)
 
 

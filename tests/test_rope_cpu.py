@@ -18,7 +18,7 @@ from support import LEVELS, OWN, PLAIN, filled, random_values
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build.cpu import cpu_features, generate
 from qknorm_tvm.build.native import Variant
-from qknorm_tvm.check.reference import differing
+from qknorm_tvm.check.reference import NUMPY_DTYPES, differing
 from qknorm_tvm.check.rope_reference import rope_reference
 from qknorm_tvm.schedules.cpu_config import CpuConfig, default_config
 
