@@ -1,4 +1,4 @@
-"""A process of its own for what must not see this one: a JSON request in, JSON lines out."""
+"""A process of its own for the proof of ``run``: a JSON request in, JSON lines out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from typing import Any
 from ..errors import QKNormError
 
 
-def call_fresh_process(
-    request: dict[str, Any], status: Callable[[str], None], job: str = "run:prove"
-) -> dict[str, Any]:
-    """Have a fresh Python process do a job and return what it answers.
+def call_fresh_process(request: dict[str, Any], status: Callable[[str], None]) -> dict[str, Any]:
+    """Have a fresh Python process do `run.prove` and return what it answers.
 
     Parameters
     ----------
@@ -26,8 +24,6 @@ def call_fresh_process(
         JSON-ready.
     status : callable
         Told what the process says it is doing.
-    job : str
-        ``module:function`` of this package; called with the request and a function of one text.
 
     Raises
     ------
@@ -36,7 +32,7 @@ def call_fresh_process(
     """
     with tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", "qknorm_tvm.cli.fresh", job],
+            [sys.executable, "-m", "qknorm_tvm.cli.fresh"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -71,8 +67,8 @@ def call_fresh_process(
     raise QKNormError(f"the fresh process {how}" + (f":\n{tail}" if tail else ""))
 
 
-def _main(job: str) -> None:
-    import importlib
+def _main() -> None:
+    from .run import prove
 
     # What libraries print must not get between the lines of the answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -82,10 +78,8 @@ def _main(job: str) -> None:
         answers.write(json.dumps(what) + "\n")
 
     request = json.load(sys.stdin)
-    module, _, function = job.partition(":")
-    work = getattr(importlib.import_module(f"{__package__}.{module}"), function)
     try:
-        say(result=work(request, lambda text: say(event=text)))
+        say(result=prove(request, lambda text: say(event=text)))
     except (QKNormError, ValueError, TypeError, OSError) as error:
         import traceback
 
@@ -95,4 +89,4 @@ def _main(job: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -116,6 +117,26 @@ class Shapes(click.ParamType):
         if not all(pairs):
             self.fail(f"must look like 1536/256,6144/1024 (Nq/Nk), got {value!r}", param, ctx)
         return tuple(dict.fromkeys((int(pair[1]), int(pair[2])) for pair in pairs if pair))
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a file that cannot be written before time is spent on what goes into it."""
+    if not out.parent.is_dir():
+        raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise click.UsageError(f"{out} is a folder; name the .so to write")
+
+
+def check_module_path(out: Path) -> None:
+    """Refuse a module file that cannot be written, or not be loaded, before it is compiled."""
+    if out.suffix != ".so":
+        raise click.UsageError(f"{out} must be named *.so: a file of another name is not loaded")
+    check_folder(out)
 
 
 def parse_config(pairs: tuple[str, ...], kind: str) -> dict[str, Any] | None:
