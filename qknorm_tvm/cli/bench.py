@@ -95,12 +95,16 @@ def _common_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.pass_context
 def bench(
     ctx: click.Context,
-    compare: Path | None,
-    against: Path | None,
-    report: Path | None,
+    device: str,
+    threads: tuple[int, ...] | None,
+    files: tuple[Path, ...],
+    misaligned: bool,
+    cold: bool,
     csv_file: Path | None,
     as_json: bool,
-    cold: bool,
+    report: Path | None,
+    compare: Path | None,
+    against: Path | None,
     **options: Any,
 ) -> int:
     """Check results, then time the loaded module against the alternatives, interleaved.
@@ -142,7 +146,11 @@ def bench(
         raise click.UsageError("--against needs --compare OLD.csv")
     if compare is not None and against is not None:
         return _compare_files(compare, against, as_json)
-    _check_options(cold=cold, **options)
+    check_device(device)
+    if device == "cpu" and (files or misaligned):
+        raise click.UsageError("--module and --misaligned are for --device cuda")
+    if device == "cuda" and (threads or cold):
+        raise click.UsageError("--threads and --cold are for --device cpu")
     if cold and (report or compare):
         raise click.UsageError("--cold excludes --report and --compare")
     _check_places(csv_file, report)
@@ -154,21 +162,21 @@ def bench(
     from ..machine import load_warning
 
     old = read_csv(compare) if compare is not None else []
+    options.update(device=device, threads=threads, files=files, misaligned=misaligned)
     defaults: dict[str, Any] = {}
     if old:
-        defaults = cases_of(old, on_gpu=options["device"] == "cuda")
+        defaults = cases_of(old, on_gpu=device == "cuda")
         if report is None:  # what the comparison needs, and no more
             options.update(candidates=[COPY], host=False)
     elif report is not None:
         defaults = {"rows": _REPORT_ROWS, "min_time": _REPORT_MIN_TIME}
     options.update({name: x for name, x in defaults.items() if not is_given(ctx, name)})
-    spec_options = {name: options.pop(name) for name in _SPECS}
-    specs = _specs(device=options["device"], **spec_options)
+    specs = _specs(device, **{name: options.pop(name) for name in _SPECS})
     busy = load_warning()
     if cold:
         return _cold(specs[0], as_json, busy)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    measured = _measure(specs, **options, facts={"command": _command(ctx), "date": now})
+    measured = _measure(specs, {"command": _command(ctx), "date": now}, **options)
     written = []
     if csv_file is not None:
         write_csv(csv_file, measured.rows)
@@ -199,14 +207,8 @@ def bench(
               help="Element type.")  # fmt: skip
 @device_option
 @debug_option
-def bench_layer(
-    device: str,
-    ops: tuple[str, ...],
-    shapes: tuple[tuple[int, int], ...],
-    dtype: str,
-    as_json: bool,
-    **options: Any,
-) -> int:
+@click.pass_context
+def bench_layer(ctx: click.Context, dtype: str, **options: Any) -> int:
     """Check results, then time the statistics and the layer of one rank.
 
     \b
@@ -220,78 +222,45 @@ def bench_layer(
 
     Candidates take turns in one process. Exit status: 0, or 1 when a result is not exact.
     """
-    _check_options(device, **options)
-    from ..machine import load_warning
-
-    specs = _specs(device=device, ops=ops, shapes=shapes, dtypes=(dtype,))
-    busy = load_warning()
-    measured = _measure(specs, device=device, **options)
-    if as_json:
-        click.echo(_as_json(measured, busy, None))
-    else:
-        _print(measured, busy)
-    return 0 if measured.exact else 1
-
-
-def _check_options(
-    device: str,
-    *,
-    threads: tuple[int, ...] | None,
-    files: tuple[Path, ...],
-    misaligned: bool = False,
-    cold: bool = False,
-    **_: object,
-) -> None:
-    """Refuse a device that is not there, and options that are for the other kind."""
-    check_device(device)
-    only: dict[str, dict[str, object]] = {
-        "cpu": {"--threads": threads, "--cold": cold},
-        "cuda": {"--module": files, "--misaligned": misaligned},
-    }
-    for kind, options in only.items():
-        for option, value in options.items():
-            if value and kind != device:
-                raise click.UsageError(f"{option} is for --device {kind}")
+    status: int = ctx.invoke(bench, dtypes=(dtype,), host=False, **options)
+    return status
 
 
 def _specs(
-    *,
     device: str,
+    *,
     ops: Sequence[str],
     shapes: Sequence[tuple[int, int]],
     dtypes: Sequence[str],
-    out_dtype: str | None = None,
-    target: str | None = None,
+    out_dtype: str | None,
+    target: str | None,
 ) -> list[KernelSpec]:
     from ..spec import KernelSpec
     from .modules import target_for, with_op
 
     target = target_for(device, target)
-    return [
-        with_op(
-            KernelSpec(
-                in_dtype=dtype,
-                out_dtype=out_dtype or dtype,
-                q_cols=q_cols,
-                k_cols=k_cols,
-                target=target,
-            ),
-            op,
+    specs = [
+        KernelSpec(
+            in_dtype=dtype,
+            out_dtype=out_dtype or dtype,
+            q_cols=q_cols,
+            k_cols=k_cols,
+            target=target,
         )
-        for op in dict.fromkeys(ops)
         for dtype in dict.fromkeys(dtypes)
         for q_cols, k_cols in shapes
     ]
+    return [with_op(spec, op) for op in dict.fromkeys(ops) for spec in specs]
 
 
 def _measure(
     specs: Sequence[KernelSpec],
+    facts: Mapping[str, str],
     *,
     device: str,
     files: Sequence[Path],
+    pairs: tuple[str, ...],
     torch_compile: bool,
-    pairs: tuple[str, ...] = (),
-    facts: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Measured:
     from ..bench.harness import measure_all
@@ -315,7 +284,7 @@ def _measure(
         return measure_all(
             specs,
             module_for=module_for,
-            facts_of=lambda module: {**facts_of(module), **(facts or {})},
+            facts_of=lambda module: {**facts_of(module), **facts},
             without=() if torch_compile else (TORCH_COMPILE,),
             status=status.update,
             **options,
