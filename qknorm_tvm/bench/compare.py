@@ -203,10 +203,13 @@ def _ratios(which: str, rows: Sequence[Row]) -> dict[tuple, Ratio]:
 
 def _nothing_in_common(old: Sequence[tuple], new: Sequence[tuple]) -> str:
     for index, word in enumerate(_KEY.values()):
-        mine, other = ({key[index] for key in keys} for keys in (old, new))
-        if not mine & other:
-            texts = [", ".join(str(x or "none") for x in sorted(some)) for some in (mine, other)]
-            return f"runs must share {word} to be compared, got {texts[0]} and {texts[1]}"
+        values_old, values_new = ({key[index] for key in keys} for keys in (old, new))
+        if not values_old & values_new:
+            was, now = (
+                ", ".join(str(value or "none") for value in sorted(values))
+                for values in (values_old, values_new)
+            )
+            return f"runs must share {word} to be compared, got {was} and {now}"
     return "runs must share a case to be compared, got none that is in both"
 
 

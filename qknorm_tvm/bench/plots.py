@@ -218,9 +218,9 @@ def pictures(rows: Sequence[Row]) -> dict[str, tuple[str, Any]]:
         what = f"{first.prefix}{first.dtypes}, {first.where}"
         shapes.setdefault(what, []).append(members)
     named: list[tuple[str, str, Figure]] = []
-    for what, some in shapes.items():  # first those that say most
+    for what, panels in shapes.items():  # first those that say most
         title = f"GB/s over M against a copy: {what}"
-        named.append((f"roof {what}", title, roof_picture(some)))
+        named.append((f"roof {what}", title, roof_picture(panels)))
     for members in groups:
         what = members[0].title
         title = f"All alternatives: {what}"

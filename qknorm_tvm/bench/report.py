@@ -258,8 +258,9 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def microseconds(us: float) -> str:
+def microseconds(seconds: float) -> str:
     """Format a time in µs with three or four digits."""
+    us = seconds * 1e6
     if math.isnan(us):
         return "-"
     return f"{us:,.0f}" if us >= 100 else f"{us:.2f}"
@@ -267,7 +268,7 @@ def microseconds(us: float) -> str:
 
 def quartiles(row: Row) -> str:
     """Format a candidate's quartiles in µs."""
-    return f"{microseconds(row.q1_us)}-{microseconds(row.q3_us)}"
+    return f"{microseconds(row.q1_us * 1e-6)}-{microseconds(row.q3_us * 1e-6)}"
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -296,8 +297,8 @@ def _group_table(rows: Sequence[Row]) -> list[str]:
 def _time_cell(row: Row | None) -> str:
     if row is None or not row.measured:
         return "-"
-    median = microseconds(row.median_us)
-    worst = "" if math.isnan(row.worst_us) else f", worst {microseconds(row.worst_us)}"
+    median = microseconds(row.median_us * 1e-6)
+    worst = "" if math.isnan(row.worst_us) else f", worst {microseconds(row.worst_us * 1e-6)}"
     wrong = ", not exact" if row.exact is False else ""
     median = f"**{median}**" if row.candidate == OURS else median
     return f"{median} ({quartiles(row)}{worst}){wrong}"
@@ -339,10 +340,7 @@ def page(
         lines += [*notes, ""] if notes else []
     measured = [timing for timing in host_timings if timing.measured]
     if measured:
-        cells = [
-            (t.name, *(microseconds(seconds * 1e6) for seconds in (t.median, t.q1, t.q3)))
-            for t in measured
-        ]
+        cells = [(t.name, *map(microseconds, (t.median, t.q1, t.q3))) for t in measured]
         lines += [f"## One call from Python, M = {HOST_ROWS[first.kind]}", ""]
         lines += [*_table(("", "µs", "first quartile", "third quartile"), cells), ""]
     lines += [

@@ -61,7 +61,7 @@ def _common_options(command: Callable[..., int]) -> Callable[..., int]:
                      help="Time torch.compile too: it compiles for every shape."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
     )  # fmt: skip
-    return functools.reduce(lambda made, option: option(made), reversed(options), command)
+    return functools.reduce(lambda function, option: option(function), reversed(options), command)
 
 
 @click.command(short_help="Time it against the alternatives.")
@@ -414,7 +414,7 @@ def _print(measured: Measured, busy: str) -> None:
         m = HOST_ROWS[first.kind]
         calls = table(f"One call from Python, M = {m}, outputs given", "µs", "quartiles")
         for timing in measured.host_timings:
-            median, q1, q3 = (microseconds(x * 1e6) for x in (timing.median, timing.q1, timing.q3))
+            median, q1, q3 = map(microseconds, (timing.median, timing.q1, timing.q3))
             cells = (median, f"{q1}-{q3}") if timing.measured else (timing.note, "")
             calls.add_row(timing.name, *cells)
         printer.print(calls)

@@ -39,7 +39,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -> Table:
     """Return an empty table; columns are right-aligned but for those in `left`."""
-    made = Table(
+    rich_table = Table(
         box=box.SIMPLE_HEAD,
         title=title,
         title_justify="left",
@@ -47,27 +47,27 @@ def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -
         show_edge=False,
         collapse_padding=True,
     )
-    made.title_style = "bold"
+    rich_table.title_style = "bold"
     left = set(left)
     for index, header in enumerate(headers):
         on_left = index in left
-        made.add_column(
+        rich_table.add_column(
             header,
             justify="left" if on_left else "right",
             overflow="fold",
             no_wrap=not on_left,
         )
-    return made
+    return rich_table
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     """Return lines of a name and what there is to say about it."""
-    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
+    lines = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    lines.add_column(style="bold", no_wrap=True)
+    lines.add_column(overflow="fold")
     for name, text in pairs:
-        made.add_row(name, text)
-    return made
+        lines.add_row(name, text)
+    return lines
 
 
 def ratio(value: float) -> str:
@@ -106,9 +106,9 @@ def timing_table(rows: Sequence[Row], *, title: str) -> Table:
 
 def _figures(row: Row) -> dict[str, str]:
     return {
-        "µs": microseconds(row.median_us),
+        "µs": microseconds(row.median_us * 1e-6),
         "quartiles": quartiles(row),
-        "worst": "" if math.isnan(row.worst_us) else microseconds(row.worst_us),
+        "worst": "" if math.isnan(row.worst_us) else microseconds(row.worst_us * 1e-6),
         "GB/s": f"{row.bandwidth_GB_per_s:.1f}",
         "/ empty": ratio(row.ratio_to_empty),
         "/ copy": ratio(row.ratio_to_copy),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,37 +185,36 @@ def _output_folder() -> Path:
 
 
 def _report(spec: KernelSpec, path: Path, seconds: float | None, answer: dict[str, Any]) -> int:
-    from ..bench.report import Row, are_exact
+    from ..bench.report import Row
     from ..machine import load_warning, usable_processors
     from .output import console, facts, plural, size, timing_notes, timing_table
 
     printer = console()
-    on_gpu = spec.parsed_target.kind == "cuda"
+    rows = [Row(**fields) for fields in answer["rows"]]
+    about = rows[0]
+    on_gpu, threads = about.kind == "cuda", about.threads
     how = "given" if seconds is None else f"compiled in {seconds:.1f} s"
     how += f", {size(path.stat().st_size)}"
-    about, threads = answer["facts"], answer["threads"]
     lines = {"spec": spec.text}
     if on_gpu:
-        lines["device"] = about["device"]
-        how += f", code for {about['target']}"
+        lines["device"] = about.device
+        how += f", code for {about.target}"
     else:
-        lines["machine"] = f"{about['device']}, {threads} of {usable_processors()} processors"
-        lines["target"] = f"{spec.target}; runs its {about['target']} code"
-        lines["config"] = about["config"]
-    lines["versions"] = about["versions"]
+        lines["machine"] = f"{about.device}, {threads} of {usable_processors()} processors"
+        lines["target"] = f"{spec.target}; runs its {about.target} code"
+        lines["config"] = about.config
+    lines["versions"] = about.versions
     lines["inputs"] = "; ".join([answer["source"], *answer["notes"]])
     lines["module"] = how
     printer.print(facts(lines.items()))
     printer.print(f"module    {path}", soft_wrap=True)
     printer.print()
-    rows = [Row(**fields) for fields in answer["rows"]]
     exact = _print_proof(rows, with_compiler=answer["compiler_loaded"])
     title = "Time in a CUDA graph" if on_gpu else f"Time, {plural(threads, 'thread')}"
     printer.print(timing_table(rows, title=title))
     for line in [*timing_notes(rows), "" if on_gpu else load_warning()]:
         if line:
             printer.print(line)
-    exact = exact and are_exact(rows)
     if not exact:
         printer.print("\nNOT EXACT: outputs differ from the unfused graph, see the tables above")
     return 0 if exact else 1
@@ -247,51 +245,3 @@ def _print_proof(rows: Sequence[Row], *, with_compiler: bool) -> bool:
         proof.add_row(f"{row.rows:,}", f"{elements:,}", *(words[answer] for answer in equal))
     console().print(proof)
     return exact
-
-
-def prove(request: dict[str, Any], event: Callable[[str], None]) -> dict[str, Any]:
-    """Check and time a module: the part of ``run`` that the fresh process does."""
-    import sys
-
-    from ..bench.harness import compare, workload
-    from ..bench.timing import SCALAR, TORCH_COMPILE, TWO_COPIES
-    from ..bench.workload import BENCHMARKS
-    from ..check.inputs import generate, read_activations
-    from ..load.module import load
-    from ..spec import KernelSpec
-    from .modules import facts_of
-
-    spec = KernelSpec.from_text(request["spec"])
-    kind = spec.parsed_target.kind
-    check_device(kind)
-    module = load(request["module"])
-    options = {}
-    if kind == "cpu":
-        library = module.library
-        options["threads"] = request["threads"] or library.get_function("qknorm_get_num_threads")()
-    left_out = {SCALAR, TWO_COPIES} | ({TORCH_COMPILE} if not request["torch_compile"] else set())
-    names = [name for name in BENCHMARKS[spec.op].candidates(kind) if name not in left_out]
-    facts, rows = facts_of(module), []
-    for m in request["rows"]:
-        event(f"M = {m}")
-        if request["input"]:
-            a = read_activations(request["input"])
-        else:
-            columns = request["q_cols"], request["k_cols"]
-            a = generate(m, *columns, request["dtype"], seed=request["seed"])
-        a = dataclasses.replace(a, epsilon=request["epsilon"])
-        rows += compare(
-            workload(spec, module, a, **options),
-            names,
-            facts,
-            min_time=request["min_time"],
-            status=lambda text, m=m: event(f"M = {m}: {text}"),  # type: ignore[misc]
-        )
-    return {
-        "facts": facts,
-        "threads": options.get("threads", 0),
-        "compiler_loaded": "tvm" in sys.modules,
-        "source": a.source,
-        "notes": list(a.notes),
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
