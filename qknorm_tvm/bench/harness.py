@@ -95,8 +95,7 @@ def measure_all(
     *,
     module_for: Callable[[KernelSpec], Module],
     facts_of: Callable[[Module], Mapping[str, str]],
-    candidates: Sequence[str] | None = None,
-    without: Sequence[str] = (),
+    is_timed: Callable[[str], bool] = lambda name: True,
     min_time: float,
     threads: Sequence[int] | None = None,
     misaligned: bool = False,
@@ -115,10 +114,8 @@ def measure_all(
         Loads or compiles what holds a spec.
     facts_of : callable
         Says what timings of a module are taken on: columns of `Row`.
-    candidates : sequence of str, optional
-        What specs are timed against; by default `Benchmark.candidates`.
-    without : sequence of str
-        Candidates that are left out.
+    is_timed : callable
+        Says which of `Benchmark.candidates` ours is timed against.
     min_time : float
         Seconds for each candidate.
     threads : sequence of int, optional
@@ -135,8 +132,7 @@ def measure_all(
         status(f"compiling {spec.text}")
         module, kind = module_for(spec), spec.parsed_target.kind
         facts = facts_of(module)
-        names = BENCHMARKS[spec.op].candidates(kind) if candidates is None else candidates
-        names = [name for name in names if name not in without]
+        names = list(filter(is_timed, BENCHMARKS[spec.op].candidates(kind)))
         options: list[dict[str, Any]] = [{"misaligned": misaligned}]
         if kind == "cpu":
             scalar = _scalar_module(spec) if SCALAR in names else None

@@ -252,7 +252,8 @@ class Workload(abc.ABC):
 
     def is_exact(self, outputs: Sequence[Any]) -> bool:
         """Whether outputs equal the reference bit for bit."""
-        return not any(map(self.differ, outputs, self.expected))
+        pairs = zip(outputs, self.expected, strict=True)
+        return not any(self.differ(actual, expected) for actual, expected in pairs)
 
     def candidate(self, name: str) -> Candidate:
         """Return one of `Benchmark.candidates`, its result checked."""

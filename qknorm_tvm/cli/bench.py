@@ -158,7 +158,6 @@ def bench(
     from ..bench.compare import compare as compare_runs
     from ..bench.plots import write_report
     from ..bench.report import read_csv, write_csv
-    from ..bench.timing import COPY
     from ..machine import load_warning
 
     old = read_csv(compare) if compare is not None else []
@@ -167,7 +166,7 @@ def bench(
     if old:
         defaults = cases_of(old, on_gpu=device == "cuda")
         if report is None:  # what the comparison needs, and no more
-            options.update(candidates=[COPY], host=False)
+            options.update(copy_only=True, host=False)
     elif report is not None:
         defaults = {"rows": _REPORT_ROWS, "min_time": _REPORT_MIN_TIME}
     options.update({name: x for name, x in defaults.items() if not is_given(ctx, name)})
@@ -261,10 +260,11 @@ def _measure(
     files: Sequence[Path],
     pairs: tuple[str, ...],
     torch_compile: bool,
+    copy_only: bool = False,
     **options: Any,
 ) -> Measured:
     from ..bench.harness import measure_all
-    from ..bench.timing import TORCH_COMPILE
+    from ..bench.timing import COPY, TORCH_COMPILE
     from ..bench.workload import BENCHMARKS
     from .modules import compile_module, facts_of, load_modules, module_of, with_op
     from .options import parse_config
@@ -280,12 +280,15 @@ def _measure(
         steps = BENCHMARKS[spec.op].steps if device == "cuda" and config is None else ()
         return compile_module([spec, *(with_op(spec, op) for op in steps)], config)
 
+    def is_timed(name: str) -> bool:
+        return name == COPY if copy_only else torch_compile or name != TORCH_COMPILE
+
     with console(stderr=True).status("compiling") as status:
         return measure_all(
             specs,
             module_for=module_for,
             facts_of=lambda module: {**facts_of(module), **facts},
-            without=() if torch_compile else (TORCH_COMPILE,),
+            is_timed=is_timed,
             status=status.update,
             **options,
         )
