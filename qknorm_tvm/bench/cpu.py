@@ -18,7 +18,7 @@ from ..dtypes import ELEMENT_TYPES
 from ..load.module import Module
 from ..spec import KernelSpec
 from .timing import NUMPY, SCALAR, Candidate, HostSampler
-from .workload import NOT_INSTALLED, Workload
+from .workload import NOT_INSTALLED, Workload, copy_by_torch
 
 #: Bytes by which an output lies off its input within a page, one after the other. What a call takes
 #: depends on them by a factor of two: loads wait for stores to the same offset of other pages.
@@ -36,6 +36,11 @@ def outputs_beside(x: npt.NDArray, shape: Sequence[int], dtype: npt.DTypeLike) -
     start = (x.ctypes.data - memory.ctypes.data) % _PAGE
     places = [memory[start + offset : start + offset + size] for offset in OFFSETS]
     return [place.view(dtype).reshape(shape) for place in places]
+
+
+def _copy_by_numpy(pairs: Sequence[tuple[Any, Any]]) -> None:
+    for target, source in pairs:
+        np.copyto(target, source)
 
 
 class CpuWorkload(Workload):
@@ -126,19 +131,13 @@ class CpuWorkload(Workload):
             ):
                 pairs.append((target, source))
         torch = torch_or_none()
-        copy: Any = np.copyto
-        note = "numpy.copyto"
-        if self.threads > 1 and torch is None:
-            note += f", one thread: {NOT_INSTALLED}"
-        elif self.threads > 1:
+        if self.threads == 1 or torch is None:
+            note = f", one thread: {NOT_INSTALLED}" if self.threads > 1 else ""
+            copy, note = _copy_by_numpy, f"numpy.copyto{note}"
+        else:
             sets = [[tuple(map(torch.from_numpy, pair)) for pair in pairs] for pairs in sets]  # type: ignore[misc]
-            copy, note = torch.Tensor.copy_, f"torch.copy_, {self.threads} threads"
-
-        def copy_all(pairs: Sequence[tuple[Any, Any]]) -> None:
-            for target, source in pairs:
-                copy(target, source)
-
-        return Candidate(name, copy_all, [(pairs,) for pairs in sets], note=note)
+            copy, note = copy_by_torch, f"torch.copy_, {self.threads} threads"
+        return Candidate(name, copy, [(pairs,) for pairs in sets], note=note)
 
     def host_calls(self) -> list[Candidate]:
         """Return calls of the module and of the API, with arrays of NumPy and of torch."""

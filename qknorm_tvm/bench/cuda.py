@@ -33,7 +33,7 @@ from .timing import (
     CannotRunError,
     HostSampler,
 )
-from .workload import Workload
+from .workload import Workload, copy_by_torch
 
 _CHAIN = 40
 _LARGE_CHAIN = 12
@@ -252,11 +252,7 @@ class CudaWorkload(Workload):
         sizes = self.copy_sizes(apart=name == TWO_COPIES)
         sets = [([(memory(size), memory(size)) for size in sizes],) for _ in self.sets]
 
-        def copy_all(pairs: Sequence[tuple[Any, Any]]) -> None:
-            for target, source in pairs:
-                target.copy_(source)
-
-        return Candidate(name, copy_all, sets)
+        return Candidate(name, copy_by_torch, sets)
 
     def _two_launches(self) -> Candidate:
         """Return statistics and apply in two launches, as the ranks of a group run them."""

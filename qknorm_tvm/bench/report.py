@@ -20,7 +20,8 @@ CSV_NAME, PAGE_NAME = "results.csv", "README.md"
 HOST_ROWS = {"cpu": 1, "cuda": 16}
 #: How bandwidth is computed, for people.
 BYTES_FORMULA = (
-    "bytes = M*(Nq+Nk)*(in_bytes+out_bytes); gamma and qk_var, which caches hold, are not counted"
+    "bytes = M*(Nq+Nk)*(in_bytes+out_bytes), of statistics without out_bytes; gamma and qk_var, "
+    "which caches hold, are not counted"
 )
 #: What is said below a table, by kind of device.
 METHODS = {

@@ -144,6 +144,12 @@ def has_open_columns(spec: KernelSpec) -> bool:
     return None in (spec.q_cols, spec.k_cols)
 
 
+def copy_by_torch(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Copy the second tensor of each pair to the first."""
+    for target, source in pairs:
+        target.copy_(source)
+
+
 class Workload(abc.ABC):
     """One operation on one set of inputs: memory on a device, and the candidates on it.
 
