@@ -17,7 +17,7 @@ from qknorm_tvm.bench import plots as benchmark_plots
 from qknorm_tvm.bench import report as benchmark_report
 from qknorm_tvm.bench.compare import LEAST_CHANGE, cases_of, compare
 from qknorm_tvm.bench.report import Row, read_csv, rows_of, write_csv
-from qknorm_tvm.bench.timing import CaseResult, Timing
+from qknorm_tvm.bench.timing import Timing
 from qknorm_tvm.bench.workload import BENCHMARKS
 from qknorm_tvm.cli import main
 
@@ -46,6 +46,7 @@ def synthetic(
     speed: float = 1.0,
     spread: float = 0.02,
     device: str = FACTS["device"],
+    op: str = "apply_qk_rms_norm",
 ) -> list[Row]:
     """Return the rows of a run: the second candidate takes 10 % more than the first, and so on.
 
@@ -63,11 +64,17 @@ def synthetic(
                 exact = None if name in ("copy", "two copies", "empty kernel") else True
                 timings.append(Timing(name, time, *quartiles, 100, 10, exact, ""))
             missing = Timing("absent", math.nan, math.nan, math.nan, 0, 0, None, "not installed")
-            moved = m * (q_cols + k_cols) * (2 + 2)
-            result = CaseResult(
-                m, q_cols, k_cols, dtype, out_dtype, threads, moved, [*timings, missing]
-            )
-            lines += rows_of(result, {**FACTS, "device": device})
+            columns = {
+                "op": op,
+                "rows": m,
+                "q_cols": q_cols,
+                "k_cols": k_cols,
+                "in_dtype": dtype,
+                "out_dtype": out_dtype,
+                "threads": threads,
+                "bytes_per_call": m * (q_cols + k_cols) * (2 + 2),
+            }
+            lines += rows_of([*timings, missing], {**columns, **FACTS, "device": device})
     return lines
 
 
@@ -115,13 +122,14 @@ def test_files_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     write_csv(path, synthetic())
     lines = path.read_text().splitlines()
-    # The last four columns hold no comma.
-    path.write_text("\n".join(line.rsplit(",", 4)[0] for line in lines) + "\n")
+    # The last five columns hold no comma.
+    path.write_text("\n".join(line.rsplit(",", 5)[0] for line in lines) + "\n")
     again = read_csv(path)
     assert again[0].median_us == synthetic()[0].median_us
     assert again[0].command == ""
     assert math.isnan(again[0].share_of_copy)
     assert math.isnan(again[0].worst_us)
+    assert again[0].op == "apply_qk_rms_norm"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +266,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(
     """Ten minutes of measuring, then a traceback."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(QKNormError, match=r"pip install 'qknorm-tvm\[bench\]'"):
-        benchmark_plots.write_pictures(tmp_path, synthetic())
+        benchmark_plots.write_report(tmp_path / "report", synthetic())
     assert main(["bench", "--report", str(tmp_path / "report")]) == 2
     assert capsys.readouterr().err == (
         "Error: pictures need matplotlib, which is not installed: pip install 'qknorm-tvm[bench]'\n"
@@ -310,6 +318,7 @@ def test_compare_names_rows_without_a_partner() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"op": "qk_rms_norm"}, "share operations to be compared, got apply_.* and qk_rms_norm"),
         ({"device": "Another"}, "share devices to be compared, got A Processor, .* and Another"),
         ({"threads": 2}, "share threads to be compared, got 1 and 2"),
         ({"dtype": "float16"}, "share dtypes to be compared, got bfloat16 and float16"),
@@ -395,6 +404,7 @@ def test_compare_command_refuses_another_device(
         cases_of(synthetic(), on_gpu=True)
     options = cases_of(on_gpu(shapes=((1536, 256), (8, 8)), out_dtype="float32"), on_gpu=True)
     assert options == {
+        "ops": ("apply_qk_rms_norm",),
         "shapes": ((1536, 256), (8, 8)),
         "rows": ROWS,
         "dtypes": ("bfloat16",),
@@ -414,7 +424,7 @@ def test_report_and_compare_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["bench", *measured, "--report", str(folder)]) == 0
     assert f"wrote {folder / 'README.md'}" in capsys.readouterr().out.replace("\n", "")
     rows = read_csv(folder / "results.csv")
-    candidates = BENCHMARKS["apply_qk_rms_norm"].candidates["cpu"]
+    candidates = BENCHMARKS["apply_qk_rms_norm"].candidates("cpu")
     names = ["ours", *(name for name in candidates if name != "torch.compile")]
     assert [row.candidate for row in rows] == names * 2
     assert all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -26,10 +27,10 @@ from qknorm_tvm import KernelSpec
 from qknorm_tvm import compile as compile_specs
 from qknorm_tvm.bench import cuda as bench_cuda
 from qknorm_tvm.bench.cpu import OFFSETS, CpuWorkload
+from qknorm_tvm.bench.harness import workload_of_rows
 from qknorm_tvm.bench.timing import Candidate, measure
 from qknorm_tvm.bench.torch_compile import torch_compile
-from qknorm_tvm.bench.workload import BENCHMARKS, UNIQUE_ROWS
-from qknorm_tvm.bench.workload import activations as bench_activations
+from qknorm_tvm.bench.workload import BENCHMARKS, random_inputs
 from qknorm_tvm.call import cache
 from qknorm_tvm.check import (
     cases,
@@ -43,6 +44,7 @@ from qknorm_tvm.check import (
 from qknorm_tvm.check.inputs import Activations, generate, read_activations
 from qknorm_tvm.cli import main
 from qknorm_tvm.cli.app import commands
+from qknorm_tvm.cli.modules import with_op
 from qknorm_tvm.load.module import Module, load
 from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.targets import host_cpu_target
@@ -710,19 +712,19 @@ def test_bench_writes_csv_and_json(tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "b.csv"
     shape = ["--shapes", "24/8", "--rows", "1,3", "--threads", "1"]
     assert main(["bench", *shape, *QUICK, "--csv", str(out), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    answer = json.loads(capsys.readouterr().out)
     lines = list(csv.DictReader(out.open()))
-    candidates = BENCHMARKS["apply_qk_rms_norm"].candidates["cpu"]
+    candidates = BENCHMARKS["apply_qk_rms_norm"].candidates("cpu")
     names = [name for name in ("ours", *candidates) if name != "torch.compile"]
     assert [line["candidate"] for line in lines] == names * 2
-    assert [line["candidate"] for line in found["timings"]] == names * 2
+    assert [line["candidate"] for line in answer["timings"]] == names * 2
     first = lines[0]
     assert float(first["median_us"]) > 0
     assert float(first["q1_us"]) <= float(first["median_us"]) <= float(first["q3_us"])
     assert first["bytes_per_call"] == str((24 + 8) * 4)
     assert first["ratio_to_ours"] == "1.0"
     assert first["exact"] == "True"
-    assert len(found["host"]) == 4
+    assert len(answer["host"]) == 4
 
 
 def test_bench_prints_tables_that_fit_80_columns(
@@ -746,8 +748,8 @@ def test_bench_layer_prints_tables_that_fit_80_columns(
     assert main(["bench-layer", *shape, "--no-torch-compile"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    assert "row_mean_of_squares_qk 192/64 bfloat16, 1 thread" in shown
-    assert "qk_rms_norm 192/64 bfloat16, 2 threads" in shown
+    assert "\nrow_mean_of_squares_qk 192/64 bfloat16 to float32, 1 thread" in shown
+    assert "\nqk_rms_norm 192/64 bfloat16, 2 threads" in shown
     assert " NO" not in shown
 
 
@@ -757,8 +759,10 @@ def test_bench_layer_fails_where_a_result_differs(
     monkeypatch.setattr(reference, "differing", lambda actual, expected: 1)
     shape = ["--shapes", "192/64", "--rows", "3", "--threads", "1", "--min-time", "0"]
     assert main(["bench-layer", *shape, "--no-torch-compile", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert {one["timings"][0]["exact"] for one in found} == {False}
+    timings = json.loads(capsys.readouterr().out)["timings"]
+    ours = [row for row in timings if row["candidate"] == "ours"]
+    assert [row["op"] for row in ours] == ["row_mean_of_squares_qk", "qk_rms_norm"]
+    assert {row["exact"] for row in ours} == {False}
 
 
 def test_export_holds_several_operations(
@@ -846,6 +850,27 @@ def test_a_wrong_result_at_one_offset_is_seen(module: Module) -> None:
     assert len(calls) == len(OFFSETS)
 
 
+def test_an_operation_is_an_entry(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that no command can time; inputs or bytes that an entry cannot decide."""
+    assert list(BENCHMARKS) == list(OPERATIONS)
+    spec = module.specs[0]
+    entry = dataclasses.replace(
+        BENCHMARKS[spec.op],
+        inputs=lambda spec, rows: generate(rows, 24, 8, spec.in_dtype, seed=rows),
+        bytes=lambda operation, tensors: tensors["gamma_q"].nbytes,
+        unique_rows=None,
+    )
+    for unique_rows, given in ((None, 1030), (1024, 1024)):
+        entry = dataclasses.replace(entry, unique_rows=unique_rows)
+        monkeypatch.setitem(BENCHMARKS, spec.op, entry)
+        work = workload_of_rows(spec, module, 1030)
+        assert work.bytes == 24 * 4
+        expected = generate(given, 24, 8, spec.in_dtype, seed=given).q
+        assert len(work.inputs["q"]) == work.rows == 1030
+        assert np.array_equal(work.inputs["q"], np.concatenate([expected, expected[:6]])[:1030])
+        assert work.ours().exact
+
+
 def test_a_copy_moves_as_many_bytes_where_dtypes_differ() -> None:
     spec = KernelSpec(out_dtype="float32", q_cols=24, k_cols=8, target=host_cpu_target())
     work = _workload(spec, compile_specs(spec).module, 6)
@@ -875,9 +900,9 @@ def test_candidates_of_a_gpu_on_this_cpu(
     pytest.importorskip("torch", reason="runs on tensors of torch, which is not installed")
     monkeypatch.setattr(bench_cuda, "rotation", lambda moved: (3, 12))
     spec = module.specs[0]
-    a = bench_activations(1030, spec.q_cols or 0, spec.k_cols or 0, spec.in_dtype)
     how = {"misaligned": misaligned, "device": "cpu"}
-    work = bench_cuda.CudaWorkload(spec, module, a, UNIQUE_ROWS, **how)  # type: ignore[arg-type]
+    inputs = random_inputs(spec, 1024)
+    work = bench_cuda.CudaWorkload(spec, module, inputs, 1030, **how)  # type: ignore[arg-type]
     ours = work.ours()
     assert ours.exact
     assert len({arguments[0].data_ptr() for arguments in ours.sets}) == 3
@@ -887,9 +912,33 @@ def test_candidates_of_a_gpu_on_this_cpu(
         copy.function(*copy.sets[0])
         assert 2 * sum(to.nbytes for _, to in copy.sets[0][0]) == work.bytes
     assert work.candidate("torch").exact
-    assert work.candidate("two launches").note.startswith("needs a module that also holds")
-    work._expected[1][-1, -1] += 1
+    work.expected[1][-1, -1] += 1
     assert not work.ours().exact
+
+
+@pytest.mark.frameworks
+def test_two_launches_compute_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="runs on tensors of torch, which is not installed")
+    monkeypatch.setattr(bench_cuda, "rotation", lambda moved: (2, 12))
+    spec = KernelSpec(op="qk_rms_norm", q_cols=24, k_cols=8, target=host_cpu_target())
+    steps = BENCHMARKS[spec.op].steps
+    specs = [spec, *(with_op(spec, op) for op in steps)]
+    for held, runs in ((specs, True), (specs[:2], False)):
+        work = bench_cuda.CudaWorkload(
+            spec, compile_specs(held).module, random_inputs(spec, 7), device="cpu"
+        )
+        candidate = work.candidate("two launches")
+        assert (candidate.function is not None) == runs
+        if candidate.function is None:
+            assert candidate.note == f"needs a module that also holds {' and '.join(steps)}"
+            continue
+        work.ours()
+        outputs = [work.sets[1][name] for name in work.outputs]
+        wanted = [output.clone() for output in outputs]
+        for output in outputs:
+            work.overwrite(output)
+        candidate.function(*candidate.sets[1])
+        assert not any(map(work.differ, outputs, wanted))
 
 
 @pytest.mark.frameworks

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..machine import cpu_name
+from ..operations import OPERATIONS
 from .report import Row
 from .timing import COPY, OURS
 
@@ -27,18 +28,30 @@ METHOD = (
     "distances between the quartiles of all four, added as independent errors, and at least "
     f"{LEAST_CHANGE:.0%}; beyond {MOST_NOISE:.0%} nothing can be said."
 )
-#: What must be equal for two rows to be the same case; the note tells misaligned rows.
-_KEY = ("q_cols", "k_cols", "rows", "in_dtype", "out_dtype", "threads", "device", "note")
+#: What must be equal for two rows to be the same case, with words for it in the order in which
+#: a difference is reported. The note, the last of a key, tells misaligned rows.
+_KEY = {
+    "op": "operations",
+    "device": "devices",
+    "threads": "threads",
+    "in_dtype": "dtypes",
+    "out_dtype": "out dtypes",
+    "q_cols": "columns of Q",
+    "k_cols": "columns of K",
+    "rows": "values of M",
+    "note": "notes",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ours over the copy in one run: of the medians, and the relative spread of that.
+    """Ours over the copy in one run: ours' row, the ratio of the medians, its relative spread.
 
     `spread` adds the two halves of the distance between quartiles, over their medians, as
     independent errors add. With 25 samples the error of a ratio of medians is a third of it.
     """
 
+    row: Row
     value: float
     spread: float
 
@@ -47,9 +60,13 @@ class Ratio:
 class Change:
     """One case in both runs."""
 
-    row: Row
     old: Ratio
     new: Ratio
+
+    @property
+    def row(self) -> Row:
+        """Ours in the new run."""
+        return self.new.row
 
     @property
     def change(self) -> float:
@@ -139,16 +156,14 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
     common = [key for key in ratios_old if key in ratios_new]
     if not common:
         raise ValueError(_nothing_in_common(list(ratios_old), list(ratios_new)))
-    changes = [Change(ratios_new[k][0], ratios_old[k][1], ratios_new[k][1]) for k in common]
     return Comparison(
-        changes,
-        [case_text(row) for key, (row, _) in ratios_old.items() if key not in ratios_new],
-        [case_text(row) for key, (row, _) in ratios_new.items() if key not in ratios_old],
+        [Change(ratios_old[key], ratios_new[key]) for key in common],
+        [case_text(ratio.row) for key, ratio in ratios_old.items() if key not in ratios_new],
+        [case_text(ratio.row) for key, ratio in ratios_new.items() if key not in ratios_old],
         [
-            f"{name}: {a} -> {b}"
+            f"{name}: {was} -> {now}"
             for name in ("target", "config", "versions")
-            for a, b in [(_values(old, name), _values(new, name))]
-            if a != b
+            if (was := _values(old, name)) != (now := _values(new, name))
         ],
     )
 
@@ -156,45 +171,45 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
 def case_text(row: Row) -> str:
     """Return a case for people."""
     note = f", {row.note}" if row.note else ""
-    return f"M = {row.rows:,}, {row.group.title}{note}"
+    return f"M = {row.rows:,}, {row.title}{note}"
 
 
 def _values(rows: Sequence[Row], name: str) -> str:
     return " or ".join(dict.fromkeys(str(getattr(row, name)) for row in rows))
 
 
-def _ratios(which: str, rows: Sequence[Row]) -> dict[tuple, tuple[Row, Ratio]]:
-    """Return key -> ours' row and its ratio to the copy, of cases that have both."""
+def _ratios(which: str, rows: Sequence[Row]) -> dict[tuple, Ratio]:
+    """Return key -> ours' ratio to the copy, of cases that have both."""
 
-    def case(row: Row) -> tuple:
-        return tuple(getattr(row, name) for name in _KEY if name != "note")
+    def key_of(row: Row) -> tuple:
+        return tuple(getattr(row, name) for name in _KEY)
 
-    copies = {case(row): row for row in rows if row.candidate == COPY and row.measured}
-    ratios: dict[tuple, tuple[Row, Ratio]] = {}
+    # The copy has a note of its own.
+    copies = {key_of(row)[:-1]: row for row in rows if row.candidate == COPY and row.measured}
+    ratios: dict[tuple, Ratio] = {}
     for row in rows:
-        if row.candidate != OURS or not row.measured or case(row) not in copies:
+        key = key_of(row)
+        if row.candidate != OURS or not row.measured or key[:-1] not in copies:
             continue
-        key = (*case(row), row.note)
         if key in ratios:
             raise ValueError(f"the {which} run must hold each case once, got two: {case_text(row)}")
-        copy = copies[case(row)]
+        copy = copies[key[:-1]]
         spread = math.hypot(*((x.q3_us - x.q1_us) / 2 / x.median_us for x in (row, copy)))
-        ratios[key] = (row, Ratio(row.median_us / copy.median_us, spread))
+        ratios[key] = Ratio(row, row.median_us / copy.median_us, spread)
     if not ratios:
         raise ValueError(f"the {which} run must hold timings of ours and of the copy, got none")
     return ratios
 
 
 def _nothing_in_common(old: Sequence[tuple], new: Sequence[tuple]) -> str:
-    words = {"device": "devices", "threads": "threads", "in_dtype": "dtypes"}
-    words |= {"out_dtype": "out dtypes", "q_cols": "columns of Q", "k_cols": "columns of K"}
-    words |= {"rows": "values of M", "note": "notes"}
-    for name, word in words.items():
-        index = _KEY.index(name)
-        mine, other = ({key[index] for key in keys} for keys in (old, new))
-        if not mine & other:
-            texts = [", ".join(str(x or "none") for x in sorted(some)) for some in (mine, other)]
-            return f"runs must share {word} to be compared, got {texts[0]} and {texts[1]}"
+    for index, word in enumerate(_KEY.values()):
+        values_old, values_new = ({key[index] for key in keys} for keys in (old, new))
+        if not values_old & values_new:
+            was, now = (
+                ", ".join(str(value or "none") for value in sorted(values))
+                for values in (values_old, values_new)
+            )
+            return f"runs must share {word} to be compared, got {was} and {now}"
     return "runs must share a case to be compared, got none that is in both"
 
 
@@ -210,7 +225,7 @@ def cases_of(rows: Sequence[Row], on_gpu: bool) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``shapes``, ``rows``, ``dtypes``, ``out_dtype``, ``threads``.
+        ``ops``, ``shapes``, ``rows``, ``dtypes``, ``out_dtype``, ``threads``.
 
     Raises
     ------
@@ -224,7 +239,11 @@ def cases_of(rows: Sequence[Row], on_gpu: bool) -> dict[str, Any]:
         raise ValueError(
             f"runs must share devices to be compared, got {rows[0].device} and {cpu_name()}"
         )
-    pairs = {(row.in_dtype, row.out_dtype) for row in rows}
+    pairs = {
+        (row.in_dtype, row.out_dtype)
+        for row in rows
+        if "out_dtype" in OPERATIONS[row.op].spec_fields
+    }
     out_dtypes = {out for _, out in pairs}
     mixed = any(a != b for a, b in pairs)
     if mixed and len(out_dtypes) > 1:
@@ -234,6 +253,7 @@ def cases_of(rows: Sequence[Row], on_gpu: bool) -> dict[str, Any]:
         return tuple(dict.fromkeys(values))
 
     return {
+        "ops": distinct(row.op for row in rows),
         "shapes": distinct((row.q_cols, row.k_cols) for row in rows),
         "rows": distinct(row.rows for row in rows),
         "dtypes": distinct(row.in_dtype for row in rows),

@@ -14,30 +14,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..call import cache
 from ..check.calls import call_arguments
 from ..check.inputs import Activations
 from ..check.reference_torch import to_torch
 from ..check.verification_cuda import expected_outputs
+from ..dtypes import ELEMENT_TYPES
 from ..load.module import Module
 from ..spec import KernelSpec
-from .cpu import public_call
 from .timing import (
-    COPY,
     EMPTY,
     OURS,
-    TORCH,
-    TORCH_COMPILE,
     TWO_COPIES,
     TWO_LAUNCHES,
     Candidate,
     CannotRunError,
     HostSampler,
-    Timing,
-    measure,
 )
-from .workload import Workload
+from .workload import Workload, copy_by_torch
 
 _CHAIN = 40
 _LARGE_CHAIN = 12
@@ -79,13 +75,9 @@ class EmptyKernel:
         import torch
 
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        one, block = ctypes.c_uint(1), ctypes.c_uint(128)
-        none = ctypes.c_void_p()
-        self._check(
-            self._driver.cuLaunchKernel(
-                self._function, one, one, one, block, one, one, ctypes.c_uint(0), stream, none, none
-            )
-        )
+        grid, block = (1, 1, 1), (128, 1, 1)
+        sizes = [ctypes.c_uint(size) for size in (*grid, *block, 0)]
+        self._check(self._driver.cuLaunchKernel(self._function, *sizes, stream, None, None))
 
 
 def capture(function: Callable[[int], Any], launches: int) -> Any:
@@ -177,7 +169,7 @@ class CudaWorkload(Workload):
 
     Parameters
     ----------
-    spec, module, activations, unique_rows
+    spec, module, activations, rows
         See `Workload`.
     misaligned : bool
         Rows of ours and torch start at every alignment; the copies stay aligned.
@@ -192,129 +184,106 @@ class CudaWorkload(Workload):
         spec: KernelSpec,
         module: Module,
         activations: Activations,
-        unique_rows: int | None = None,
+        rows: int | None = None,
         *,
         misaligned: bool = False,
         device: str = "cuda",
     ):
-        super().__init__(spec, module, activations, unique_rows)
+        import torch
+
+        super().__init__(spec, module, activations, rows)
         self._misaligned, self._device = misaligned, device
-        count, self._launches = rotation(self.bytes)
-        self.sets = [self._tensors() for _ in range(count)]
+        self.sets = [self._tensors()]
+        count, launches = rotation(self.bytes)
+        self.sets += [self._tensors() for _ in range(count - 1)]
+        self.sampler = functools.partial(GraphSampler, launches=launches)
+        # The GPU is waited for between samples.
+        self.host_sampler = functools.partial(HostSampler, finish=torch.cuda.synchronize)
 
     def _tensors(self) -> dict[str, Any]:
         """Return one set of tensors by name."""
         import torch
 
-        tensors = {
-            name: to_torch(np.ascontiguousarray(array)).to(self._device, copy=True)
-            for name, array in self.activations.tensors.items()
-        }
-        for name in self.operation.outputs:
-            tensor = self.operation[name]
-            dtype = self._element_type(tensor).torch
-            tensors[name] = torch.empty(self._shape(tensor), dtype=dtype, device=self._device)
+        tensors = {name: self.placed(array) for name, array in self.inputs.items()}
+        for name, (shape, dtype) in self.outputs.items():
+            torch_dtype = ELEMENT_TYPES[dtype].torch
+            tensors[name] = torch.empty(shape, dtype=torch_dtype, device=self._device)
         for name in self.operation.strided if self._misaligned else ():
             tensors[name] = _misaligned(tensors[name])
         return tensors
 
-    def _reference(self, a: Activations) -> Sequence[Any]:
-        return [to_torch(x).to(self._device) for x in expected_outputs(self.spec, a, self._device)]
+    def placed(self, array: npt.NDArray) -> Any:
+        return to_torch(np.ascontiguousarray(array)).to(self._device, copy=True)
 
-    def _differ(self, actual: Any, expected: Any) -> bool:
+    def reference(self) -> Sequence[npt.NDArray]:
+        return expected_outputs(self.spec, self.activations, self._device)
+
+    def differ(self, actual: Any, expected: Any) -> bool:
         return not equal_bits(actual, expected)
 
-    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-        arguments = call_arguments(self.spec.op, tensors, self.activations.epsilon)
-        for name in self.operation.outputs:
-            tensors[name].fill_(-77)  # nothing that could pass for a result
-        function(*arguments)
-        return arguments
+    def arguments(self, op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+        return call_arguments(op, tensors, self.activations.epsilon)
 
-    def _torch_tensors(self) -> list[dict[str, Any]]:
+    def overwrite(self, output: Any) -> None:
+        output.fill_(-77)
+
+    def torch_sets(self) -> list[dict[str, Any]]:
         return self.sets
 
     def ours(self, name: str = OURS, module: Module | None = None) -> Candidate:
-        """Return the module's entry point as a candidate, checked with every set of tensors."""
         candidate = super().ours(name, module)
         candidate.note = "rows at every alignment" if self._misaligned else ""
         return candidate
 
     def candidate(self, name: str) -> Candidate:
-        """Return one of the candidates of `Benchmark.candidates`, its result checked."""
-        if name in (TORCH, TORCH_COMPILE):
-            return self.torch(name)
         if name == EMPTY:
             return Candidate(EMPTY, EmptyKernel())
         if name == TWO_LAUNCHES:
             return self._two_launches()
-        assert name in (COPY, TWO_COPIES), name
-        return self._copies(name)
+        return super().candidate(name)
 
-    def _copies(self, name: str) -> Candidate:
+    def copy(self, name: str) -> Candidate:
         """Return one copy, or q's and k's, that read and write as many bytes as ours together."""
         import torch
 
-        a = self.activations
-        cols = [a.q_cols + a.k_cols] if name == COPY else [a.q_cols, a.k_cols]
-        sizes = [self.bytes * part // (2 * (a.q_cols + a.k_cols)) for part in cols]
-        sets = [
-            [
-                tuple(torch.ones(size, dtype=torch.uint8, device=self._device) for _ in "io")
-                for size in sizes
-            ]
-            for _ in self.sets
-        ]
+        def memory(size: int) -> Any:
+            return torch.ones(size, dtype=torch.uint8, device=self._device)
 
-        def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
-            for source, to in pairs:
-                to.copy_(source)
+        sizes = self.copy_sizes(apart=name == TWO_COPIES)
+        sets = [([(memory(size), memory(size)) for size in sizes],) for _ in self.sets]
 
-        return Candidate(name, copy, [(pairs,) for pairs in sets])
+        return Candidate(name, copy_by_torch, sets)
 
     def _two_launches(self) -> Candidate:
         """Return statistics and apply in two launches, as the ranks of a group run them."""
-        steps = ("row_mean_of_squares_qk", "apply_qk_rms_norm")
+        steps = self.benchmark.steps
         if not {spec.op for spec in self.module.specs}.issuperset(steps):
             note = f"needs a module that also holds {' and '.join(steps)}"
             return Candidate(TWO_LAUNCHES, None, note=note)
-        statistics, apply = (getattr(self.module, op) for op in steps)
-        epsilon = self.activations.epsilon
-        sets = [tuple(call_arguments(op, x, epsilon) for op in steps) for x in self.sets]
+        functions = [getattr(self.module, op) for op in steps]
+        sets = [tuple(self.arguments(op, tensors) for op in steps) for tensors in self.sets]
 
-        def both(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
-            statistics(*first)
-            apply(*second)
+        def launch_all(*arguments: tuple[Any, ...]) -> None:
+            for function, args in zip(functions, arguments, strict=True):
+                function(*args)
 
-        both(*sets[0])
-        outputs = [self.sets[0][name] for name in self.operation.outputs]
-        return Candidate(TWO_LAUNCHES, both, sets, self.is_exact(outputs))
+        launch_all(*sets[0])
+        outputs = [self.sets[0][name] for name in self.outputs]
+        return Candidate(TWO_LAUNCHES, launch_all, sets, self.is_exact(outputs))
 
     def host_calls(self) -> list[Candidate]:
         """Return calls of the module and of the API, and torch's copy_."""
         import torch
 
-        tensors, epsilon = self.sets[0], self.activations.epsilon
+        tensors = self.sets[0]
         cache.use(self.module)
         source = torch.ones(self.bytes // 2, dtype=torch.uint8, device=self._device)
-        arguments = call_arguments(self.spec.op, tensors, epsilon)
+        arguments = self.arguments(self.spec.op, tensors)
         return [
             Candidate("module", getattr(self.module, self.spec.op), [arguments]),
-            Candidate("API", public_call(tensors, epsilon)),
+            Candidate("API", self.api_call(tensors)),
             Candidate("torch copy_", torch.empty_like(source).copy_, [(source,)]),
         ]
-
-    def measure(self, candidates: Sequence[Candidate], min_time: float) -> list[Timing]:
-        """Time chains of launches inside CUDA graphs."""
-        sampler = functools.partial(GraphSampler, launches=self._launches)
-        return measure(candidates, min_time=min_time, sampler=sampler)
-
-
-def host_sampler(candidate: Candidate) -> HostSampler:
-    """Return what times the host's part of a call; the GPU is waited for between samples."""
-    import torch
-
-    return HostSampler(candidate, finish=torch.cuda.synchronize)
 
 
 def _misaligned(tensor: Any) -> Any:

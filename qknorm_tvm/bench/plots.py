@@ -6,16 +6,15 @@ They are drawn from rows alone, whatever the device; nothing is shown on a scree
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QKNormError
-from .report import CSV_NAME, PAGE_NAME, Group, Row, candidates_of, groups_of, page, write_csv
+from .report import CSV_NAME, PAGE_NAME, Row, candidates_of, groups_of, page, write_csv
 from .timing import COPY, EMPTY, NUMPY, OURS, SCALAR, TORCH, TORCH_COMPILE, TWO_COPIES, Timing
 
 if TYPE_CHECKING:
@@ -67,17 +66,33 @@ def _series(rows: Sequence[Row], name: str) -> list[Row]:
 
 
 def _draw(
-    axes: Axes, rows: Sequence[Row], name: str, points: Sequence[tuple[float, float, float]]
-) -> None:
-    """Draw one candidate: (low, middle, high) for each row, bars from low to high."""
+    axes: Axes,
+    rows: Sequence[Row],
+    name: str,
+    value: Callable[[Row, float], float],
+) -> list[float]:
+    """Draw one candidate over M, with bars of its quartiles; returns the medians' values.
+
+    Parameters
+    ----------
+    axes : Axes
+    rows : sequence of Row
+        The candidate's.
+    name : str
+        The candidate.
+    value : callable
+        Returns what is drawn from a row and a time of it in µs.
+    """
     colour, marker, line = _STYLES.get(name, _OTHER)
-    ms = [row.rows for row in rows]
-    low = [middle - low for low, middle, _ in points]
-    high = [high - middle for _, middle, high in points]
+    values = [value(row, row.median_us) for row in rows]
+    ends = [sorted((value(row, row.q1_us), value(row, row.q3_us))) for row in rows]
     axes.errorbar(
-        ms,
-        [middle for _, middle, _ in points],
-        yerr=[low, high],
+        [row.rows for row in rows],
+        values,
+        yerr=[
+            [middle - low for middle, (low, _) in zip(values, ends, strict=True)],
+            [high - middle for middle, (_, high) in zip(values, ends, strict=True)],
+        ],
         label=name,
         color=colour,
         marker=marker,
@@ -88,6 +103,15 @@ def _draw(
         capsize=3,
         zorder=5 if name == OURS else 3,
     )
+    return values
+
+
+def _time(row: Row, us: float) -> float:
+    return us
+
+
+def _bandwidth(row: Row, us: float) -> float:
+    return row.bytes_per_call / us / 1e3
 
 
 def _over_m(axes: Axes, rows: Sequence[Row]) -> None:
@@ -111,36 +135,19 @@ def _footer(figure: Figure, row: Row) -> None:
     figure.supxlabel("\n".join(lines), fontsize=7, color="#555555")
 
 
-def _of_copy(row: Row, copy_us: float) -> tuple[float, float, float]:
-    """Return the share of the copy's bandwidth in percent, by a candidate's quartiles."""
-    return tuple(100 * copy_us / us for us in (row.q3_us, row.median_us, row.q1_us))  # type: ignore[return-value]
-
-
-def alternatives_picture(group: Group, rows: Sequence[Row]) -> Figure:
-    """Draw every candidate of one group: time over M, and the share of the copy's bandwidth.
-
-    Parameters
-    ----------
-    group : Group
-    rows : sequence of Row
-        Those of the group.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
+def alternatives_picture(rows: Sequence[Row]) -> Figure:
+    """Draw every candidate of one group: time over M, and the share of the copy's bandwidth."""
     figure = _figure(12, 5.4)
     times, shares = figure.subplots(1, 2)
     names = candidates_of(rows)
     copies = {row.rows: row.median_us for row in _series(rows, COPY)}
     for name in names:
         series = _series(rows, name)
-        _draw(times, series, name, [(row.q1_us, row.median_us, row.q3_us) for row in series])
+        _draw(times, series, name, _time)
         series = [row for row in series if row.rows in copies]
         # An empty kernel moves nothing.
         if series and name != EMPTY:
-            points = [_of_copy(row, copies[row.rows]) for row in series]
-            _draw(shares, series, name, points)
+            _draw(shares, series, name, lambda row, us: 100 * copies[row.rows] / us)
     for axes in (times, shares):
         _over_m(axes, rows)
     times.set_yscale("log")
@@ -151,55 +158,40 @@ def alternatives_picture(group: Group, rows: Sequence[Row]) -> Figure:
     shares.set_title("Bandwidth, 100 %: a copy; higher is better")
     handles, labels = times.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.suptitle(f"QK-RMSNorm, Nq/Nk = {group.title} (bars: quartiles)")
+    figure.suptitle(f"QK-RMSNorm, Nq/Nk = {rows[0].title} (bars: quartiles)")
     _footer(figure, rows[0])
     return figure
 
 
-def roof_picture(groups: dict[Group, list[Row]]) -> Figure:
-    """Draw ours below the copy as a roof: GB/s over M, a panel for each group.
-
-    Parameters
-    ----------
-    groups : dict
-        Groups that differ in columns only, with their rows.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
+def roof_picture(groups: Sequence[Sequence[Row]]) -> Figure:
+    """Draw ours below the copy as a roof: GB/s over M, a panel for each of several shapes."""
     figure = _figure(1 + 5.5 * len(groups), 5)
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     shares: list[float] = []
-    seen: list[float] = []
-    for axes, (group, rows) in zip(panels, groups.items(), strict=True):
-        ours, copy = _series(rows, OURS), _series(rows, COPY)
-        bounds = {}
-        for name, series in ((COPY, copy), (OURS, ours)):
-            bounds[name] = [_bandwidth(row) for row in series]
-            _draw(axes, series, name, bounds[name])
-            seen += [value for point in bounds[name] for value in point]
-        shares += [row.share_of_copy for row in ours if not math.isnan(row.share_of_copy)]
-        if copy:
-            roof = [middle for _, middle, _ in bounds[COPY]]
-            axes.fill_between([r.rows for r in copy], 1e-9, roof, color="#000000", alpha=0.07)
-        for row, (_, middle, _) in zip(ours, bounds[OURS], strict=True):
-            below = row.share_of_copy < 1  # away from the roof
-            if not math.isnan(row.share_of_copy):
-                axes.annotate(
-                    f"{row.share_of_copy:.0%}",
-                    (row.rows, middle),
-                    textcoords="offset points",
-                    xytext=(0, -16 if below else 9),
-                    ha="center",
-                    fontsize=8,
-                    color=_STYLES[OURS][0],
-                    fontweight="bold",
-                )
+    drawn: list[float] = []
+    for axes, rows in zip(panels, groups, strict=True):
+        copy, ours = _series(rows, COPY), _series(rows, OURS)
+        roof, values = _draw(axes, copy, COPY, _bandwidth), _draw(axes, ours, OURS, _bandwidth)
+        drawn += roof + values
+        axes.fill_between([row.rows for row in copy], 1e-9, roof, color="#000000", alpha=0.07)
+        for row, value in zip(ours, values, strict=True):
+            if math.isnan(row.share_of_copy):
+                continue
+            shares.append(row.share_of_copy)
+            axes.annotate(
+                f"{row.share_of_copy:.0%}",
+                (row.rows, value),
+                textcoords="offset points",
+                xytext=(0, -16 if row.share_of_copy < 1 else 9),  # away from the roof
+                ha="center",
+                fontsize=8,
+                color=_STYLES[OURS][0],
+                fontweight="bold",
+            )
         _over_m(axes, rows)
-        axes.set_title(f"Nq/Nk = {group.shape}")
+        axes.set_title(f"Nq/Nk = {rows[0].shape}")
     panels[0].set_ylabel("bytes moved (GB/s)")
-    low, high = min(seen, default=1.0), max(seen, default=1.0)
+    low, high = min(drawn, default=1.0), max(drawn, default=1.0)
     if high / low > _MOST_LINEAR:
         panels[0].set_yscale("log")
         panels[0].set_ylim(low / 2, high * 4)
@@ -208,62 +200,32 @@ def roof_picture(groups: dict[Group, list[Row]]) -> Figure:
     handles, _ = panels[0].get_legend_handles_labels()
     labels = ["roof: a copy of the same bytes", "ours (% of the roof)"][: len(handles)]
     panels[0].legend(handles, labels, loc="upper left", frameon=False)
-    group = next(iter(groups))
-    title = f"{group.dtypes}, {group.where}"
+    first = groups[0][0]
+    title = f"{first.prefix}{first.dtypes}, {first.where}"
     if shares:
         title += f": {min(shares):.0%} to {max(shares):.0%} of what a copy of the same bytes moves"
     figure.suptitle(title, fontweight="bold")
-    _footer(figure, next(iter(groups.values()))[0])
+    _footer(figure, first)
     return figure
 
 
-def _bandwidth(row: Row) -> tuple[float, float, float]:
-    """Return GB/s, by a candidate's quartiles."""
-    return tuple(row.bytes_per_call / us / 1e3 for us in (row.q3_us, row.median_us, row.q1_us))  # type: ignore[return-value]
-
-
 def pictures(rows: Sequence[Row]) -> dict[str, tuple[str, Any]]:
-    """Return file name without its end -> (title, Figure); first those that say most.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of one device or several.
-    """
-    roofs: dict[tuple[str, str, str], dict[Group, list[Row]]] = {}
+    """Return the pictures of a run: file name without its end -> (title, Figure)."""
     groups = groups_of(rows)
-    for group, members in groups.items():
-        roofs.setdefault((group.dtypes, group.where, group.device), {})[group] = members
-    figures: dict[str, tuple[str, Any]] = {}
-
-    def add(name: str, title: str, figure: Figure) -> None:
-        name = re.sub(r"\W+", "-", name)
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        figures[next(n for n in names if n not in figures)] = (title, figure)
-
-    for (dtypes, where, _), members_of in roofs.items():
-        title = f"GB/s over M against a copy: {dtypes}, {where}"
-        add(f"roof {dtypes} {where}", title, roof_picture(members_of))
-    for group, members in groups.items():
-        title = f"All alternatives: {group.title}"
-        add(f"alternatives {group.title}", title, alternatives_picture(group, members))
-    return figures
-
-
-def write_pictures(folder: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Write every picture as PNG; returns (title, file name) of each.
-
-    Raises
-    ------
-    QKNormError
-        matplotlib is not installed.
-    """
-    need_matplotlib()
-    written = []
-    for name, (title, figure) in pictures(rows).items():
-        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
-        written.append((title, f"{name}.png"))
-    return written
+    shapes: dict[str, list[list[Row]]] = {}
+    for members in groups:
+        first = members[0]
+        what = f"{first.prefix}{first.dtypes}, {first.where}"
+        shapes.setdefault(what, []).append(members)
+    named: list[tuple[str, str, Figure]] = []
+    for what, panels in shapes.items():  # first those that say most
+        title = f"GB/s over M against a copy: {what}"
+        named.append((f"roof {what}", title, roof_picture(panels)))
+    for members in groups:
+        what = members[0].title
+        title = f"All alternatives: {what}"
+        named.append((f"alternatives {what}", title, alternatives_picture(members)))
+    return {re.sub(r"\W+", "-", name): (title, figure) for name, title, figure in named}
 
 
 def write_report(
@@ -280,12 +242,13 @@ def write_report(
     QKNormError
         matplotlib is not installed.
     """
+    need_matplotlib()
     folder.mkdir(exist_ok=True)
-    written = [folder / CSV_NAME]
-    write_csv(written[0], rows)
-    pictures = write_pictures(folder, rows)
-    written += [folder / file for _, file in pictures]
-    text = page(rows, pictures, host_timings=host_timings, warning=warning)
-    written.append(folder / PAGE_NAME)
-    written[-1].write_text(text)
-    return written
+    write_csv(folder / CSV_NAME, rows)
+    named = []
+    for name, (title, figure) in pictures(rows).items():
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        named.append((title, f"{name}.png"))
+    text = page(rows, named, host_timings=host_timings, warning=warning)
+    (folder / PAGE_NAME).write_text(text)
+    return [folder / file for file in (CSV_NAME, *(file for _, file in named), PAGE_NAME)]

@@ -11,10 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .timing import BYTES_FORMULA, COPY, EMPTY, HOST_ROWS, OURS, CaseResult, Timing
+from .timing import COPY, EMPTY, OURS, SCALAR, Timing
 
+_APPLY = "apply_qk_rms_norm"
 #: Files of a report, besides its pictures.
 CSV_NAME, PAGE_NAME = "results.csv", "README.md"
+#: M where calls from Python are timed: few rows, or the host waits for a GPU's queue.
+HOST_ROWS = {"cpu": 1, "cuda": 16}
+#: How bandwidth is computed, for people.
+BYTES_FORMULA = (
+    "bytes = M*(Nq+Nk)*(in_bytes+out_bytes), of statistics without out_bytes; gamma and qk_var, "
+    "which caches hold, are not counted"
+)
 #: What is said below a table, by kind of device.
 METHODS = {
     "cpu": "µs: median of a call, interleaved; quartiles: of the samples; worst: the median with "
@@ -22,10 +30,11 @@ METHODS = {
     "medians; exact: equal to the unfused NumPy graph bit for bit.",
     "cuda": "µs: median of a launch in a chain inside a CUDA graph, candidates taking turns; "
     "buffers beyond L2 rotate. copy: one torch copy_ of as many bytes as q and k together; two "
-    "copies: of q's and of k's. exact: equal to unfused torch on this GPU bit for bit.",
+    "copies: of q's and of k's; two launches: statistics, then apply. exact: equal bit for bit to "
+    "unfused torch on this GPU, statistics to NumPy in the stated order.",
 }
 #: Columns that files written by earlier versions lack.
-_LATER = ("share_of_copy", "command", "date", "worst_us")
+_LATER = ("share_of_copy", "command", "date", "worst_us", "op")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Row:
     command: str = ""
     date: str = ""
     worst_us: float = math.nan
+    op: str = _APPLY
 
     @property
     def measured(self) -> bool:
@@ -71,37 +81,19 @@ class Row:
         return self.samples > 0
 
     @property
-    def group(self) -> Group:
-        """What all rows of one table or picture have in common."""
-        return Group(
-            self.q_cols, self.k_cols, self.in_dtype, self.out_dtype, self.threads, self.device
-        )
-
-    def cells(self) -> dict[str, Any]:
-        """Return column -> value for CSV and JSON: None for what was not measured."""
-        cells = dataclasses.asdict(self)
-        for name, value in cells.items():
-            if isinstance(value, float) and math.isnan(value):
-                cells[name] = None
-        cells["threads"] = self.threads or None
-        return cells
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Columns, element types, threads (0: a GPU) and device: all but M and the candidate."""
-
-    q_cols: int
-    k_cols: int
-    in_dtype: str
-    out_dtype: str
-    threads: int
-    device: str
+    def kind(self) -> str:
+        """The kind of device: ``"cpu"`` or ``"cuda"``."""
+        return "cpu" if self.threads else "cuda"
 
     @property
     def shape(self) -> str:
         """``"1536/256"``."""
         return f"{self.q_cols}/{self.k_cols}"
+
+    @property
+    def prefix(self) -> str:
+        """The operation and a space; nothing for apply."""
+        return "" if self.op == _APPLY else f"{self.op} "
 
     @property
     def dtypes(self) -> str:
@@ -116,54 +108,58 @@ class Group:
 
     @property
     def title(self) -> str:
-        """All of it but the device, for people."""
-        return f"{self.shape} {self.dtypes}, {self.where}"
+        """What all rows of one table or picture have in common."""
+        return f"{self.prefix}{self.shape} {self.dtypes}, {self.where}"
+
+    def cells(self) -> dict[str, Any]:
+        """Return column -> value for CSV and JSON: None for what was not measured."""
+        cells = dataclasses.asdict(self)
+        for name, value in cells.items():
+            if isinstance(value, float) and math.isnan(value):
+                cells[name] = None
+        cells["threads"] = self.threads or None
+        return cells
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
-def rows_of(result: CaseResult, facts: Mapping[str, str]) -> list[Row]:
-    """Return a result as rows.
+def rows_of(timings: Sequence[Timing], columns: Mapping[str, Any]) -> list[Row]:
+    """Return the timings of one case as rows.
 
     Parameters
     ----------
-    result : CaseResult
-    facts : mapping
-        Columns that are the same in every row: ``target``, ``config``, ``device``, ``versions``,
-        ``command``, ``date``.
+    timings : sequence of Timing
+    columns : mapping
+        Those that are the same in every row: what was timed, and what it was taken on.
     """
+    medians = {timing.name: timing.median for timing in timings}
 
-    def figure(value: float, digits: int) -> float:
+    def rounded(value: float, digits: int = 4) -> float:
         return value if math.isnan(value) else round(value, digits)
 
-    copy = result.timing(COPY)
+    def median(name: str) -> float:
+        return medians.get(name, math.nan)
+
     return [
         Row(
-            q_cols=result.q_cols,
-            k_cols=result.k_cols,
-            rows=result.rows,
-            in_dtype=result.in_dtype,
-            out_dtype=result.out_dtype,
-            threads=result.threads,
             candidate=timing.name,
-            median_us=figure(timing.median * 1e6, 4),
-            q1_us=figure(timing.q1 * 1e6, 4),
-            q3_us=figure(timing.q3 * 1e6, 4),
-            worst_us=figure(timing.worst * 1e6, 4),
+            median_us=rounded(timing.median * 1e6),
+            q1_us=rounded(timing.q1 * 1e6),
+            q3_us=rounded(timing.q3 * 1e6),
+            worst_us=rounded(timing.worst * 1e6),
             samples=timing.samples,
             calls_per_sample=timing.calls,
-            bytes_per_call=result.bytes,
-            bandwidth_GB_per_s=figure(result.bandwidth(timing), 3),
-            ratio_to_copy=figure(result.ratio(timing, COPY), 4),
-            ratio_to_ours=figure(result.ratio(timing, OURS), 4),
-            ratio_to_empty=figure(result.ratio(timing, EMPTY), 4),
-            share_of_copy=figure(copy.median / timing.median if copy else math.nan, 4),
+            bandwidth_GB_per_s=rounded(columns["bytes_per_call"] / timing.median / 1e9, 3),
+            ratio_to_copy=rounded(timing.median / median(COPY)),
+            ratio_to_ours=rounded(timing.median / median(OURS)),
+            ratio_to_empty=rounded(timing.median / median(EMPTY)),
+            share_of_copy=rounded(median(COPY) / timing.median),
             exact=timing.exact,
             note=timing.note,
-            **facts,  # type: ignore[arg-type]
+            **columns,
         )
-        for timing in result.timings
+        for timing in timings
     ]
 
 
@@ -183,11 +179,11 @@ def read_csv(path: Path) -> list[Row]:
     ValueError
         The file lacks a column, holds no rows, or a cell is not what its column holds.
     """
-    types_of = typing.get_type_hints(Row)
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         try:
-            missing = [x for x in COLUMNS if x not in (reader.fieldnames or ()) and x not in _LATER]
+            present = (*(reader.fieldnames or ()), *_LATER)
+            missing = [name for name in COLUMNS if name not in present]
             if missing:
                 raise ValueError(
                     f"{path} must be a file that qknorm-tvm bench wrote, got one without the "
@@ -198,16 +194,20 @@ def read_csv(path: Path) -> list[Row]:
             raise ValueError(f"{path} must be a CSV file: {error}") from None
     if not lines:
         raise ValueError(f"{path} must hold timings, got none")
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        values = {}
-        for name in COLUMNS:
-            try:
-                values[name] = _value(line.get(name) or "", types_of[name])
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {name} {error}") from None
-        rows.append(Row(**values))
-    return rows
+    return [_row(path, number, line) for number, line in enumerate(lines, start=2)]
+
+
+def _row(path: Path, number: int, line: Mapping[str, str | None]) -> Row:
+    column_types = typing.get_type_hints(Row)
+    values = {}
+    for name in COLUMNS:
+        if name in _LATER and name not in line:
+            continue
+        try:
+            values[name] = _value(line.get(name) or "", column_types[name])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {name} {error}") from None
+    return Row(**values)
 
 
 def _value(text: str, kind: Any) -> Any:
@@ -226,12 +226,12 @@ def _value(text: str, kind: Any) -> Any:
         raise ValueError(f"must be a number, got {text!r}") from None
 
 
-def groups_of(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+def groups_of(rows: Iterable[Row]) -> list[list[Row]]:
     """Return the rows of each table or picture, in the order of the file."""
-    groups: dict[Group, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return groups
+        groups.setdefault(row.title, []).append(row)
+    return list(groups.values())
 
 
 def candidates_of(rows: Iterable[Row]) -> list[str]:
@@ -239,15 +239,40 @@ def candidates_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row.candidate for row in rows if row.measured))
 
 
-# ---- the page ----------------------------------------------------------------------------------
+def are_exact(rows: Iterable[Row]) -> bool:
+    """Whether what is ours equals the reference in every case."""
+    return all(row.exact is not False for row in rows if row.candidate in (OURS, SCALAR))
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """Return what candidates say, each note once, with the M that it is about."""
+    all_rows = {row.rows for row in rows}
+    by_note: dict[tuple[str, str], dict[int, None]] = {}
+    for row in rows:
+        # What each compilation took is of no interest below a table of many.
+        if row.note and not (row.measured and row.note.startswith("compiled in")):
+            by_note.setdefault((row.candidate, row.note), {})[row.rows] = None
+    return [
+        f"{candidate}: {note}"
+        + ("" if len(ms) == len(all_rows) else f" (M = {', '.join(f'{m:,}' for m in ms)})")
+        for (candidate, note), ms in by_note.items()
+    ]
 
 
 def microseconds(seconds: float) -> str:
     """Format a time in µs with three or four digits."""
-    value = seconds * 1e6
-    if math.isnan(value):
+    us = seconds * 1e6
+    if math.isnan(us):
         return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    return f"{us:,.0f}" if us >= 100 else f"{us:.2f}"
+
+
+def quartiles(row: Row) -> str:
+    """Format a candidate's quartiles in µs."""
+    return f"{microseconds(row.q1_us * 1e-6)}-{microseconds(row.q3_us * 1e-6)}"
+
+
+# ---- the page ----------------------------------------------------------------------------------
 
 
 def _table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -273,31 +298,11 @@ def _group_table(rows: Sequence[Row]) -> list[str]:
 def _time_cell(row: Row | None) -> str:
     if row is None or not row.measured:
         return "-"
-    median, q1, q3 = (microseconds(us * 1e-6) for us in (row.median_us, row.q1_us, row.q3_us))
+    median = microseconds(row.median_us * 1e-6)
     worst = "" if math.isnan(row.worst_us) else f", worst {microseconds(row.worst_us * 1e-6)}"
     wrong = ", not exact" if row.exact is False else ""
-    return (f"**{median}**" if row.candidate == OURS else median) + f" ({q1}-{q3}{worst}){wrong}"
-
-
-def notes_of(timings: Iterable[tuple[int, str, str, bool]]) -> list[str]:
-    """Return what candidates say, each note once, with the M that it is about.
-
-    Parameters
-    ----------
-    timings : iterable of (M, candidate, note, measured)
-    """
-    all_rows: set[int] = set()
-    by_note: dict[tuple[str, str], dict[int, None]] = {}
-    for m, candidate, note, measured in timings:
-        all_rows.add(m)
-        # What each compilation took is of no interest below a table of many.
-        if note and not (measured and note.startswith("compiled in")):
-            by_note.setdefault((candidate, note), {})[m] = None
-    return [
-        f"{candidate}: {note}"
-        + ("" if len(ms) == len(all_rows) else f" (M = {', '.join(f'{m:,}' for m in ms)})")
-        for (candidate, note), ms in by_note.items()
-    ]
+    median = f"**{median}**" if row.candidate == OURS else median
+    return f"{median} ({quartiles(row)}{worst}){wrong}"
 
 
 def page(
@@ -329,16 +334,15 @@ def page(
     for title, file in pictures:
         lines += [f"![{title}]({file})", ""]
     worst = ", worst of several relative addresses" if first.threads else ""
-    for group, members in groups_of(rows).items():
-        lines += [f"## {group.title}", "", f"µs a call, median (quartiles{worst}):", ""]
+    for members in groups_of(rows):
+        lines += [f"## {members[0].title}", "", f"µs a call, median (quartiles{worst}):", ""]
         lines += [*_group_table(members), ""]
-        notes = notes_of((row.rows, row.candidate, row.note, row.measured) for row in members)
-        lines += [*(f"* {note}" for note in notes), ""] if notes else []
+        notes = [f"* {note}" for note in notes_of(members)]
+        lines += [*notes, ""] if notes else []
     measured = [timing for timing in host_timings if timing.measured]
     if measured:
-        cells = [(t.name, *(microseconds(x) for x in (t.median, t.q1, t.q3))) for t in measured]
-        m = HOST_ROWS["cpu" if first.threads else "cuda"]
-        lines += [f"## One call from Python, M = {m}", ""]
+        cells = [(t.name, *map(microseconds, (t.median, t.q1, t.q3))) for t in measured]
+        lines += [f"## One call from Python, M = {HOST_ROWS[first.kind]}", ""]
         lines += [*_table(("", "µs", "first quartile", "third quartile"), cells), ""]
     lines += [
         "## How to read it",

@@ -1,8 +1,8 @@
 """Timing: candidates that take turns in one process, and the figures that come out of it.
 
-One loop, `measure`, serves every device. How a candidate is sampled is a `Sampler`'s business:
-`HostSampler` times runs of calls by the clock, `qknorm_tvm.bench.cuda.GraphSampler` replays CUDA
-graphs.
+One loop, `measure`, serves every device and operation. How a candidate is sampled is left to a
+`Sampler`: `HostSampler` times runs of calls by the clock, `qknorm_tvm.bench.cuda.GraphSampler`
+replays CUDA graphs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,9 @@ import numpy as np
 
 #: Names of candidates, of which comparisons and pictures know more than the name.
 OURS, COPY, NUMPY, TORCH = "ours", "copy", "NumPy", "torch"
-TORCH_COMPILE, SCALAR, FLOOR = "torch.compile", "scalar", "floor"
+TORCH_COMPILE, SCALAR = "torch.compile", "scalar"
 EMPTY, TWO_COPIES, TWO_LAUNCHES = "empty kernel", "two copies", "two launches"
 
-#: How bandwidth is computed, for people.
-BYTES_FORMULA = (
-    "bytes = M*(Nq+Nk)*(in_bytes+out_bytes); gamma and qk_var, which caches hold, are not counted"
-)
-#: M where calls from Python are timed: few rows, or the host waits for a GPU's queue.
-HOST_ROWS = {"cpu": 1, "cuda": 16}
 #: A sample is a run of calls that takes at least this long: the clock costs some 50 ns.
 _SAMPLE_SECONDS = 500e-6
 _MOST_CALLS = 20_000
@@ -85,55 +79,6 @@ class Timing:
     def measured(self) -> bool:
         """Whether there is a time."""
         return self.samples > 0
-
-
-@dataclasses.dataclass
-class CaseResult:
-    """The timings of one shape, with what they were taken on; 0 threads mean a GPU.
-
-    `bytes` is what one call reads and writes, see `BYTES_FORMULA`. `timings` begins with ours.
-    """
-
-    rows: int
-    q_cols: int
-    k_cols: int
-    in_dtype: str
-    out_dtype: str
-    threads: int
-    bytes: int
-    timings: list[Timing]
-
-    def timing(self, name: str) -> Timing | None:
-        """Return a candidate's timing, or None when there is no such candidate, or no time."""
-        for timing in self.timings:
-            if timing.name == name and timing.measured:
-                return timing
-        return None
-
-    def bandwidth(self, timing: Timing) -> float:
-        """Return GB/s (1e9 bytes)."""
-        return self.bytes / timing.median / 1e9
-
-    def ratio(self, timing: Timing, to: str) -> float:
-        """Return a candidate's median over another's; NaN without either."""
-        other = self.timing(to)
-        if other is None or not timing.measured:
-            return float("nan")
-        return timing.median / other.median
-
-    @property
-    def exact(self) -> bool:
-        """Whether ours equals the reference."""
-        return all(t.exact is not False for t in self.timings if t.name in (OURS, SCALAR))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready fields; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> CaseResult:
-        """Build a result from `to_dict`'s."""
-        return cls(**{**fields, "timings": [Timing(**timing) for timing in fields["timings"]]})
 
 
 class Sampler(Protocol):

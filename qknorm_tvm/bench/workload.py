@@ -1,8 +1,10 @@
-"""What is timed: an entry for each operation, and what its candidates share on every device.
+"""What is timed: an entry for each operation, and its tensors and candidates on a device.
 
-A new operation joins with an entry in `BENCHMARKS`: the graph that users would write in torch, and
-the names of its candidates. Its tensors are those of `qknorm_tvm.operations`. What a candidate is
-on a device is said once for all operations, in `qknorm_tvm.bench.cpu` and `qknorm_tvm.bench.cuda`.
+A new operation joins with an entry in `BENCHMARKS`: the graph that users would write in torch, and,
+where the defaults do not serve, its inputs, the bytes that it moves and its candidates. Names,
+shapes and types of its tensors are those of `qknorm_tvm.operations`. How a candidate is made is
+said once for all operations: here what devices share, in `qknorm_tvm.bench.cpu` and
+`qknorm_tvm.bench.cuda` what is a device's own.
 """
 
 from __future__ import annotations
@@ -10,24 +12,23 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from ..call import api
 from ..check.inputs import Activations, aligned_copy, generate
 from ..check.reference_torch import apply_qk_rms_norm as torch_apply
 from ..check.reference_torch import row_mean_of_squares_qk as torch_statistics
 from ..check.reference_torch import torch_or_none
-from ..dtypes import ELEMENT_TYPES, ElementType
 from ..load.module import Module
-from ..operations import IN_DTYPE, K_COLS, OUT_DTYPE, Q_COLS, ROWS, TensorArgument
+from ..operations import OPERATIONS, ROWS, Operation
 from ..spec import KernelSpec
 from .timing import (
     COPY,
     EMPTY,
-    FLOOR,
     NUMPY,
     OURS,
     SCALAR,
@@ -36,13 +37,19 @@ from .timing import (
     TWO_COPIES,
     TWO_LAUNCHES,
     Candidate,
-    Timing,
+    HostSampler,
+    Sampler,
 )
 from .torch_compile import torch_compile
 
 NOT_INSTALLED = "torch is not installed"
-#: Rows that are generated; more are these again, since random numbers take their time.
-UNIQUE_ROWS = 1024
+#: Tensors with a row for each of Q's and K's.
+_ROW_TENSORS = {
+    tensor.name
+    for operation in OPERATIONS.values()
+    for tensor in operation.arguments
+    if tensor.shape[0] == ROWS
+}
 
 
 def _apply(
@@ -57,6 +64,18 @@ def _layer(
     return _apply(q, k, torch_statistics(q, k), gamma_q, gamma_k, epsilon, dtype, cast)
 
 
+def random_inputs(spec: KernelSpec, rows: int) -> Activations:
+    """Return inputs like a model's for a spec with fixed columns."""
+    assert spec.q_cols is not None
+    assert spec.k_cols is not None
+    return generate(rows, spec.q_cols, spec.k_cols, spec.in_dtype)
+
+
+def bytes_of_rows(operation: Operation, tensors: Mapping[str, Any]) -> int:
+    """Return the bytes of q, k and their outputs."""
+    return sum(int(tensors[name].nbytes) for name in operation.strided)
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """How an operation is benchmarked.
@@ -66,47 +85,46 @@ class Benchmark:
     graph : callable
         The operation in torch, unfused. Takes the inputs in the operation's order; where it
         normalises also epsilon, the outputs' type and whether to cast before gamma.
-    candidates : mapping of str to tuple of str
-        What ours is timed against, by kind of device.
+    inputs : callable
+        Makes the inputs of a spec with so many rows.
+    bytes : callable
+        What a call reads and writes, from the operation and its tensors by name.
+    unique_rows : int or None
+        More rows are the first so many again, since random numbers and references take their time.
+        None where rows depend on each other.
+    cpu, cuda : tuple of str
+        What ours is timed against on each kind of device.
+    steps : tuple of str
+        Operations that do the same one after the other: `TWO_LAUNCHES`.
     """
 
     graph: Callable[..., Any]
-    candidates: Mapping[str, tuple[str, ...]]
+    inputs: Callable[[KernelSpec, int], Activations] = random_inputs
+    bytes: Callable[[Operation, Mapping[str, Any]], int] = bytes_of_rows
+    unique_rows: int | None = 1024
+    cpu: tuple[str, ...] = (COPY, TORCH, TORCH_COMPILE)
+    cuda: tuple[str, ...] = (EMPTY, COPY, TORCH, TORCH_COMPILE)
+    steps: tuple[str, ...] = ()
+
+    def candidates(self, kind: str) -> tuple[str, ...]:
+        """Return what ours is timed against on ``"cpu"`` or ``"cuda"``."""
+        return {"cpu": self.cpu, "cuda": self.cuda}[kind]
 
 
-_BY_TORCH = (TORCH, TORCH_COMPILE)
 #: Benchmarks by operation.
 BENCHMARKS = {
     "apply_qk_rms_norm": Benchmark(
         _apply,
-        {
-            "cpu": (COPY, NUMPY, *_BY_TORCH, SCALAR),
-            "cuda": (EMPTY, COPY, TWO_COPIES, *_BY_TORCH),
-        },
+        cpu=(COPY, NUMPY, TORCH, TORCH_COMPILE, SCALAR),
+        cuda=(EMPTY, COPY, TWO_COPIES, TORCH, TORCH_COMPILE),
     ),
-    "row_mean_of_squares_qk": Benchmark(
-        torch_statistics,
-        {"cpu": (FLOOR, *_BY_TORCH), "cuda": (EMPTY, COPY, *_BY_TORCH)},
-    ),
+    "row_mean_of_squares_qk": Benchmark(torch_statistics),
     "qk_rms_norm": Benchmark(
         _layer,
-        {"cpu": (FLOOR, *_BY_TORCH), "cuda": (EMPTY, COPY, TWO_LAUNCHES, *_BY_TORCH)},
+        cuda=(EMPTY, COPY, TWO_LAUNCHES, TORCH, TORCH_COMPILE),
+        steps=("row_mean_of_squares_qk", "apply_qk_rms_norm"),
     ),
 }
-
-
-def activations(rows: int, q_cols: int, k_cols: int, dtype: str) -> Activations:
-    """Generate activations; beyond `UNIQUE_ROWS` the same rows again and again."""
-    a = generate(min(rows, UNIQUE_ROWS), q_cols, k_cols, dtype)
-    if rows <= UNIQUE_ROWS:
-        return a
-    order = np.arange(rows) % UNIQUE_ROWS
-    return dataclasses.replace(
-        a,
-        q=aligned_copy(a.q[order]),
-        k=aligned_copy(a.k[order]),
-        qk_var=aligned_copy(a.qk_var[order]),
-    )
 
 
 def held_spec(module: Module, spec: KernelSpec) -> KernelSpec | None:
@@ -126,8 +144,14 @@ def has_open_columns(spec: KernelSpec) -> bool:
     return None in (spec.q_cols, spec.k_cols)
 
 
+def copy_by_torch(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Copy the second tensor of each pair to the first."""
+    for target, source in pairs:
+        target.copy_(source)
+
+
 class Workload(abc.ABC):
-    """One operation on one set of activations: memory on a device, and the candidates on it.
+    """One operation on one set of inputs: memory on a device, and the candidates on it.
 
     Parameters
     ----------
@@ -135,118 +159,135 @@ class Workload(abc.ABC):
         Operation and dtypes. How a module that holds it rounds is the module's business.
     module : Module
     activations : Activations
-    unique_rows : int, optional
-        After how many rows they repeat; by default never.
+        The inputs, of the rows that differ.
+    rows : int, optional
+        M, where the inputs' rows repeat; by default theirs.
 
     Attributes
     ----------
+    inputs : dict of str to ndarray
     sets : list of dict
-        Tensors by name, sets that take turns.
+        Tensors of the device by name, sets that take turns.
     bytes : int
-        What a call reads and writes, of q, k and their outputs.
+        What a call reads and writes.
+    sampler, host_sampler : callable
+        Make the sampler of a candidate: of the device's time, and of the host's alone.
     """
 
     kind: ClassVar[str]
     threads = 0
     sets: list[dict[str, Any]]
+    sampler: Callable[[Candidate], Sampler]
+    host_sampler: Callable[[Candidate], Sampler] = HostSampler
 
     def __init__(
         self,
         spec: KernelSpec,
         module: Module,
         activations: Activations,
-        unique_rows: int | None = None,
+        rows: int | None = None,
     ):
         held = held_spec(module, spec) or spec
         self.spec = spec.replace(
             reproducible=held.reproducible, cast_before_gamma=held.cast_before_gamma
         )
         self.module, self.activations = module, activations
+        self.rows = activations.rows if rows is None else rows
         self.operation, self.benchmark = spec.operation, BENCHMARKS[spec.op]
-        self._unique_rows = max(1, unique_rows or activations.rows)
-        streams = [tensor for tensor in self.operation.arguments if tensor.is_stream]
-        self.bytes = sum(
-            math.prod(self._shape(tensor)) * self._element_type(tensor).bytes for tensor in streams
-        )
+        self.inputs = {
+            name: self._repeated(name, array) for name, array in activations.tensors.items()
+        }
+        shapes = self.operation.shapes(self.rows, activations.q_cols, activations.k_cols)
+        dtypes = self.operation.dtypes(spec.in_dtype, str(spec.out_dtype))
+        self.outputs = {name: (shapes[name], dtypes[name]) for name in self.operation.outputs}
 
-    def _shape(self, tensor: TensorArgument) -> tuple[int, ...]:
-        a = self.activations
-        sizes = {ROWS: a.rows, Q_COLS: a.q_cols, K_COLS: a.k_cols}
-        return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+    def _repeated(self, name: str, array: npt.NDArray) -> npt.NDArray:
+        """Return a tensor of all rows from that of the rows that differ."""
+        if name not in _ROW_TENSORS or len(array) == self.rows:
+            return array
+        return aligned_copy(array[np.arange(self.rows) % len(array)])
 
-    def _element_type(self, tensor: TensorArgument) -> ElementType:
-        names = {IN_DTYPE: self.spec.in_dtype, OUT_DTYPE: str(self.spec.out_dtype)}
-        return ELEMENT_TYPES[names.get(tensor.dtype, tensor.dtype)]
+    @functools.cached_property
+    def bytes(self) -> int:
+        """What a call reads and writes."""
+        return self.benchmark.bytes(self.operation, self.sets[0])
 
     # ---- what a device says --------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _reference(self, a: Activations) -> Sequence[Any]:
-        """Return the outputs for some rows."""
+    def placed(self, array: npt.NDArray) -> Any:
+        """Return an array in the device's memory."""
 
     @abc.abstractmethod
-    def _differ(self, actual: Any, expected: Any) -> bool:
-        """Whether two arrays of the device differ."""
+    def reference(self) -> Sequence[npt.NDArray]:
+        """Return what the outputs must be for the rows that differ."""
 
     @abc.abstractmethod
-    def _call(self, function: Callable[..., Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the arguments of an entry point, after one call on outputs that hold no result."""
+    def differ(self, actual: Any, expected: Any) -> bool:
+        """Whether an output differs from what it must be."""
 
     @abc.abstractmethod
-    def _torch_tensors(self) -> list[dict[str, Any]]:
+    def arguments(self, op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return what the entry point of an operation takes."""
+
+    @abc.abstractmethod
+    def overwrite(self, output: Any) -> None:
+        """Fill an output with what cannot pass for a result."""
+
+    @abc.abstractmethod
+    def torch_sets(self) -> list[dict[str, Any]]:
         """Return the sets of tensors that torch's candidates take."""
 
     @abc.abstractmethod
-    def candidate(self, name: str) -> Candidate:
-        """Return one of the candidates of `Benchmark.candidates`, its result checked."""
+    def copy(self, name: str) -> Candidate:
+        """Return a copy that reads and writes as many bytes as ours together."""
 
     @abc.abstractmethod
     def host_calls(self) -> list[Candidate]:
         """Return every way to call the operation from Python; what the host does is timed."""
 
-    @abc.abstractmethod
-    def measure(self, candidates: Sequence[Candidate], min_time: float) -> list[Timing]:
-        """Time candidates as the device is used."""
-
     # ---- what all devices share ----------------------------------------------------------------
 
     @functools.cached_property
-    def _expected(self) -> Sequence[Any]:
-        """What the outputs of the first `unique_rows` must be."""
-        a, rows = self.activations, slice(self._unique_rows)
-        return self._reference(
-            dataclasses.replace(a, q=a.q[rows], k=a.k[rows], qk_var=a.qk_var[rows])
-        )
+    def expected(self) -> list[Any]:
+        """What the outputs must be, on the device."""
+        return [
+            self.placed(self._repeated(name, array))
+            for name, array in zip(self.outputs, self.reference(), strict=True)
+        ]
 
     def is_exact(self, outputs: Sequence[Any]) -> bool:
         """Whether outputs equal the reference bit for bit."""
-        step = self._unique_rows
-        return not any(
-            self._differ(actual[start : start + step], expected[: len(actual) - start])
-            for actual, expected in zip(outputs, self._expected, strict=True)
-            for start in range(0, len(actual), step)
-        )
+        pairs = zip(outputs, self.expected, strict=True)
+        return not any(self.differ(actual, expected) for actual, expected in pairs)
+
+    def candidate(self, name: str) -> Candidate:
+        """Return one of `Benchmark.candidates`, its result checked."""
+        if name in (TORCH, TORCH_COMPILE):
+            return self._torch(name)
+        assert name in (COPY, TWO_COPIES), name
+        return self.copy(name)
 
     def ours(self, name: str = OURS, module: Module | None = None) -> Candidate:
         """Return a module's entry point as a candidate, checked with every set of tensors."""
         function = getattr(module or self.module, self.spec.op)
-        sets, exact = [], True
-        for tensors in self.sets:
-            sets.append(self._call(function, tensors))
-            exact = self.is_exact([tensors[output] for output in self.operation.outputs]) and exact
+        sets, exact = [self.arguments(self.spec.op, tensors) for tensors in self.sets], True
+        for tensors, arguments in zip(self.sets, sets, strict=True):
+            outputs = [tensors[output] for output in self.outputs]
+            for output in outputs:
+                self.overwrite(output)
+            function(*arguments)
+            exact = self.is_exact(outputs) and exact
         return Candidate(name, function, sets, exact)
 
-    def torch(self, name: str) -> Candidate:
+    def _torch(self, name: str) -> Candidate:
         """Return the unfused graph in torch, as it is or compiled by torch.compile."""
         torch = torch_or_none()
         if torch is None:
             return Candidate(name, None, note=NOT_INSTALLED)
-        graph, sets = (
-            self.benchmark.graph,
-            [self._graph_arguments(x) for x in self._torch_tensors()],
-        )
+        graph, sets = self.benchmark.graph, [self._graph_arguments(x) for x in self.torch_sets()]
         if name == TORCH_COMPILE:
-            if self.activations.rows == 0:
+            if self.rows == 0:
                 return Candidate(name, None, note="nothing to compile for no rows")
             return torch_compile(graph, sets, self._graph_is_exact)
         with torch.no_grad():
@@ -264,3 +305,22 @@ class Workload(abc.ABC):
     def _graph_is_exact(self, outputs: Any) -> bool | None:
         # torch sums statistics in another order.
         return self.is_exact(outputs) if "qk_var" in self.operation.signature else None
+
+    def copy_sizes(self, *, apart: bool) -> list[int]:
+        """Return the bytes of what copies read: as much as ours moves is read and written.
+
+        Parameters
+        ----------
+        apart : bool
+            In two copies, in proportion to q's and k's columns, instead of in one.
+        """
+        a = self.activations
+        cols = [a.q_cols, a.k_cols] if apart else [a.q_cols + a.k_cols]
+        return [self.bytes * part // (2 * (a.q_cols + a.k_cols)) for part in cols]
+
+    def api_call(self, tensors: Mapping[str, Any]) -> Callable[[], Any]:
+        """Return a call of the Python API with outputs given."""
+        inputs = [tensors[name] for name in self.operation.signature]
+        scalars = [self.activations.epsilon] * self.operation.has_epsilon
+        outputs = {self.operation[name].api_name: tensors[name] for name in self.outputs}
+        return functools.partial(getattr(api, self.spec.op), *inputs, *scalars, **outputs)

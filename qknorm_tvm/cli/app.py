@@ -19,7 +19,7 @@ _COMMANDS = {
     "inspect": ("inspect_file:inspect_file", "Say what a .so holds, without loading it."),
     "verify": ("verify:verify", "Compare with the unfused graph, bit for bit."),
     "bench": ("bench:bench", "Time it against a copy, NumPy, torch and torch.compile."),
-    "bench-layer": ("bench_layer:bench_layer", "Time the statistics, and the fused layer."),
+    "bench-layer": ("bench:bench_layer", "Time the statistics, and the fused layer."),
     "tune": ("tune:tune", "Search for faster configs on this device, or on a fleet."),
     "logs": ("logs:logs", "List, check and trim tuning logs."),
     "cache": ("cache:cache", "List and clear what was compiled on first use."),

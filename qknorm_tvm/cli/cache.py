@@ -53,19 +53,19 @@ def list_cache() -> int:
     from .output import console, plural, size, table
 
     printer = console()
-    made = table("spec", "size", "written", "state", left=(0, 2, 3))
+    modules = table("spec", "size", "written", "state", left=(0, 2, 3))
     total = count = 0
     for entry in _entries(cache_location()):
         status = entry.path.stat()
         count, total = count + 1, total + status.st_size
-        made.add_row(
+        modules.add_row(
             entry.spec,
             size(status.st_size),
             time.strftime("%Y-%m-%d", time.localtime(status.st_mtime)),
             entry.state,
         )
     if count:
-        printer.print(made)
+        printer.print(modules)
     held = f"{plural(count, 'module')}, {size(total)}"
     printer.print(f"{held} in {cache_location()}", soft_wrap=True)
     return 0
@@ -119,8 +119,8 @@ def _entries(folder: Path) -> Iterator[Entry]:
     from ..load.module_file import read_metadata
     from ..spec import KernelSpec
 
-    found = [path for path in sorted(folder.glob("*.so")) if _MODULE.fullmatch(path.name)]
-    for path in [*found, *sorted((folder / "run").glob("*.so"))]:
+    modules = [path for path in sorted(folder.glob("*.so")) if _MODULE.fullmatch(path.name)]
+    for path in [*modules, *sorted((folder / "run").glob("*.so"))]:
         try:
             (fields,) = read_metadata(path)["specs"]
             spec = KernelSpec(**fields)

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import click
 
-from ..operations import OPERATIONS
 from ..spec import OPS
-from .options import Columns, debug_option, dtype_choice, parse_config
+from .options import (
+    Columns,
+    check_module_path,
+    debug_option,
+    dtype_choice,
+    is_given,
+    parse_config,
+)
 
 
 @click.command(short_help="Compile to a .so.")
@@ -85,30 +91,26 @@ def export(
     """
     from ..call.compiled import compile
     from ..spec import KernelSpec
+    from .modules import with_op
 
     if archs is not None:
-        given = ctx.get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
-        if given and target != "cuda":
+        if is_given(ctx, "target") and target != "cuda":
             raise click.UsageError(f"--arch names GPUs, and --target is {target}: give one of them")
         target = f"cuda:{archs}"
     if texts:
         _refuse_fields(ctx)
         specs = [KernelSpec.from_text(text) for text in texts]
     else:
-        specs = []
-        for op in dict.fromkeys(ops):
-            normalises = OPERATIONS[op].normalises
-            spec = KernelSpec(
-                op=op,
-                in_dtype=dtype,
-                out_dtype=(out_dtype or dtype) if normalises else None,  # type: ignore[arg-type]
-                q_cols=q_cols,
-                k_cols=k_cols,
-                target=target,
-                reproducible=reproducible and normalises,
-                cast_before_gamma=cast_before_gamma and normalises,
-            )
-            specs.append(spec)
+        spec = KernelSpec(
+            in_dtype=dtype,
+            out_dtype=out_dtype or dtype,
+            q_cols=q_cols,
+            k_cols=k_cols,
+            target=target,
+            reproducible=reproducible,
+            cast_before_gamma=cast_before_gamma,
+        )
+        specs = [with_op(spec, op) for op in dict.fromkeys(ops)]
     check_module_path(out)
     config = parse_config(pairs, specs[0].parsed_target.kind)
     start = time.perf_counter()
@@ -128,21 +130,6 @@ def export(
 def _refuse_fields(ctx: click.Context) -> None:
     names = ("ops", "q_cols", "k_cols", "dtype", "out_dtype", "target", "archs", "reproducible")
     for name in (*names, "cast_before_gamma"):
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+        if is_given(ctx, name):
             option = "--" + {"archs": "arch", "ops": "op"}.get(name, name.replace("_", "-"))
             raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")
-
-
-def check_module_path(out: Path) -> None:
-    """Refuse a module file that cannot be written, or not be loaded, before it is compiled."""
-    if out.suffix != ".so":
-        raise click.UsageError(f"{out} must be named *.so: a file of another name is not loaded")
-    check_folder(out)
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a file that cannot be written before time is spent on what goes into it."""
-    if not out.parent.is_dir():
-        raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise click.UsageError(f"{out} is a folder; name the .so to write")

@@ -1,8 +1,9 @@
-"""A process of its own for what must not see this one: a JSON request in, JSON lines out."""
+"""What ``run`` does in a process of its own: a JSON request in, JSON lines out."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,10 +16,8 @@ from typing import Any
 from ..errors import QKNormError
 
 
-def call_fresh_process(
-    request: dict[str, Any], status: Callable[[str], None], job: str = "run:prove"
-) -> dict[str, Any]:
-    """Have a fresh Python process do a job and return what it answers.
+def call_fresh_process(request: dict[str, Any], status: Callable[[str], None]) -> dict[str, Any]:
+    """Have a fresh Python process do `prove` and return what it answers.
 
     Parameters
     ----------
@@ -26,8 +25,6 @@ def call_fresh_process(
         JSON-ready.
     status : callable
         Told what the process says it is doing.
-    job : str
-        ``module:function`` of this package; called with the request and a function of one text.
 
     Raises
     ------
@@ -36,7 +33,7 @@ def call_fresh_process(
     """
     with tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", "qknorm_tvm.cli.fresh", job],
+            [sys.executable, "-m", "qknorm_tvm.cli.fresh"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -71,9 +68,52 @@ def call_fresh_process(
     raise QKNormError(f"the fresh process {how}" + (f":\n{tail}" if tail else ""))
 
 
-def _main(job: str) -> None:
-    import importlib
+def prove(request: dict[str, Any], event: Callable[[str], None]) -> dict[str, Any]:
+    """Check and time a module: the part of ``run`` that the fresh process does."""
+    from ..bench.harness import compare, workload
+    from ..bench.timing import SCALAR, TORCH_COMPILE, TWO_COPIES
+    from ..bench.workload import BENCHMARKS
+    from ..check.inputs import generate, read_activations
+    from ..load.module import load
+    from ..spec import KernelSpec
+    from .modules import facts_of
+    from .options import check_device
 
+    spec = KernelSpec.from_text(request["spec"])
+    kind = spec.parsed_target.kind
+    check_device(kind)
+    module = load(request["module"])
+    options = {}
+    if kind == "cpu":
+        library = module.library
+        options["threads"] = request["threads"] or library.get_function("qknorm_get_num_threads")()
+    left_out = {SCALAR, TWO_COPIES} | ({TORCH_COMPILE} if not request["torch_compile"] else set())
+    names = [name for name in BENCHMARKS[spec.op].candidates(kind) if name not in left_out]
+    facts, rows = facts_of(module), []
+    for m in request["rows"]:
+        event(f"M = {m}")
+        if request["input"]:
+            a = read_activations(request["input"])
+        else:
+            columns = request["q_cols"], request["k_cols"]
+            a = generate(m, *columns, request["dtype"], seed=request["seed"])
+        a = dataclasses.replace(a, epsilon=request["epsilon"])
+        rows += compare(
+            workload(spec, module, a, **options),
+            names,
+            facts,
+            min_time=request["min_time"],
+            status=lambda text, m=m: event(f"M = {m}: {text}"),  # type: ignore[misc]
+        )
+    return {
+        "compiler_loaded": "tvm" in sys.modules,
+        "source": a.source,
+        "notes": list(a.notes),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _main() -> None:
     # What libraries print must not get between the lines of the answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -82,10 +122,8 @@ def _main(job: str) -> None:
         answers.write(json.dumps(what) + "\n")
 
     request = json.load(sys.stdin)
-    module, _, function = job.partition(":")
-    work = getattr(importlib.import_module(f"{__package__}.{module}"), function)
     try:
-        say(result=work(request, lambda text: say(event=text)))
+        say(result=prove(request, lambda text: say(event=text)))
     except (QKNormError, ValueError, TypeError, OSError) as error:
         import traceback
 
@@ -95,4 +133,4 @@ def _main(job: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main()

@@ -36,13 +36,13 @@ def inspect_file(file: Path, as_json: bool) -> None:
     metadata = read_metadata(file)
     runs, why = runs_here(file, metadata)
     if as_json:
-        found = {
+        answer = {
             **metadata,
             "file": {"path": str(file), "bytes": file.stat().st_size},
             "runs_here": runs,
             "runs_here_because": why,
         }
-        click.echo(json.dumps(found, indent=2, sort_keys=True))
+        click.echo(json.dumps(answer, indent=2, sort_keys=True))
         return
     from .output import console, size
 
@@ -62,8 +62,8 @@ def printable(value: Any) -> Any:
     if isinstance(value, str):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
     if isinstance(value, Mapping):
-        return {printable(key): printable(one) for key, one in value.items()}
-    return [printable(one) for one in value] if isinstance(value, list) else value
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
@@ -73,19 +73,19 @@ def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
 
     machine, here = machine_of(file), host_machine()
     if machine != here:
-        names = [MACHINES.get(one, one) for one in (machine, here)]
+        names = [MACHINES.get(name, name) for name in (machine, here)]
         return False, f"no: it is for {names[0]} machines, and this one is {names[1]}"
     if metadata.get("kind") != "cpu":
         try:
             from ..call.arrays import cuda_target
 
-            found = cuda_target(0).partition(":")[2]
+            gpu = cuda_target(0).partition(":")[2]
         except (OSError, RuntimeError):
             return False, "no: this machine has no CUDA driver, or no GPU"
         held = [str(arch) for arch in metadata["architectures"]]
-        if any(runs_on_gpu(arch, found) for arch in held):
-            return True, f"yes, on this machine's GPU ({found})"
-        return False, f"no: it holds {', '.join(held)}, and this machine's GPU is {found}"
+        if any(runs_on_gpu(arch, gpu) for arch in held):
+            return True, f"yes, on this machine's GPU ({gpu})"
+        return False, f"no: it holds {', '.join(held)}, and this machine's GPU is {gpu}"
     features = host_features()
     for level in metadata["levels"]:
         if features.issuperset(level["features"]):
@@ -101,20 +101,22 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     from ..spec import KernelSpec
     from .output import facts, table
 
-    numbers = {KernelSpec(**one).text: f"#{i}" for i, one in enumerate(metadata["specs"])}
+    specs = [KernelSpec(**fields).text for fields in metadata["specs"]]
+    numbers = {text: f"#{i}" for i, text in enumerate(specs)}
     code = table("code", "spec", "from M", "config; variants", left=(0, 3))
     for level in metadata.get("levels", []):
-        for index, one in enumerate(level.get("code", [])):
+        for index, kernel in enumerate(level.get("code", [])):
+            config = f"{config_text(kernel['config'])} ({kernel['source']})"
             code.add_row(
                 level["name"] if index == 0 else "",
-                numbers.get(one["spec"], "?"),
-                f"{one['min_rows']:,}",
-                f"{config_text(one['config'])} ({one['source']}); {', '.join(one['variants'])}",
+                numbers.get(kernel["spec"], "?"),
+                f"{kernel['min_rows']:,}",
+                f"{config}; {', '.join(kernel['variants'])}",
             )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     needs = ", ".join(f"{name} {what}" for name, what in metadata["requires"].items())
     lines = [
-        *((f"spec #{i}", KernelSpec(**one).text) for i, one in enumerate(metadata["specs"])),
+        *((f"spec #{i}", text) for i, text in enumerate(specs)),
         ("target", str(metadata["target"])),
         ("runs here", runs_here(file, metadata)[1]),
         ("needs", needs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,15 @@ def target_for(device: str, target: str | None) -> str:
             raise click.UsageError(f"--target must be a CPU's for --device cpu, got {target}")
         raise click.UsageError(f"--target must be cuda or cuda:sm_... for --device cuda: {target}")
     return target
+
+
+def with_op(spec: KernelSpec, op: str) -> KernelSpec:
+    """Return a spec of another operation, without the fields that it does not have."""
+    from ..operations import OPERATIONS
+
+    defaults = {field.name: field.default for field in dataclasses.fields(spec)}
+    lost = set(spec.operation.spec_fields) - set(OPERATIONS[op].spec_fields)
+    return spec.replace(op=op, **{name: defaults[name] for name in lost})
 
 
 def load_modules(files: Sequence[Path], device: str) -> list[Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -80,42 +81,91 @@ class Columns(click.ParamType):
             self.fail(f"must be a number of columns or 'any', got {value!r}", param, ctx)
 
 
-class Numbers(click.ParamType):
+class Separated(click.ParamType):
+    """Values separated by commas, as a tuple of each once; `item` reads one of them."""
+
+    name = "values"
+    expected = ""
+
+    def item(self, text: str) -> Any:
+        """Return a value; a ValueError says that the text is none."""
+        raise NotImplementedError
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(dict.fromkeys(map(self.item, str(value).split(","))))
+        except ValueError:
+            self.fail(f"must {self.expected}, got {value!r}", param, ctx)
+
+
+class Numbers(Separated):
     """Numbers separated by commas, such as ``1,16,512``."""
 
     name = "numbers"
+    expected = "be numbers separated by commas"
 
     def __init__(self, least: int):
         self.least = least
 
+    def item(self, text: str) -> int:
+        return int(text)
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"must be numbers separated by commas, got {value!r}", param, ctx)
+        numbers = super().convert(value, param, ctx)
         if any(number < self.least for number in numbers):
             self.fail(f"must be {self.least} or more, got {value!r}", param, ctx)
-        return tuple(dict.fromkeys(numbers))
+        return numbers
 
 
-class Shapes(click.ParamType):
+class Shapes(Separated):
     """Column pairs separated by commas, such as ``1536/256,6144/1024``."""
 
     name = "shapes"
+    expected = "look like 1536/256,6144/1024 (Nq/Nk)"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[int, int], ...]:
-        if isinstance(value, tuple):
-            return value
-        pairs = [re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part) for part in str(value).split(",")]
-        if not all(pairs):
-            self.fail(f"must look like 1536/256,6144/1024 (Nq/Nk), got {value!r}", param, ctx)
-        return tuple(dict.fromkeys((int(pair[1]), int(pair[2])) for pair in pairs if pair))
+    def item(self, text: str) -> tuple[int, int]:
+        pair = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+        if pair is None:
+            raise ValueError(text)
+        return int(pair[1]), int(pair[2])
+
+
+class Names(Separated):
+    """Names separated by commas, such as ``minimax-m2,olmo2-7b``."""
+
+    name = "names"
+    expected = "be names separated by commas"
+
+    def item(self, text: str) -> str:
+        if not text.strip():
+            raise ValueError(text)
+        return text.strip()
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a file that cannot be written before time is spent on what goes into it."""
+    if not out.parent.is_dir():
+        raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise click.UsageError(f"{out} is a folder; name the .so to write")
+
+
+def check_module_path(out: Path) -> None:
+    """Refuse a module file that cannot be written, or not be loaded, before it is compiled."""
+    if out.suffix != ".so":
+        raise click.UsageError(f"{out} must be named *.so: a file of another name is not loaded")
+    check_folder(out)
 
 
 def parse_config(pairs: tuple[str, ...], kind: str) -> dict[str, Any] | None:

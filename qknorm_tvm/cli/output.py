@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -13,11 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.report import METHODS, microseconds, notes_of
-from ..bench.timing import BYTES_FORMULA, COPY, EMPTY, OURS, CaseResult, Timing
+from ..bench.report import BYTES_FORMULA, METHODS, Row, microseconds, notes_of, quartiles
 
 #: Columns below which a table of times goes without its quartiles.
 _NARROW = 76
+#: Columns of a table of times, by kind of device.
+_HEADERS = {
+    "cpu": ("µs", "quartiles", "worst", "GB/s", "/ copy", "/ ours", "exact"),
+    "cuda": ("µs", "quartiles", "GB/s", "/ empty", "/ copy", "exact"),
+}
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -34,7 +39,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -> Table:
     """Return an empty table; columns are right-aligned but for those in `left`."""
-    made = Table(
+    rich_table = Table(
         box=box.SIMPLE_HEAD,
         title=title,
         title_justify="left",
@@ -42,27 +47,27 @@ def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -
         show_edge=False,
         collapse_padding=True,
     )
-    made.title_style = "bold"
+    rich_table.title_style = "bold"
     left = set(left)
     for index, header in enumerate(headers):
         on_left = index in left
-        made.add_column(
+        rich_table.add_column(
             header,
             justify="left" if on_left else "right",
             overflow="fold",
             no_wrap=not on_left,
         )
-    return made
+    return rich_table
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     """Return lines of a name and what there is to say about it."""
-    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
+    lines = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    lines.add_column(style="bold", no_wrap=True)
+    lines.add_column(overflow="fold")
     for name, text in pairs:
-        made.add_row(name, text)
-    return made
+        lines.add_row(name, text)
+    return lines
 
 
 def ratio(value: float) -> str:
@@ -80,47 +85,38 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def timing_table(results: Sequence[CaseResult], *, title: str) -> Table:
-    """Return the timings of several shapes: a line each candidate, blocks by shape."""
-    headers = ["µs", "quartiles", "worst", "GB/s", "/ copy", "/ ours", "exact"]
-    if _on_gpu(results):
-        headers = ["µs", "quartiles", "GB/s", "/ empty", "/ copy", "exact"]
-    # What a narrow terminal has no place for.
-    left_out = headers.index("quartiles") if console().width < _NARROW else None
-    shown = [index for index in range(len(headers)) if index != left_out]
-    made = table("M", "", *(headers[index] for index in shown), title=title, left=(1,))
-    made.columns[1].no_wrap = True  # names
-    for result in results:
-        for index, timing in enumerate(result.timings):
-            figures = _figures(result, timing) if timing.measured else ["-"] * len(headers)
-            made.add_row(
-                f"{result.rows:,}" if index == 0 else "",
-                Text(timing.name, style="bold" if index == 0 else ""),
-                *(figures[column] for column in shown),
-                end_section=index + 1 == len(result.timings),
+def timing_table(rows: Sequence[Row], *, title: str) -> Table:
+    """Return timings: a line each candidate, blocks by M."""
+    left_out = "quartiles" if console().width < _NARROW else None
+    headers = [header for header in _HEADERS[rows[0].kind] if header != left_out]
+    timings = table("M", "", *headers, title=title, left=(1,))
+    timings.columns[1].no_wrap = True  # names
+    for m, block in itertools.groupby(rows, lambda row: row.rows):
+        for index, row in enumerate(block):
+            if index == 0:
+                timings.add_section()
+            figures = _figures(row)
+            timings.add_row(
+                f"{m:,}" if index == 0 else "",
+                Text(row.candidate, style="bold" if index == 0 else ""),
+                *(figures[header] if row.measured else "-" for header in headers),
             )
-    return made
+    return timings
 
 
-def _on_gpu(results: Sequence[CaseResult]) -> bool:
-    return any(not result.threads for result in results)
+def _figures(row: Row) -> dict[str, str]:
+    return {
+        "µs": microseconds(row.median_us * 1e-6),
+        "quartiles": quartiles(row),
+        "worst": "" if math.isnan(row.worst_us) else microseconds(row.worst_us * 1e-6),
+        "GB/s": f"{row.bandwidth_GB_per_s:.1f}",
+        "/ empty": ratio(row.ratio_to_empty),
+        "/ copy": ratio(row.ratio_to_copy),
+        "/ ours": ratio(row.ratio_to_ours),
+        "exact": {None: "", True: "yes", False: "NO"}[row.exact],
+    }
 
 
-def _figures(result: CaseResult, timing: Timing) -> list[str]:
-    to = (COPY, OURS) if result.threads else (EMPTY, COPY)
-    worst = "" if math.isnan(timing.worst) else microseconds(timing.worst)
-    return [
-        microseconds(timing.median),
-        f"{microseconds(timing.q1)}-{microseconds(timing.q3)}",
-        *([worst] if result.threads else []),
-        f"{result.bandwidth(timing):.1f}",
-        *(ratio(result.ratio(timing, name)) for name in to),
-        {None: "", True: "yes", False: "NO"}[timing.exact],
-    ]
-
-
-def timing_notes(results: Sequence[CaseResult]) -> list[str]:
+def timing_notes(rows: Sequence[Row]) -> list[str]:
     """Return what must be said below a timing table, each note once."""
-    timings = ((r.rows, t.name, t.note, t.measured) for r in results for t in r.timings)
-    method = METHODS["cuda" if _on_gpu(results) else "cpu"]
-    return [method, f"GB/s: {BYTES_FORMULA}.", *notes_of(timings)]
+    return [METHODS[rows[0].kind], f"GB/s: {BYTES_FORMULA}.", *notes_of(rows)]

@@ -9,23 +9,7 @@ from typing import Any
 import click
 
 from ..models import MODELS
-from .options import Numbers, debug_option
-
-
-class Names(click.ParamType):
-    """Names separated by commas, such as ``minimax-m2,olmo2-7b``."""
-
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in str(value).split(","))
-        if not all(names):
-            self.fail(f"must be names separated by commas, got {value!r}", param, ctx)
-        return tuple(dict.fromkeys(names))
+from .options import Names, Numbers, debug_option
 
 
 class Targets(Names):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Numbers, check_device, debug_option, device_option, dtype_choice
+from .options import (
+    Numbers,
+    check_device,
+    check_module_path,
+    debug_option,
+    device_option,
+    dtype_choice,
+)
 
 if TYPE_CHECKING:
+    from ..bench.report import Row
     from ..spec import KernelSpec
 
 #: MiniMax-M2's Q and K of one rank at tensor parallel 4.
@@ -147,8 +155,6 @@ def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, float]:
-    from .export import check_module_path
-
     if output is None:
         folder = _output_folder()
         columns = f"{spec.q_cols}x{spec.k_cols}"
@@ -179,50 +185,34 @@ def _output_folder() -> Path:
 
 
 def _report(spec: KernelSpec, path: Path, seconds: float | None, answer: dict[str, Any]) -> int:
-    from ..bench.timing import TORCH, CaseResult
+    from ..bench.report import Row
     from ..machine import load_warning, usable_processors
-    from .output import console, facts, plural, size, table, timing_notes, timing_table
+    from .output import console, facts, plural, size, timing_notes, timing_table
 
     printer = console()
-    on_gpu = spec.parsed_target.kind == "cuda"
+    rows = [Row(**fields) for fields in answer["rows"]]
+    about = rows[0]
+    on_gpu, threads = about.kind == "cuda", about.threads
     how = "given" if seconds is None else f"compiled in {seconds:.1f} s"
     how += f", {size(path.stat().st_size)}"
-    about, threads = answer["facts"], answer["threads"]
-    machine = f"{about['device']}, {threads} of {usable_processors()} processors"
-    lines = {
-        "spec": spec.text,
-        **({"device": about["device"]} if on_gpu else {"machine": machine}),
-        "target": f"{spec.target}; runs its {about['target']} code",
-        "config": about["config"],
-        "versions": about["versions"],
-        "inputs": "; ".join([answer["source"], *answer["notes"]]),
-        "module": f"{how}, code for {about['target']}" if on_gpu else how,
-    }
+    lines = {"spec": spec.text}
     if on_gpu:
-        del lines["target"], lines["config"]
+        lines["device"] = about.device
+        how += f", code for {about.target}"
+    else:
+        lines["machine"] = f"{about.device}, {threads} of {usable_processors()} processors"
+        lines["target"] = f"{spec.target}; runs its {about.target} code"
+        lines["config"] = about.config
+    lines["versions"] = about.versions
+    lines["inputs"] = "; ".join([answer["source"], *answer["notes"]])
+    lines["module"] = how
     printer.print(facts(lines.items()))
     printer.print(f"module    {path}", soft_wrap=True)
     printer.print()
-    results = [CaseResult.from_dict(fields) for fields in answer["results"]]
-    compiler = "with" if answer["compiler_loaded"] else "without"
-    title = f"Outputs, bit for bit, in a fresh process {compiler} the compiler"
-    graphs = ["torch graph on this GPU"] if on_gpu else ["NumPy graph", "torch graph"]
-    proof = table("M", "elements", *graphs, title=title)
-    exact = True
-    for result in results:
-        equal: list[bool | None] = [result.exact]
-        if not on_gpu:
-            by_torch = result.timing(TORCH)
-            # Both are compared with NumPy: torch equals ours where both equal that.
-            equal.append(None if by_torch is None else bool(result.exact and by_torch.exact))
-        exact = exact and False not in equal
-        elements = result.rows * (result.q_cols + result.k_cols)
-        words = {True: "equal", False: "DIFFERS", None: "not installed"}
-        proof.add_row(f"{result.rows:,}", f"{elements:,}", *(words[x] for x in equal))
-    printer.print(proof)
+    exact = _print_proof(rows, with_compiler=answer["compiler_loaded"])
     title = "Time in a CUDA graph" if on_gpu else f"Time, {plural(threads, 'thread')}"
-    printer.print(timing_table(results, title=title))
-    for line in [*timing_notes(results), "" if on_gpu else load_warning()]:
+    printer.print(timing_table(rows, title=title))
+    for line in [*timing_notes(rows), "" if on_gpu else load_warning()]:
         if line:
             printer.print(line)
     if not exact:
@@ -230,49 +220,28 @@ def _report(spec: KernelSpec, path: Path, seconds: float | None, answer: dict[st
     return 0 if exact else 1
 
 
-def prove(request: dict[str, Any], event: Any) -> dict[str, Any]:
-    """Check and time a module: the part of ``run`` that the fresh process does."""
-    import sys
+def _print_proof(rows: Sequence[Row], *, with_compiler: bool) -> bool:
+    """Print whether outputs equal each of the graphs; returns whether all do."""
+    from ..bench.timing import OURS, TORCH
+    from .output import console, table
 
-    from ..bench.harness import compare, workload
-    from ..bench.timing import SCALAR, TORCH_COMPILE, TWO_COPIES
-    from ..bench.workload import BENCHMARKS
-    from ..check.inputs import generate, read_activations
-    from ..load.module import load
-    from ..spec import KernelSpec
-    from .modules import facts_of
-
-    spec = KernelSpec.from_text(request["spec"])
-    kind = spec.parsed_target.kind
-    check_device(kind)
-    module = load(request["module"])
-    options = {}
-    if kind == "cpu":
-        library = module.library
-        options["threads"] = request["threads"] or library.get_function("qknorm_get_num_threads")()
-    left_out = {SCALAR, TWO_COPIES} | ({TORCH_COMPILE} if not request["torch_compile"] else set())
-    names = [name for name in BENCHMARKS[spec.op].candidates[kind] if name not in left_out]
-    results = []
-    for rows in request["rows"]:
-        event(f"M = {rows}")
-        if request["input"]:
-            a = read_activations(request["input"])
-        else:
-            columns = request["q_cols"], request["k_cols"]
-            a = generate(rows, *columns, request["dtype"], seed=request["seed"])
-        a = dataclasses.replace(a, epsilon=request["epsilon"])
-        result = compare(
-            workload(spec, module, a, **options),
-            names,
-            min_time=request["min_time"],
-            status=lambda text, rows=rows: event(f"M = {rows}: {text}"),  # type: ignore[misc]
-        )
-        results.append(result.to_dict())
-    return {
-        "facts": facts_of(module),
-        "threads": options.get("threads", 0),
-        "compiler_loaded": "tvm" in sys.modules,
-        "source": a.source,
-        "notes": list(a.notes),
-        "results": results,
-    }
+    on_gpu = rows[0].kind == "cuda"
+    graphs = ["torch graph on this GPU"] if on_gpu else ["NumPy graph", "torch graph"]
+    compiler = "with" if with_compiler else "without"
+    title = f"Outputs, bit for bit, in a fresh process {compiler} the compiler"
+    proof = table("M", "elements", *graphs, title=title)
+    words = {True: "equal", False: "DIFFERS", None: "not installed"}
+    exact = True
+    by_torch = {row.rows: row.exact for row in rows if row.candidate == TORCH and row.measured}
+    for row in rows:
+        if row.candidate != OURS:
+            continue
+        equal = [row.exact]
+        if not on_gpu:
+            # Both are compared with NumPy: torch equals ours where both equal that.
+            equal.append((row.exact and by_torch[row.rows]) if row.rows in by_torch else None)
+        exact = exact and False not in equal
+        elements = row.rows * (row.q_cols + row.k_cols)
+        proof.add_row(f"{row.rows:,}", f"{elements:,}", *(words[answer] for answer in equal))
+    console().print(proof)
+    return exact
