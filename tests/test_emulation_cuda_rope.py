@@ -10,6 +10,7 @@ import os
 import shutil
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -27,6 +28,7 @@ from qknorm_tvm.schedules.cuda_variants import default_variants
 ROPE, CACHE = "qk_rms_norm_rope", "qk_rms_norm_rope_cache"
 ROWS, POSITIONS, BLOCKS, BLOCK_SIZE = 3, 40, 3, 4
 EPSILON = 1e-6
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 _SLOW = pytest.mark.slow
 _CAMPAIGN = bool(os.environ.get("QKNORM_TVM_CAMPAIGN"))
@@ -95,9 +97,7 @@ def _stored(x: npt.NDArray, spec: KernelSpec, scale: npt.NDArray | None) -> npt.
         return heads
     with np.errstate(all="ignore"):
         quotient = heads.astype(np.float32) / np.broadcast_to(scale, spec.kv_heads)[:, None]
-        return np.clip(quotient, np.float32(-448), np.float32(448)).astype(
-            NUMPY_DTYPES["float8_e4m3fn"]
-        )
+        return np.clip(quotient, np.float32(-448), np.float32(448)).astype(FLOAT8)
 
 
 def _kernel(spec: KernelSpec, variant: CudaVariant) -> Kernel:
@@ -153,7 +153,7 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
             arrays[out] = memory.place(out, np.zeros_like(x[tag]), (cols + 8, 1), layout.odd)
     slots = np.array(layout.slots, np.int64)
     arrays["slot_mapping"] = memory.place("slot_mapping", slots, (1,), odd=False)
-    cache_dtype = NUMPY_DTYPES[spec.cache_dtype or spec.in_dtype]
+    cache_dtype = FLOAT8 if spec.has_scales else NUMPY_DTYPES[spec.in_dtype]
     for name in {"k_cache", "v_cache"} & given:
         shape = (BLOCKS, BLOCK_SIZE, spec.kv_heads, spec.head_dim)
         inner = spec.head_dim + (1 if layout.odd else 16)
