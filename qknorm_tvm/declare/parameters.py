@@ -40,7 +40,7 @@ def _int64(value: int) -> tirx.Expr:
 def element_type(spec: KernelSpec, tensor: TensorArgument) -> str:
     """Return the element type of a tensor in calls of a spec."""
     fields = {IN_DTYPE: spec.in_dtype, OUT_DTYPE: spec.out_dtype}
-    return fields.get(tensor.dtype) or getattr(spec, tensor.dtype, tensor.dtype)
+    return str(fields.get(tensor.dtype) or getattr(spec, tensor.dtype, tensor.dtype))
 
 
 def parameters(
