@@ -85,6 +85,7 @@ def rope_reference(
     dict of str to ndarray
         The outputs that calls of the spec give, by name.
     """
+    assert spec.head_dim is not None
     var = _statistics(spec, arrays, fused)
     head_dim, outputs = spec.head_dim, {}
     for column, tag in enumerate("qk"):

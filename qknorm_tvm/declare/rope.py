@@ -45,7 +45,7 @@ def normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
 
 def stored(spec: KernelSpec, x: Any, scales: Any, head: Any) -> Any:
     """Return an element as its cache holds it; `scales` has one number, or one for each head."""
-    if not spec.has_scales:
+    if spec.cache_dtype is None or not spec.has_scales:
         return x
     scale = scales[tirx.min(head, scales.shape[0] - 1)]
     return steps.rounded(steps.divided_by_scale(steps.widened(x), scale), spec.cache_dtype)
@@ -66,11 +66,13 @@ def _root(tag: str, spec: KernelSpec) -> Callable[..., Any]:
 
 def _heads(tag: str, spec: KernelSpec, given: dict[str, Any]) -> Callable[..., Any]:
     """Return the statements that write one operand's heads, in one block ``heads_{tag}``."""
+    assert spec.head_dim is not None
     name, in_dtype, head_dim = f"heads_{tag}", spec.in_dtype, spec.head_dim
-    pairs, rest = spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim
+    pairs, rest = spec.rotary_dim // 2, head_dim - spec.rotary_dim
     x, gamma, out = given[tag], given[f"gamma_{tag}"], given.get(f"{tag}_out")
     heads = x.shape[1] // head_dim
-    positions, cos_sin = given.get("positions"), given.get("cos_sin_cache")
+    positions: Any = given.get("positions")
+    cos_sin: Any = given.get("cos_sin_cache")
     cache, scales = given.get(f"{tag}_cache"), given.get(f"{tag}_scale")
 
     def y(rs, row, column):
@@ -149,7 +151,8 @@ def declare_rope(spec: KernelSpec, **promises: Any) -> tirx.PrimFunc:
     mean_q, mean_k = row_mean("q"), row_mean("k")
     heads_q, heads_k = _heads("q", spec, given), _heads("k", spec, given)
     q, k, v, nq, nk = given["q"], given["k"], given.get("v"), spec.q_cols, spec.k_cols
-    given_var, v_cache, slots = (given.get(name) for name in ("qk_var", "v_cache", "slot_mapping"))
+    given_var, v_cache = given.get("qk_var"), given.get("v_cache")
+    slots: Any = given.get("slot_mapping")
     block_size = None if v_cache is None else v_cache.shape[1]
 
     @T.prim_func(s_tir=True, check_well_formed=False)

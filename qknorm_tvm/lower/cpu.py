@@ -592,8 +592,7 @@ class _Pairs:
             pairs = (words[0] >> _splat(16, lanes)) | (words[1] & _splat(0xFFFF0000, lanes))
             value = tirx.reinterpret(f"bfloat16x{2 * lanes}", pairs)
         elif _is_float8(first.value):
-            bytes_of = [_to_float8(store.value) for store in (first, second)]
-            value = _interleave(*bytes_of, lanes)
+            value = _interleave(_to_float8(first.value), _to_float8(second.value), lanes)
         else:
             value = _interleave(first.value, second.value, lanes)
         return tirx.BufferStore(first.buffer, value, [tirx.Ramp(index.base, 1, 2 * lanes)])
