@@ -109,6 +109,7 @@ def rotates_vectors(spec: KernelSpec) -> bool:
     """Return whether vectors are of one head, and rotated as a whole or not at all."""
     if not spec.operation.rotates:
         return True
+    assert spec.head_dim is not None
     half = spec.rotary_dim // 2
     return spec.head_dim % VECTOR == 0 and half % (VECTOR // 2 if spec.interleaved else VECTOR) == 0
 

@@ -351,7 +351,9 @@ def test_a_tensor_that_the_only_spec_does_not_take() -> None:
     given |= {"q_out": np.empty((9, Q_COLS), BFLOAT16)}
     values = {name: _stored(given.get(name)) for name in CACHE.operation.tensors}
     with pytest.raises(ValueError, match=r"^qk_var must be None for this module's spec "):
-        module.qk_rms_norm_rope_cache(*(values | {"qk_var": np.zeros((9, 2), "f4")}).values(), 1e-6)
+        module.qk_rms_norm_rope_cache(
+            *(values | {"qk_var": np.zeros((9, 2), "f4")}).values(), 1e-6, 1
+        )
     with pytest.raises(ValueError, match=r"^positions must be a tensor for this module's spec "):
         module.qk_rms_norm_rope_cache(*(values | {"positions": None}).values(), 1e-6, 1)
     with pytest.raises(TypeError, match=r"^q must be a tensor, got None"):

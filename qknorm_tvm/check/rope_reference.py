@@ -87,6 +87,7 @@ def rope_reference(
     """
     assert spec.head_dim is not None
     var = _statistics(spec, arrays, fused)
+    assert spec.head_dim is not None
     head_dim, outputs = spec.head_dim, {}
     for column, tag in enumerate("qk"):
         x = arrays[tag]
@@ -98,7 +99,7 @@ def rope_reference(
             spec.in_dtype,
             cast_before_gamma=spec.cast_before_gamma,
         )
-        heads = norm.reshape(len(x), -1, head_dim)
+        heads = norm.reshape(len(x), x.shape[1] // head_dim, head_dim)
         if spec.rotary_dim:
             angles = arrays["cos_sin_cache"][arrays["positions"]]
             half = spec.rotary_dim // 2
@@ -107,7 +108,7 @@ def rope_reference(
     if spec.operation.has_cache:
         for tag, x in (("k", outputs["k_out"]), ("v", arrays["v"])):
             cache = arrays[f"{tag}_cache"].copy()
-            heads = x.reshape(len(x), -1, head_dim)
+            heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
             if spec.has_scales:
                 heads = to_float8(heads, arrays[f"{tag}_scale"])
             for row, slot in enumerate(arrays["slot_mapping"]):
