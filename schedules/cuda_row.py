@@ -369,6 +369,20 @@ def _quotient(count: Any, step: Any) -> Any:
     return tirx.Cast("int64", tirx.truncdiv(*short))
 
 
+def _pieces(threads: int, wanted: int) -> int:
+    """Return how many blocks share a row: the fewest, of equal size, of so many threads or less."""
+    warps = threads // WARP
+    return next(n for n in range(1, warps + 1) if warps % n == 0 and threads // n <= wanted)
+
+
+def _quotient_of(block: Any, pieces: int) -> Any:
+    return block if pieces == 1 else tirx.floordiv(block, T.int64(pieces))
+
+
+def _remainder_of(block: Any, pieces: int) -> Any:
+    return 0 if pieces == 1 else tirx.floormod(block, T.int64(pieces))
+
+
 def _row_index(row: Any, column: Any, e: Any) -> tuple[Any, ...]:
     """Return the index of an element of the vector that begins at a column."""
     return row, column + e
@@ -855,9 +869,10 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
     spec : KernelSpec
         What the function was declared of.
     config : CudaConfig
-        ``rows``, ``columns`` (vectors of a thread in a row; more where a block would have more than
-        1024 threads), ``dependent_launch`` and ``streaming_stores``. The order of summation fixes
-        the rest: vectors of 8 columns, and as many threads as that makes.
+        ``rows``, ``columns`` (vectors of a thread in a row; more where a row would have more than
+        1024 threads), ``dependent_launch`` and ``streaming_stores``; where the statistics are given
+        also ``threads``, of a block: several share a row. The order of summation fixes the rest:
+        vectors of 8 columns, and as many threads as that makes.
 
     Returns
     -------
@@ -876,12 +891,17 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
     waits_for_warps = adds_rows or (rotation is not None and rotation.reads_partners)
     angle_parts = parts if rotation is not None and CHUNK % rotation.head_dim else 1
     tiles = tirx.floordiv(total_rows + (rows - 1), T.int64(rows))
+    # Warps that wait for no other may be those of several blocks.
+    pieces = 1 if waits_for_warps or in_rounds else _pieces(threads, config.threads)
+    block_threads = threads // pieces if pieces > 1 else threads
     finish = _write_outputs if spec.operation.normalises else _write_means
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def kernel():
-        for tile in T.thread_binding(tiles, thread="blockIdx.x"):
-            for thread in T.thread_binding(T.int64(threads), thread="threadIdx.x"):
+        for block in T.thread_binding(tiles * pieces, thread="blockIdx.x"):
+            for thread_of_block in T.thread_binding(T.int64(block_threads), thread="threadIdx.x"):
+                tile = T.meta_var(_quotient_of(block, pieces))
+                thread = T.meta_var(thread_of_block + _remainder_of(block, pieces) * block_threads)
                 # Those that an operation does not use are not there in its code.
                 x = _registers((rows, parts, VECTOR), spec.in_dtype)
                 neighbours = _registers((VECTOR,), spec.in_dtype)
@@ -899,17 +919,17 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                 partner = _registers((rows, parts, VECTOR), spec.in_dtype)
                 partner_gamma = _registers((parts, VECTOR))
                 slot = _registers((rows,), "int64")
-                block = _registers((rows,), "int64")
+                place_block = _registers((rows,), "int64")
                 offset = _registers((rows,), "int64")
                 scale = _registers((parts, VECTOR))
                 quotient = _registers((VECTOR,))
                 float8 = _registers((VECTOR,), "uint8")
                 t = T.meta_var(
                     _Thread(
-                        spec, config, parts, threads, sums_of_row, params, total_rows, tile, thread,
-                        x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out, variance,
-                        position, cosine, sine, partner, partner_gamma, slot, block, offset, scale,
-                        quotient, float8,
+                        spec, config, parts, block_threads, sums_of_row, params, total_rows, tile,
+                        thread, x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out,
+                        variance, position, cosine, sine, partner, partner_gamma, slot,
+                        place_block, offset, scale, quotient, float8,
                     )
                 )  # fmt: skip
                 if in_rounds:
