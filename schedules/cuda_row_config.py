@@ -98,6 +98,11 @@ def check_row_fits(spec: KernelSpec) -> None:
         )
 
 
+def splits_rows(spec: KernelSpec) -> bool:
+    """Return whether blocks may share a row: nothing is added up over it."""
+    return spec.operation.rotates and spec.has_given_statistics
+
+
 def stride_unit(spec: KernelSpec) -> int:
     """Return the elements to whose multiples row strides are aligned with every access."""
     narrowest = min(spec.in_bytes, spec.out_bytes) if spec.operation.normalises else spec.in_bytes

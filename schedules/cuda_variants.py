@@ -18,6 +18,8 @@ def fields_used(spec: KernelSpec) -> tuple[str, ...]:
     unused: tuple[str, ...] = ()
     if spec.op != "apply_qk_rms_norm":
         unused = ("threads", "grid_order")  # the order of summation fixes them
+        if cuda_row_config.splits_rows(spec):
+            unused = ("grid_order",)
     if not spec.operation.normalises:
         unused += ("streaming_stores",)
     return tuple(field.name for field in dataclasses.fields(CudaConfig) if field.name not in unused)
