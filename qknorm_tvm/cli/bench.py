@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Numbers, Shapes, check_device, debug_option, device_option, dtype_choice
+from .options import Numbers, Shapes, check_device, debug_option, device_option, dtype_choice, echo
 
 if TYPE_CHECKING:
     from ..bench.compare import Comparison
@@ -216,9 +216,9 @@ def bench(
         else:
             _print_comparison(comparison, busy)
         for file in written:
-            click.echo(f"wrote {file}")
+            echo(f"wrote {file}")
         if comparison is not None and not measured.exact:
-            click.echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
+            echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
     return 0 if measured.exact and not (comparison and comparison.slower) else 1
 
 

@@ -34,7 +34,13 @@ def inspect_file(file: Path, as_json: bool) -> None:
     from ..load.module_file import read_metadata
 
     metadata = read_metadata(file)
-    runs, why = runs_here(file, metadata)
+    try:
+        runs, why = runs_here(file, metadata)
+        described = None if as_json else describe(file, metadata)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModuleFileError(
+            f"{file} holds what this qknorm-tvm does not know ({type(error).__name__})"
+        ) from None
     if as_json:
         found = {
             **metadata,
@@ -47,23 +53,8 @@ def inspect_file(file: Path, as_json: bool) -> None:
     from .output import console, size
 
     printer = console()
-    printer.print(f"{printable(str(file))} ({size(file.stat().st_size)})", soft_wrap=True)
-    try:
-        described = describe(file, printable(metadata))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ModuleFileError(
-            f"{file} holds what this qknorm-tvm does not know ({type(error).__name__})"
-        ) from None
+    printer.print(f"{file} ({size(file.stat().st_size)})", soft_wrap=True)
     printer.print(described)
-
-
-def printable(value: Any) -> Any:
-    """Return a value of JSON with what steers a terminal written as escapes, such as ``\\x1b``."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
-    if isinstance(value, Mapping):
-        return {printable(key): printable(one) for key, one in value.items()}
-    return [printable(one) for one in value] if isinstance(value, list) else value
 
 
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
@@ -106,7 +97,7 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
     for level in metadata.get("levels", []):
         for index, one in enumerate(level.get("code", [])):
             code.add_row(
-                level["name"] if index == 0 else "",
+                str(level["name"]) if index == 0 else "",
                 numbers.get(one["spec"], "?"),
                 f"{one['min_rows']:,}",
                 f"{config_text(one['config'])} ({one['source']}); {', '.join(one['variants'])}",

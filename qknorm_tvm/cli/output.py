@@ -6,18 +6,29 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from ..bench.report import METHODS, microseconds, notes_of
 from ..bench.timing import BYTES_FORMULA, COPY, EMPTY, OURS, CaseResult, Timing
+from ..errors import printable
 
 #: Columns below which a table of times goes without its quartiles.
 _NARROW = 76
+
+
+class _Console(Console):
+    """A console to which no text sends control sequences; styles are its own."""
+
+    def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+        for segment in super().render(*arguments, **options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -29,7 +40,7 @@ def console(*, stderr: bool = False) -> Console:
         width = int(given) if given.isdigit() and int(given) > 20 else 100
     elif shutil.get_terminal_size().columns < 20:
         width = 80
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -> Table:
