@@ -40,7 +40,9 @@ def _nothing_raw(printed: str) -> None:
     assert not raw, ascii(printed)
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "run --min-time 0 --module", "run --input"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "verify", "run --min-time 0 --module", "run --input"]
+)
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated"])
 def test_names_of_files_send_no_control_sequence_to_the_terminal(
     kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
