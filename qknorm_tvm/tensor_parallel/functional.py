@@ -12,6 +12,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from ..call import api
 from ..call.arrays import canonical_dtype
 from ..call.torch_autograd import count_writes
+from ..call.torch_overlap import check_overlap
+from ..operations import OPERATIONS
 from .arguments import Call, check_no_derivative
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
@@ -174,12 +176,8 @@ def _normalise(call: Call, qk_var: torch.Tensor | None) -> tuple[torch.Tensor, t
     }
     scales = (call.gamma_q, call.gamma_k, call.epsilon)
     if qk_var is None:
-        outputs = api.qk_rms_norm(call.q, call.k, *scales, **options)
-    else:
-        outputs = api.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
-    if call.outputs:
-        count_writes(tuple(call.outputs.values()))
-    return outputs
+        return api.qk_rms_norm(call.q, call.k, *scales, **options)
+    return api.apply_qk_rms_norm(call.q, call.k, qk_var, *scales, **options)
 
 
 def _try_normalise(call: Call, qk_var: torch.Tensor | None) -> None:
@@ -359,6 +357,8 @@ def _fake(
     group, heads = _group_and_layout(group_name, layout)
     call = Call(q, k, gamma_q, gamma_k, epsilon, layout=heads, **options)
     call.check(_members(group, heads))
+    tensors = {"q": call.q, "k": call.k, "gamma_q": gamma_q, "gamma_k": gamma_k, **call.outputs}
+    check_overlap(OPERATIONS["qk_rms_norm"], tensors)
 
 
 for _key in ("CPU", "CUDA"):
