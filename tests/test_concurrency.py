@@ -529,6 +529,34 @@ assert compute(6) and compute(7)
     )
 
 
+def test_a_lock_dies_with_its_process_and_not_with_its_forks(tmp_path: Path) -> None:
+    """A child that holds, unknowingly, the lock of its dead parent, and waits for itself."""
+    done = run_python(
+        """
+        import os, signal, sys, threading, time
+        from pathlib import Path
+        from qknorm_tvm.call import cache
+        path, held = Path(sys.argv[1]), threading.Event()
+        def hold():
+            with cache._lock_file(path):
+                held.set()
+                time.sleep(600)
+        threading.Thread(target=hold, daemon=True).start()
+        assert held.wait(60)
+        end, parent = os.pipe()
+        if os.fork() == 0:
+            os.close(parent)
+            os.read(end, 1)  # until the parent is gone
+            signal.alarm(20)
+            with cache._lock_file(path) as refusal:
+                os.write(1, f"locked {refusal}".encode())
+        os._exit(0)
+        """,
+        str(tmp_path / "lock"),
+    )
+    assert done.stdout == "locked None"
+
+
 def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:
     """A child that waits for ever for a thread that only its parent has."""
     run_python(

@@ -38,13 +38,19 @@ def forget_entries() -> None:
         known.clear()
 
 
-def _new_lock() -> None:
-    """Replace the lock: in a forked child the thread that held it is gone."""
+#: Open files of the locks that this process holds, see `_lock_file`.
+_lock_handles: set[int] = set()
+
+
+def _new_locks() -> None:
+    """Replace the lock, and give files' back: in a forked child the thread that held it is gone."""
     global _lock
     _lock = threading.Lock()
+    while _lock_handles:
+        os.close(_lock_handles.pop())
 
 
-os.register_at_fork(after_in_child=_new_lock)
+os.register_at_fork(after_in_child=_new_locks)
 
 
 #: The files that decide code, by folder: what can be asked for, and every stage up to the `.so`.
@@ -178,19 +184,20 @@ def _load_or_build(spec: KernelSpec) -> Module:
 @contextlib.contextmanager
 def _lock_file(path: Path) -> Iterator[OSError | None]:
     """Hold a lock of processes for a while; yields the error where the system has none to give."""
-    handle = None
+    handle = refusal = None
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        refusal = None
-    except OSError as error:
-        refusal = error
-    try:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _lock_handles.add(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            refusal = error
         yield refusal
     finally:
-        if handle is not None:
+        if handle in _lock_handles:
+            _lock_handles.remove(handle)
             if refusal is None:
-                fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may hold the descriptor too
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a child that is being forked has it open too
             os.close(handle)
 
 
