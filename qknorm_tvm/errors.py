@@ -6,8 +6,21 @@ import sys
 import warnings
 
 
+def printable(text: str) -> str:
+    """Return a text with what steers a terminal written as escapes, such as ``\\x1b``.
+
+    File names and metadata are whatever their authors liked. Lines and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 class QKNormError(RuntimeError):
     """Base of the errors below."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 class BuildError(QKNormError):
@@ -34,4 +47,4 @@ def warn_caller(message: str) -> None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_CALLER:
             break
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=depth + 1)
+    warnings.warn(printable(message), RuntimeWarning, stacklevel=depth + 1)

@@ -1,7 +1,8 @@
-"""What a measurement was taken on: processor, its load, versions."""
+"""What a measurement was taken on: processor, its load, versions; and where its user's files go."""
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -9,6 +10,26 @@ import re
 from pathlib import Path
 
 from ._version import __version__
+
+
+def user_folder(kind: str) -> Path:
+    """Return the user's own folder for ``"cache"`` or ``"data"``, whether it exists or not.
+
+    Raises
+    ------
+    FileNotFoundError
+        The user has no home: neither ``$HOME`` nor the system says where it is.
+    """
+    import platformdirs
+
+    find = {"cache": platformdirs.user_cache_dir, "data": platformdirs.user_data_dir}[kind]
+    try:
+        path = Path(find("qknorm-tvm", appauthor=False))
+    except RuntimeError:  # some versions of platformdirs; others return "~/..." as it is
+        path = Path()
+    if not path.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, "this user has no home folder", "~")
+    return path
 
 
 def cpu_name() -> str:

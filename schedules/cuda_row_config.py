@@ -19,6 +19,14 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
 * Open columns, in rounds of 8 warps: a chunk at a time is best where rows are short (1536/256, one
   row: 1.94 µs fused, against 2.77 with four and 1.06 with fixed columns), and two rows where there
   are many (16,384: 73.1, with fixed columns 40.7).
+* Rotation and cache (bfloat16, 1536/256 with 64 of 128 columns rotated, 6144/1024 with all of them;
+  11 to 18 configs each). Given statistics: a row's warps in blocks of 128 threads are best for few
+  rows, where one multiprocessor would read a whole row's gamma (6144/1024, one row: 1.22 µs, in one
+  block 1.81; 1536/256: 1.39). More vectors a thread share a row's cosines: two from 2,048 rows
+  (1536/256, 16,384 rows: 51.5 µs, one vector 55.1, two rows 63.0; a copy of QKV 46.8), four of long
+  rows from 512 (6144/1024, 16,384 rows: 180, two vectors 186, a copy 179). Blocks of one or two warps
+  are far slower there (80 to 100). Own sums need one block a row: 1536/256 52.8, 6144/1024 185. Two
+  rows a block never paid: 61 to 72 registers. Nor did streaming stores.
 * Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 14 %
   slower at 6144/1024. Streaming stores made no difference.
 """
@@ -49,6 +57,23 @@ _FEW_WARPS = 4
 _GENERAL_COLUMNS = 4
 # Vectors of the call from which the fused kernel takes rows in pairs.
 _MANY_VECTORS = 320 * 1024
+
+
+#: Kernels of what rotates, by whether blocks share a row, and whether rows are long: name, rows from
+#: which it is chosen, and fields.
+_ROTATING: dict[tuple[bool, bool], list[tuple[str, int, dict[str, int]]]] = {
+    (True, False): [
+        ("prefill", 2048, {"columns": 2, "threads": 1024}),
+        ("decode", 1, {"columns": 1, "threads": 128}),
+    ],
+    (True, True): [
+        ("prefill", 512, {"columns": 4, "threads": 128}),
+        ("batch", 48, {"columns": 2, "threads": 256}),
+        ("decode", 1, {"columns": 1, "threads": 128}),
+    ],
+    (False, False): [("prefill", 2048, {"columns": 2}), ("decode", 1, {"columns": 1})],
+    (False, True): [("prefill", 512, {"columns": 4}), ("decode", 1, {"columns": 2})],
+}
 
 
 def partition_chunks(chunks: Sequence[int], wanted: int) -> tuple[int, tuple[int, ...]] | None:
@@ -151,10 +176,14 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
     def variant(name: str, min_rows: int, **choices: Any) -> CudaVariant:
         return _aligned(spec, name, CudaConfig(**choices), min_rows)
 
+    if spec.operation.rotates:
+        choices = _ROTATING[splits_rows(spec), is_long]
+        return [
+            variant(name, min_rows, dependent_launch=after, **fields)
+            for name, min_rows, fields in choices
+        ]
     found = [variant("decode", 1, columns=2 if is_long else 1, dependent_launch=after)]
-    if spec.operation.rotates and is_long:
-        pass  # two rows would need more registers than so many threads have
-    elif spec.operation.normalises:
+    if spec.operation.normalises:
         pairs = min(_MANY_BLOCKS, _ceil_div(_MANY_VECTORS, vectors))
         found.append(
             variant("batch", pairs, rows=2, dependent_launch="first" if is_long else after)

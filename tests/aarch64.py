@@ -36,12 +36,13 @@ _LIBRARY_VARIABLE = "QKNORM_TVM_TEST_AARCH64_TVM_FFI"
 
 @dataclasses.dataclass
 class Request:
-    """One call: the function, its tensors in order, and how many threads it may use."""
+    """One call: the function, its tensors in order, its threads, and its caller's FPCR."""
 
     function: str
     tensors: Sequence[np.ndarray] = ()
     epsilon: float | None = None
     threads: int = 0
+    mode: int = 0
 
 
 class AArch64:
@@ -118,6 +119,7 @@ def _packed(request: Request) -> tuple[bytes, list[np.ndarray]]:
     has_epsilon, epsilon = request.epsilon is not None, request.epsilon or 0.0
     parts = [
         struct.pack("<32siid", request.function.encode(), request.threads, has_epsilon, epsilon),
+        struct.pack("<I", request.mode),
         struct.pack("<i", len(bases)),
     ]
     for base in bases:

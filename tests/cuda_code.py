@@ -161,9 +161,9 @@ def built(name: str) -> Built:
             with pytest.MonkeyPatch.context() as patch:
                 run = build_cuda.run_compiler
 
-                def record(command: list[str], doing: str) -> None:
+                def record(command: list[str], *rest: object) -> None:
                     commands.append(command)
-                    run(command, doing)
+                    run(command, *rest)
 
                 patch.setattr(build_cuda, "run_compiler", record)
                 compiled = compile(list(MODULES[name]))

@@ -169,6 +169,49 @@ def test_two_threads(machine: AArch64, layout: str) -> None:
     assert compared == 4 * 513 * (1536 + 256)
 
 
+#: Bits of FPCR: flush to zero; rounding up and down; default NaNs; several.
+_MODES = {"flush": 1 << 24, "up": 1 << 22, "down": 2 << 22, "nan": 1 << 25, "all": 0x3400000}
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_bits_do_not_depend_on_a_callers_mode(machine: AArch64, mode: str) -> None:
+    """A pool whose threads keep the mode of whoever called first: wrong bits for all others.
+
+    The program that calls also checks that no call changes its mode or leaves a flag.
+    """
+    rows, threads = 96, 3
+    case = make_case(rows, 1536, 1024)
+    case.gamma_q[::3] *= np.float32(2.0**-126)  # denormal outputs
+    case.gamma_k[::3] *= np.float32(2.0**-126)
+    q, k = (_rows_of("bfloat16", n, rows, 0, wild=False) for n in (1536, 1024))
+    var = reference.row_mean_of_squares_qk(q, k)
+    gammas = case.gamma_q, case.gamma_k
+    fused = [reference.rms_norm(x, var[:, i], gammas[i], 1e-6, "bfloat16")
+             for i, x in enumerate((q, k))]  # fmt: skip
+    for module, op in (
+        (_applying(), "apply_qk_rms_norm"),
+        (_others(), "row_mean_of_squares_qk"),
+        (_others(), "qk_rms_norm"),
+    ):
+        requests, results = [], []
+        for bits in (_MODES[mode], 0, _MODES[mode], 0):
+            if op == "row_mean_of_squares_qk":
+                outs = [filled((rows, 2), "float32")]
+                arguments: list[Any] = [*outs, q, k]
+                wanted = [var]
+            else:
+                outs = [filled(x.shape, "bfloat16") for x in (q, k)]
+                inputs = (case.qk_var, case.q, case.k) if op == "apply_qk_rms_norm" else (q, k)
+                arguments = [*outs, *gammas, *inputs]
+                wanted = list(case.expected()) if op == "apply_qk_rms_norm" else fused
+            epsilon = None if op == "row_mean_of_squares_qk" else 1e-6
+            requests.append(Request(op, arguments, epsilon, threads, bits))
+            results.append((outs, wanted))
+        assert machine.call(module, *requests) == [""] * len(requests)
+        wrong = [sum(map(reference.differing, *pair)) for pair in results]
+        assert wrong == [0] * 4, (op, wrong)
+
+
 def test_stores_past_the_caches(machine: AArch64) -> None:
     """The one config that no default has: another way to store, on aligned rows alone."""
     config = CpuConfig(vector=8, row_tile=4, streaming_bytes=1, bytes_per_task=1)

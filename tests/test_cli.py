@@ -428,7 +428,7 @@ def test_run_without_a_cache_folder_uses_a_temporary_one(
     shape = ["--q-cols", "24", "--k-cols", "8", "--rows", "1", "--threads", "1"]
     assert main(["run", *shape, *QUICK]) == 0
     shown = capsys.readouterr().out
-    assert f"module    {tmp_path}/qknorm-tvm-" in shown
+    assert f"module    {tmp_path}/qknorm-tvm-run-" in shown
     wide = [line for line in shown.splitlines() if len(line.rstrip()) > 60]
     assert [line for line in wide if not line.startswith("module ")] == []
     for header in ("GB/s", "/ copy", "/ ours", "exact"):

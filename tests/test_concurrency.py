@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import filelock
 import numpy as np
 import pytest
 from support import compiled, ffi_tensors, make_case, run_python, smallest
+from tvm_ffi import libinfo
 
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, load
@@ -99,28 +101,81 @@ def test_sixteen_threads_while_the_number_of_threads_changes() -> None:
     assert not errors, errors
 
 
-def test_the_pool_is_decided_before_a_module_can_be_called(tmp_path: Path) -> None:
-    """Modules that look for each other at their first calls, from any thread: two pools."""
-    run_python(
-        """
-        import ctypes, shutil, sys, threading
-        import tvm_ffi
-        paths = [f"{sys.argv[2]}/{i}.so" for i in range(16)]
-        for path in paths:
-            shutil.copyfile(sys.argv[1], path)
-        found, barrier = [], threading.Barrier(16)
-        def load(path):
-            barrier.wait()
-            library = ctypes.CDLL(path)
-            found.append(ctypes.c_void_p.in_dll(library, "qknorm_tvm_thread_pool_v2").value)
-        threads = [threading.Thread(target=load, args=(path,)) for path in paths]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        assert len(found) == 16 and len(set(found)) == 1 and found[0], found
-        """,
-        str(smallest()),
-        str(tmp_path),
-    )
+def test_modules_loaded_and_called_at_once_share_one_pool(tmp_path: Path) -> None:
+    """Modules that look for each other at their first calls, from any thread: two pools.
+
+    Sixteen threads load a module each and call it; a pool of their own would start its workers.
+    """
+    source = compiled("large", _LARGE)
+    paths = [tmp_path / f"{i}.so" for i in range(16)]
+    for path in paths:
+        shutil.copyfile(source, path)
+    for _ in range(3 * _SCALE):
+        run_python(
+            """
+            import os, sys, threading
+            import tvm_ffi
+            from qknorm_tvm import load
+            from qknorm_tvm.check import reference
+            from support import ffi_tensors, make_case
+
+            cases = [make_case(200, 1536, 256, seed=seed) for seed in range(16)]
+            expected = [case.expected() for case in cases]
+            prepared = [ffi_tensors(case.tensors) for case in cases]
+            modules, errors, barrier = [None] * 16, [], threading.Barrier(16)
+
+            def call(i):
+                cases[i].q_out[...], cases[i].k_out[...] = 0, 0
+                modules[i].apply_qk_rms_norm(*prepared[i][0], cases[i].epsilon)
+                for got, want in zip((cases[i].q_out, cases[i].k_out), expected[i]):
+                    assert reference.differing(got, want) == 0, i
+
+            def work(i):
+                try:
+                    barrier.wait(timeout=60)
+                    modules[i] = load(sys.argv[1 + i])
+                    call(i)
+                except BaseException as error:
+                    errors.append((i, error))
+
+            before = len(os.listdir("/proc/self/task"))
+            threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+            assert not errors, errors
+            for i in range(16):
+                call(i)
+            workers = len(os.listdir("/proc/self/task")) - before
+            assert workers == 3, f"{workers} workers, which one pool of four threads has not"
+            modules[7].library.get_function("qknorm_set_num_threads")(2)
+            known = {m.library.get_function("qknorm_get_num_threads")() for m in modules}
+            assert known == {2}, known
+            """,
+            *map(str, paths),
+            env={"TVM_NUM_THREADS": "4", "QKNORM_TVM_OPENMP": "0"},
+        )
+
+
+@pytest.mark.parametrize("modules", [2, 7])
+def test_first_calls_at_the_same_moment_find_one_pool(modules: int, tmp_path: Path) -> None:
+    """The same, thousands of times, and closer together than Python's threads ever are."""
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        pytest.skip("compiles a driver with gcc, which is not installed")
+    program = tmp_path / "first_calls"
+    command = [gcc, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    command += ["-isystem", libinfo.find_include_path()]
+    command += ["-isystem", libinfo.find_dlpack_include_path(), "-o", str(program)]
+    source = Path(__file__).parent / "native" / "first_calls.c"
+    subprocess.run([*command, str(source), "-ldl"], check=True)
+    paths = [tmp_path / f"{i}.so" for i in range(modules)]
+    for path in paths:
+        shutil.copyfile(smallest(), path)
+    rounds = 600 * _SCALE
+    command = [str(program), libinfo.find_libtvm_ffi(), str(rounds), *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout == "0\n", f"two pools in {done.stdout.strip()} of {rounds} processes"
 
 
 def test_threads_that_ask_for_new_specs_at_once(tmp_path: Path) -> None:
@@ -285,13 +340,14 @@ def test_who_waits_for_a_killed_compilation_compiles(tmp_path: Path) -> None:
 
 _WRITING = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 import qknorm_tvm.call.compiled as build
 from qknorm_tvm.call import cache
 from qknorm_tvm import KernelSpec
 spec = KernelSpec.from_text(sys.argv[2])
-build.compile = lambda spec: SimpleNamespace(path=Path(sys.argv[1]))
+build.compile = lambda spec: nullcontext(SimpleNamespace(path=Path(sys.argv[1])))
 key = cache.cache_directory() / cache.cache_key(spec)
 cache.load_file = lambda file: None
 print("ready", flush=True)
@@ -473,6 +529,34 @@ assert compute(6) and compute(7)
         str(compiled("large", _LARGE)),
         env={"QKNORM_TVM_CACHE_DIR": str(tmp_path / "cache")},
     )
+
+
+def test_a_lock_dies_with_its_process_and_not_with_its_forks(tmp_path: Path) -> None:
+    """A child that holds, unknowingly, the lock of its dead parent, and waits for itself."""
+    done = run_python(
+        """
+        import os, signal, sys, threading, time
+        from pathlib import Path
+        from qknorm_tvm.call import cache
+        path, held = Path(sys.argv[1]), threading.Event()
+        def hold():
+            with cache._lock_file(path):
+                held.set()
+                time.sleep(600)
+        threading.Thread(target=hold, daemon=True).start()
+        assert held.wait(60)
+        end, parent = os.pipe()
+        if os.fork() == 0:
+            os.close(parent)
+            os.read(end, 1)  # until the parent is gone
+            signal.alarm(20)
+            with cache._lock_file(path) as refusal:
+                os.write(1, f"locked {refusal}".encode())
+        os._exit(0)
+        """,
+        str(tmp_path / "lock"),
+    )
+    assert done.stdout == "locked None"
 
 
 def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:

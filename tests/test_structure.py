@@ -254,8 +254,8 @@ def test_portable_file_shares_only_code_that_runs_everywhere(
 
     run = native_build.run_compiler
 
-    def keep_names(command: list[str], doing: str) -> None:
-        run([word for word in command if word != "-s"], doing)
+    def keep_names(command: list[str], *rest: object) -> None:
+        run([word for word in command if word != "-s"], *rest)
 
     monkeypatch.setattr(native_build, "run_compiler", keep_names)
     compiled_now = compile(KernelSpec(in_dtype="float16", q_cols=64, k_cols=64))

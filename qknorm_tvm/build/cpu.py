@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tvm import tirx
 
 from ..declare.norm import declare
 from ..errors import BuildError
+from ..load.temporary import memory_file
 from ..lower.cpu import STREAM_ALIGNMENT, lower
 from ..lower.tvm_version import llvm_module
 from ..schedules.cpu import schedule
@@ -32,6 +34,9 @@ _WITHHELD = tuple(
 #: Tuning flags against which the kernel was measured: whole zmm vectors, and blends rather than
 #: three-uop word permutes.
 _TUNING = ("-prefer-256-bit", "-fast-variable-crosslane-shuffle", "-fast-variable-perlane-shuffle")
+
+#: Bytes that a function takes in an object file at most: ten times what is usual.
+_MOST_CODE = 1 << 17
 
 
 def cpu_features(cpu: str) -> tuple[str, ...]:
@@ -145,12 +150,23 @@ def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]
     return llvm_module(lowered, target)
 
 
-def _object_code(module: Any) -> bytes:
-    """Return a module's object file, from memory: LLVM ends the process where a disk is full."""
-    with open(os.memfd_create("object"), "w+b") as file:
-        module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
-        file.seek(0)
-        return file.read()
+def _object_code(module: Any, directory: Path, functions: int) -> bytes:
+    """Return a module's object file.
+
+    LLVM ends the process where a file that it writes cannot grow. So it gets one in memory, which
+    no full disk stops, and one that has been as large before: what refuses space (a limit of file
+    sizes, a disk where there are no files in memory) does so here, by an ``OSError``.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            handle, path = stack.enter_context(memory_file("object.o"))
+        except OSError:
+            path = directory / "object.o"
+            handle = stack.enter_context(open(path, "wb")).fileno()
+        os.posix_fallocate(handle, 0, (1 << 20) + functions * _MOST_CODE)
+        os.ftruncate(handle, 0)
+        module.write_to_file(str(path), "o")
+        return path.read_bytes()
 
 
 def build(
@@ -193,7 +209,8 @@ def build(
         native = worker.submit(compile_entry, directory, table_text, pool=True, machine=machine)
         for cpu, of_level in functions.items():
             level_object = directory / f"{cpu}.o"
-            level_object.write_bytes(_object_code(generate(cpu, of_level)))
+            generated = generate(cpu, of_level)
+            level_object.write_bytes(_object_code(generated, directory, len(of_level)))
             # The least demanding first: TVM puts its float16 helpers, weak, into every object, and
             # the linker keeps the first, which has to run everywhere.
             objects.insert(0, level_object)

@@ -225,12 +225,12 @@ def _gencode(archs: Sequence[str]) -> list[str]:
     return flags
 
 
-def _nvcc(arguments: Sequence[str], doing: str) -> None:
+def _nvcc(arguments: Sequence[str], doing: str, folder: Path) -> None:
     nvcc = find_nvcc()
     # The packages from PyPI keep libraries where nvcc does not look.
     folders = [nvcc.parent.parent / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
     search = [f"-L{folder}" for folder in folders if folder.is_dir()]
-    run_compiler([str(nvcc), *search, *arguments], doing)
+    run_compiler([str(nvcc), *search, *arguments], doing, folder)
 
 
 def nvcc_compile(source: Path, out: Path, archs: Sequence[str]) -> None:
@@ -278,6 +278,7 @@ def nvcc_compile(source: Path, out: Path, archs: Sequence[str]) -> None:
             str(out),
         ],
         "compiling the CUDA source",
+        out.parent,
     )
 
 
@@ -302,6 +303,7 @@ def link_cuda(objects: Sequence[Path], out: Path) -> None:
             str(out),
         ],
         "linking",
+        out.parent,
     )
     seal(out)
 

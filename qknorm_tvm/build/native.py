@@ -257,9 +257,12 @@ def c_compiler(machine: str) -> str:
     )
 
 
-def run_compiler(command: Sequence[str], doing: str) -> None:
-    """Run a compiler; a failure is a `BuildError` with the first lines that it printed."""
-    environment = {**os.environ, "LC_ALL": "C"}
+def run_compiler(command: Sequence[str], doing: str, folder: Path) -> None:
+    """Run a compiler; a failure is a `BuildError` with the first lines that it printed.
+
+    Its own temporary files are in `folder`, which was chosen for its space, and go with it.
+    """
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
@@ -286,7 +289,7 @@ def compile_entry(
             command += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
             command += [f"-I{directory}", f"-I{path.parent}", f"-I{ffi.find_include_path()}"]
             command += [f"-I{ffi.find_dlpack_include_path()}", str(path), "-o", str(target)]
-            run_compiler(command, f"compiling {name}.c")
+            run_compiler(command, f"compiling {name}.c", directory)
             objects.append(target)
     return objects
 
@@ -309,7 +312,8 @@ def _stand_in_for_tvm_ffi(directory: Path, compiler: str) -> Path:
     source, library = directory / "stand_in.c", directory / "libtvm_ffi.so"
     source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
     command = [compiler, "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libtvm_ffi.so"]
-    run_compiler([*command, str(source), "-o", str(library)], "making a stand-in for libtvm_ffi")
+    command += [str(source), "-o", str(library)]
+    run_compiler(command, "making a stand-in for libtvm_ffi", directory)
     return library
 
 
@@ -336,5 +340,5 @@ def link(objects: Sequence[Path], out: Path, machine: str | None = None) -> None
     else:
         library = _stand_in_for_tvm_ffi(out.parent, compiler)
     command += [f"-L{library.parent}", "-ltvm_ffi", "-lpthread", "-ldl", "-lm"]
-    run_compiler(command, "linking")
+    run_compiler(command, "linking", out.parent)
     seal(out)

@@ -7,6 +7,7 @@ times that decided. A kept record's fields were read back from its trace in the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import warn_caller
+from ..machine import user_folder
 from ..spec import KernelSpec
 from ..targets import AARCH64, X86_LEVELS, host_cpu_target
 
@@ -142,10 +144,8 @@ def _first_path(folder: Any) -> Path | None:
 
 
 def user_logs() -> Path:
-    """Return the folder to which an installed package's user tunes."""
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("qknorm-tvm", appauthor=False)) / "tuning_logs"
+    """Return the folder to which an installed package's user tunes: see `machine.user_folder`."""
+    return user_folder("data") / "tuning_logs"
 
 
 def log_folders() -> list[Path]:
@@ -166,8 +166,11 @@ def log_folders() -> list[Path]:
                     stacklevel=1,  # a build asks from several places: one warning
                 )
         return folders
+    folders = []
+    with contextlib.suppress(FileNotFoundError):  # a user without a home
+        folders.append(user_logs())
     package = package_logs()
-    return [user_logs(), *([package] if package else [])]
+    return [*folders, *([package] if package else [])]
 
 
 def default_logs() -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from ..errors import BuildError, ModuleFileError, warn_caller
 from ..load.module import Module, load_file
 from ..load.module_file import ModuleFile, read_module
+from ..machine import user_folder
 from ..operations import OPERATIONS
 from ..spec import KernelSpec
 from . import packs
@@ -35,13 +38,19 @@ def forget_entries() -> None:
         known.clear()
 
 
-def _new_lock() -> None:
-    """Replace the lock: in a forked child the thread that held it is gone."""
+#: Open files of the locks that this process holds, see `_lock_file`.
+_lock_handles: set[int] = set()
+
+
+def _new_locks() -> None:
+    """Replace the lock, and give files' back: in a forked child the thread that held it is gone."""
     global _lock
     _lock = threading.Lock()
+    while _lock_handles:
+        os.close(_lock_handles.pop())
 
 
-os.register_at_fork(after_in_child=_new_lock)
+os.register_at_fork(after_in_child=_new_locks)
 
 
 #: The files that decide code, by folder: what can be asked for, and every stage up to the `.so`.
@@ -69,25 +78,31 @@ def _source_digest() -> str:
 
 
 def cache_location() -> Path:
-    """Return where the cache folder is or would be: see `cache_directory`."""
+    """Return where the cache folder is or would be: see `cache_directory`.
+
+    Raises
+    ------
+    FileNotFoundError
+        The variable is not set, and the user has no home.
+    """
     given = os.environ.get("QKNORM_TVM_CACHE_DIR")
     if given:
         return Path(given)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("qknorm-tvm", appauthor=False))
+    return user_folder("cache")
 
 
 def cache_directory() -> Path:
     """Return the cache folder: ``$QKNORM_TVM_CACHE_DIR``, or the user's own.
 
     It is created for its user only. A ``.so`` is a program: a folder that others can write to is
-    not used.
+    not used; one of root's is.
 
     Raises
     ------
     ModuleFileError
         The folder belongs to somebody else, or others may write to it.
+    OSError
+        There is none, and it cannot be made.
     """
     directory = cache_location()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,7 +111,7 @@ def cache_directory() -> Path:
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
-    if status.st_uid != os.getuid():
+    if status.st_uid not in (os.getuid(), 0):
         raise ModuleFileError(
             f"{path} belongs to another user (uid {status.st_uid}) and will not be loaded from; "
             "set QKNORM_TVM_CACHE_DIR to a folder of your own"
@@ -126,7 +141,7 @@ def cache_key(spec: KernelSpec) -> str:
 
 
 def _usable(path: Path, spec: KernelSpec) -> ModuleFile | None:
-    """Return a cached file if it is whole, ours and this spec's; what is not is built again.
+    """Return a cached file if it is whole, ours or root's, and this spec's; else it is built again.
 
     Owner and mode are those of the file that was read. So it does not matter who may write to the
     folders above: what nobody but this user could write is what is loaded.
@@ -142,7 +157,7 @@ def _usable(path: Path, spec: KernelSpec) -> ModuleFile | None:
 
 
 def _load_or_build(spec: KernelSpec) -> Module:
-    from .compiled import compile, place, versions
+    from .compiled import versions
 
     try:
         versions()
@@ -153,33 +168,74 @@ def _load_or_build(spec: KernelSpec) -> Module:
             f"in {packs.ENVIRONMENT}"
         ) from None
     try:
-        directory = cache_directory()
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise PermissionError(f"{directory} is not writable")
+        path = cache_directory() / cache_key(spec)
     except OSError as error:
-        warn_caller(
-            f"qknorm-tvm compiles anew in every process: no cache folder ({error}); set "
-            "QKNORM_TVM_CACHE_DIR to a folder that can be written"
-        )
-        compiled = compile(spec)
-        return load_file(read_module(compiled.path))
-    path = directory / cache_key(spec)
+        return load_file(_build(spec, None, error))
     file = _usable(path, spec)
     if file is None:
-        import filelock
-
         # One process compiles, the others wait; a lock left by a killed process is the system's
         # to free.
-        with filelock.FileLock(path.with_suffix(".lock"), mode=0o600):
-            file = _usable(path, spec)
-            if file is None:
-                # Half a file of a process that was killed as it wrote; the lock is ours.
-                for left in directory.glob(f".{path.name}.*"):
-                    left.unlink(missing_ok=True)
-                compiled = compile(spec)
-                file = read_module(compiled.path)
+        with _lock_file(path.with_suffix(".lock")) as refusal:
+            held = _usable(path, spec) if refusal is None else None
+            file = held or _build(spec, path, refusal)
+    return load_file(file)
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path) -> Iterator[OSError | None]:
+    """Hold a lock of processes for a while; yields the error where the system has none to give."""
+    handle = refusal = None
+    try:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _lock_handles.add(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            refusal = error
+        yield refusal
+    finally:
+        if handle in _lock_handles:
+            _lock_handles.remove(handle)
+            if refusal is None:
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a child that is being forked has it open too
+            os.close(handle)
+
+
+def _build(spec: KernelSpec, path: Path | None, refusal: OSError | None) -> ModuleFile:
+    """Compile a spec, and store it at a path in the cache if that can be.
+
+    `refusal` is why there is no lock, or no path. What cannot be stored serves all the same.
+    """
+    from .compiled import compile, place
+
+    with compile(spec) as compiled:
+        file = read_module(compiled.path)
+        if path is not None:
+            try:
+                if refusal is None:
+                    # Half a file of a process that was killed as it wrote; the lock is ours.
+                    for left in path.parent.glob(f".{path.name}.*"):
+                        left.unlink(missing_ok=True)
                 place(compiled.path, path)
-    return load_file(dataclasses.replace(file, path=path))
+                file = dataclasses.replace(file, path=path)
+            except OSError as error:
+                refusal = error
+    if refusal is not None:
+        _warn_once(refusal)
+    return file
+
+
+_warned = False
+
+
+def _warn_once(error: OSError) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warn_caller(
+            f"qknorm-tvm may compile anew in every process: the cache folder cannot be used as it "
+            f"should ({error}); set QKNORM_TVM_CACHE_DIR to a folder that can be written and locked"
+        )
 
 
 def use(module: Module) -> None:

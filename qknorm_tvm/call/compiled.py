@@ -15,14 +15,22 @@ from .._version import __version__
 from ..errors import BuildError
 from ..load.module import Module, load
 from ..load.module_file import FORMAT
+from ..load.temporary import temporary_folder
 from ..operations import OPERATIONS
 from ..spec import KernelSpec
+
+#: Bytes that must be free in the folder where a module is built. One spec takes 0.2 MB for CPUs,
+#: and 35 MB for every architecture of CUDA.
+_SPACE = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 Config = Any  # schedules.cpu_config.CpuConfig or schedules.cuda_config.CudaConfig
 
 
 class CompiledModule:
     """A compiled module: call it, or export it.
+
+    As a context manager it removes its temporary folder at the end: what is loaded by then goes on
+    working.
 
     Attributes
     ----------
@@ -36,6 +44,12 @@ class CompiledModule:
         self.path = path
         self._directory = directory
         self._module: Module | None = None
+
+    def __enter__(self) -> CompiledModule:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._directory.cleanup()
 
     @property
     def module(self) -> Module:
@@ -167,13 +181,25 @@ def compile(
         "versions": versions(),
         "requires": {"apache-tvm-ffi": ">=0.1.11", "system": "Linux, glibc"},
     }
-    directory = tempfile.TemporaryDirectory(prefix="qknorm-tvm-")
     if kind == "cuda":
         from ..build.cuda import build
     else:
         from ..build.cpu import build  # type: ignore[assignment]
-    path = build(specs, configs, metadata, Path(directory.name))
-    return CompiledModule(path, directory)
+    directory: tempfile.TemporaryDirectory[str] | None = None
+    try:
+        directory = temporary_folder(_SPACE[kind])
+        return CompiledModule(build(specs, configs, metadata, Path(directory.name)), directory)
+    except BaseException as error:
+        if directory is not None:
+            directory.cleanup()
+        if isinstance(error, OSError):
+            raise BuildError(
+                f"a module cannot be built: {error}; set TMPDIR to a folder with space"
+            ) from error
+        raise
+    finally:
+        # TVM's script keeps this frame until the next garbage collection.
+        del directory
 
 
 def _changes(specs: Sequence[KernelSpec], kind: str, changes: Mapping[Any, Any]) -> list[Config]:

@@ -102,7 +102,7 @@ def read_index(folder: Path) -> tuple[PackedModule, ...]:
     try:
         index = json.loads(path.read_text())
         version, formats = index["qknorm-tvm"], (index["format"], index["module_format"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ModuleFileError(damaged) from None
     if formats != (INDEX_FORMAT, FORMAT) or version != __version__:
         raise ModuleFileError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import click
 
-from .options import debug_option, wants_traceback
+from .options import debug_option, echo, wants_traceback
 
 #: Commands: where each is, and its line in the list. ``--help`` imports none of them.
 _COMMANDS = {
@@ -82,7 +83,9 @@ def run_command(arguments: Sequence[str] | None) -> int:
         status = commands.main(given, prog_name="qknorm-tvm", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        echo(text.getvalue(), err=True, end="")
         return 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -94,7 +97,7 @@ def run_command(arguments: Sequence[str] | None) -> int:
     except (QKNormError, ValueError, TypeError, OSError) as error:
         if wants_traceback():
             raise
-        click.echo(f"Error: {error_text(error)}", err=True)
+        echo(f"Error: {error_text(error)}", err=True)
         return 2
     return status if isinstance(status, int) else 0
 

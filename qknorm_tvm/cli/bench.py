@@ -21,6 +21,7 @@ from .options import (
     debug_option,
     device_option,
     dtype_choice,
+    echo,
     is_given,
 )
 
@@ -197,9 +198,9 @@ def bench(
     else:
         _print_comparison(comparison, busy)
         if not measured.exact:
-            click.echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
+            echo("NOT EXACT: outputs differ from the unfused graph; see qknorm-tvm verify")
     for file in written if not as_json else ():
-        click.echo(f"wrote {file}")
+        echo(f"wrote {file}")
     return 0 if measured.exact and not (comparison and comparison.slower) else 1
 
 

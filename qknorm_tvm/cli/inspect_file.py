@@ -34,7 +34,13 @@ def inspect_file(file: Path, as_json: bool) -> None:
     from ..load.module_file import read_metadata
 
     metadata = read_metadata(file)
-    runs, why = runs_here(file, metadata)
+    try:
+        runs, why = runs_here(file, metadata)
+        described = None if as_json else describe(file, metadata)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModuleFileError(
+            f"{file} holds what this qknorm-tvm does not know ({type(error).__name__})"
+        ) from None
     if as_json:
         answer = {
             **metadata,
@@ -47,23 +53,8 @@ def inspect_file(file: Path, as_json: bool) -> None:
     from .output import console, size
 
     printer = console()
-    printer.print(f"{printable(str(file))} ({size(file.stat().st_size)})", soft_wrap=True)
-    try:
-        described = describe(file, printable(metadata))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ModuleFileError(
-            f"{file} holds what this qknorm-tvm does not know ({type(error).__name__})"
-        ) from None
+    printer.print(f"{file} ({size(file.stat().st_size)})", soft_wrap=True)
     printer.print(described)
-
-
-def printable(value: Any) -> Any:
-    """Return a value of JSON with what steers a terminal written as escapes, such as ``\\x1b``."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
-    if isinstance(value, Mapping):
-        return {printable(key): printable(item) for key, item in value.items()}
-    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
@@ -108,7 +99,7 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
         for index, kernel in enumerate(level.get("code", [])):
             config = f"{config_text(kernel['config'])} ({kernel['source']})"
             code.add_row(
-                level["name"] if index == 0 else "",
+                str(level["name"]) if index == 0 else "",
                 numbers.get(kernel["spec"], "?"),
                 f"{kernel['min_rows']:,}",
                 f"{config}; {', '.join(kernel['variants'])}",

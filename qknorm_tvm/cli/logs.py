@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import debug_option
+from .options import debug_option, echo
 
 
 def _logs_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -119,7 +119,7 @@ def validate(logs: Path | None, fix: bool, shallow: bool, measure: bool) -> int:
     for folder in _all_folders(logs):
         if fix:
             for problem in mend(folder):
-                click.echo(f"put aside: {problem}")
+                echo(f"put aside: {problem}")
         problems = check(folder, deep=not shallow)
         if measure and not problems:
             try:
@@ -128,11 +128,11 @@ def validate(logs: Path | None, fix: bool, shallow: bool, measure: bool) -> int:
             except TuningError as error:
                 reasons.append(f"{folder.name}: not measured: {error}")
         for text in problems:
-            click.echo(text)
-        click.echo(f"{folder.name}: {f'{len(problems)} problems' if problems else 'good'}")
+            echo(text)
+        echo(f"{folder.name}: {f'{len(problems)} problems' if problems else 'good'}")
         status = status or int(bool(problems))
     for reason in reasons:
-        click.echo(reason)
+        echo(reason)
     return status or int(measure and not measured)
 
 
@@ -144,7 +144,7 @@ def dedupe(logs: Path | None) -> int:
     from ..tuning.maintenance import deduplicate
 
     for folder in _folders(logs):
-        click.echo(f"{folder.name}: {deduplicate(folder)} repeated records dropped")
+        echo(f"{folder.name}: {deduplicate(folder)} repeated records dropped")
     return 0
 
 
@@ -164,5 +164,5 @@ def prune(logs: Path | None, keep: int, in_use: bool) -> int:
     from ..tuning.maintenance import prune as trim
 
     for folder in _folders(logs):
-        click.echo(f"{folder.name}: {trim(folder, keep, in_use=in_use)} records dropped")
+        echo(f"{folder.name}: {trim(folder, keep, in_use=in_use)} records dropped")
     return 0

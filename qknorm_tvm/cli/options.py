@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ..dtypes import DTYPE_BYTES
+from ..errors import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 _debug = False
@@ -34,6 +35,11 @@ def debug_option(function: F) -> F:
         callback=_set_debug,
         help="Show the traceback of an error.",
     )(function)
+
+
+def echo(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Print a text that may hold names of files: no control sequence of theirs is sent."""
+    click.echo(printable(text) + end, err=err, nl=False)
 
 
 def device_option(function: F) -> F:

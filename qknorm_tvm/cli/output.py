@@ -7,14 +7,17 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from ..bench.report import BYTES_FORMULA, METHODS, Row, microseconds, notes_of, quartiles
+from ..errors import printable
 
 #: Columns below which a table of times goes without its quartiles.
 _NARROW = 76
@@ -23,6 +26,14 @@ _HEADERS = {
     "cpu": ("µs", "quartiles", "worst", "GB/s", "/ copy", "/ ours", "exact"),
     "cuda": ("µs", "quartiles", "GB/s", "/ empty", "/ copy", "exact"),
 }
+
+
+class _Console(Console):
+    """A console to which no text sends control sequences; styles are its own."""
+
+    def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+        for segment in super().render(*arguments, **options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -34,7 +45,7 @@ def console(*, stderr: bool = False) -> Console:
         width = int(given) if given.isdigit() and int(given) > 20 else 100
     elif shutil.get_terminal_size().columns < 20:
         width = 80
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -> Table:

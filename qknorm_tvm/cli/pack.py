@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..models import MODELS
-from .options import Names, Numbers, debug_option
+from .options import Names, Numbers, debug_option, echo
 
 
 class Targets(Names):
@@ -75,7 +75,7 @@ def pack(
     if wheel_folder is not None:
         packing.machine_of(plan)  # refuses what no wheel can hold, before time is spent
     for sentence in plan.impossible:
-        click.echo(f"skipped: {sentence}", err=True)
+        echo(f"skipped: {sentence}", err=True)
     start, done = time.perf_counter(), 0
     with console(stderr=True).status("importing TVM") as status:
 

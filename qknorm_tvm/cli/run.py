@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..bench.report import Row
+    from ..call.compiled import CompiledModule
     from ..spec import KernelSpec
 
 #: MiniMax-M2's Q and K of one rank at tensor parallel 4.
@@ -155,12 +154,8 @@ def _request(input_file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, float]:
-    if output is None:
-        folder = _output_folder()
-        columns = f"{spec.q_cols}x{spec.k_cols}"
-        name = f"{spec.op}-{columns}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
-        output = folder / name
-    check_module_path(output)
+    if output is not None:
+        check_module_path(output)
     # Imported apart: what the import of the compiler takes is not what compiling takes.
     import tvm  # noqa: F401
 
@@ -168,20 +163,25 @@ def _export(spec: KernelSpec, output: Path | None, status: Any) -> tuple[Path, f
 
     status("compiling")
     start = time.perf_counter()
-    compile(spec).export(output)
-    return output, time.perf_counter() - start
+    with compile(spec) as compiled:
+        path = _keep(compiled, spec) if output is None else compiled.export(output)
+        return path, time.perf_counter() - start
 
 
-def _output_folder() -> Path:
-    """Return a folder of the cache, or a temporary one where the cache cannot be written."""
+def _keep(compiled: CompiledModule, spec: KernelSpec) -> Path:
+    """Export a module to the cache, or where that cannot be written to a temporary folder."""
     from ..call.cache import cache_directory
 
-    with contextlib.suppress(OSError):
+    name = (
+        f"{spec.op}-{spec.q_cols}x{spec.k_cols}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
+    )
+    try:
         folder = cache_directory() / "run"
         folder.mkdir(mode=0o700, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="qknorm-tvm-"))
+        return compiled.export(folder / name)
+    except OSError:
+        # It stays: the module is printed as the command's result.
+        return compiled.export(Path(tempfile.mkdtemp(prefix="qknorm-tvm-run-"), name))
 
 
 def _report(spec: KernelSpec, path: Path, seconds: float | None, answer: dict[str, Any]) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from ..operations import OPERATIONS
 from ..spec import KernelSpec
 from ..targets import MACHINES, host_machine
 from .module_file import ModuleFile, read_module
+from .temporary import memory_file, temporary_folder
 from .threads import reach_pool
 
 
@@ -140,13 +139,8 @@ def _library(path: Path, content: bytes) -> Any:
         import tvm_ffi
 
         try:
-            # The folder's name is a random one: the loader never meets it again. It is removed
-            # since what is left of it is a name: a debugger, or a traceback from C++, that looks
-            # for the library's symbols there finds nothing, rather than another file.
-            with temporary_folder() as folder:
-                name = Path(folder, "module.so")
-                with _copy(name, content):
-                    library = tvm_ffi.load_module(str(name))
+            with _copy(content) as name:
+                library = tvm_ffi.load_module(str(name))
         except Exception as error:
             raise ModuleFileError(f"{path} cannot be loaded on this machine: {error}") from error
         library = _libraries.setdefault(key, library)
@@ -154,47 +148,25 @@ def _library(path: Path, content: bytes) -> Any:
 
 
 @contextmanager
-def _copy(name: Path, content: bytes) -> Iterator[None]:
-    """Give a copy of a file's content a name for a while.
+def _copy(content: bytes) -> Iterator[Path]:
+    """Make a copy of a file's content, named so that the loader has never met it, for a while.
 
-    The content is in memory, where the system lets it: that needs no space on a disk, and no folder
-    that code may be run from.
+    What is left of it is a name: a debugger, or a traceback from C++, that looks for the library's
+    symbols there finds nothing, rather than another file.
     """
-    try:
-        handle = os.memfd_create(name.name)
-    except OSError:
-        name.write_bytes(content)
-        yield
-        return
-    with open(handle, "wb", buffering=0) as file:
-        file.write(content)
-        name.symlink_to(f"/proc/self/fd/{handle}")
-        yield
-
-
-def temporary_folder(least: int = 0) -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that is this user's alone and goes again, where `least` bytes are free.
-
-    Below the temporary folder, or below ``/dev/shm`` where that one is full, read-only or missing.
-
-    Raises
-    ------
-    OSError
-        There is neither.
-    """
-    errors = []
-    for parent in (None, "/dev/shm"):
+    with contextlib.ExitStack() as stack:
         try:
-            parent = parent or tempfile.gettempdir()
-            free = shutil.disk_usage(parent).free
-            if free < least:
-                raise OSError(
-                    errno.ENOSPC, f"{free >> 20} MiB free of {least >> 20} needed", parent
-                )
-            return tempfile.TemporaryDirectory(prefix="qknorm-tvm-", dir=parent)
-        except OSError as error:
-            errors.append(str(error))
-    raise OSError(errno.ENOSPC, f"no temporary folder can be used ({'; '.join(errors)})")
+            handle, memory = stack.enter_context(memory_file("module.so"))
+        except OSError:
+            folder = stack.enter_context(temporary_folder(len(content), executable=True))
+            name = Path(folder, "module.so")
+            name.write_bytes(content)
+        else:
+            with open(handle, "wb", closefd=False) as file:
+                file.write(content)
+            name = Path(stack.enter_context(temporary_folder()), "module.so")
+            name.symlink_to(memory)
+        yield name
 
 
 def _check_specs(path: Path, metadata: dict[str, Any]) -> None:

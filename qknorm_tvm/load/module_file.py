@@ -15,6 +15,7 @@ import json
 import os
 import stat
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ FORMAT = 2
 SECTION = ".qknorm"
 MAGIC = b"QKNORM-TVM MODUL"
 _DIGEST_BYTES = 32
+#: Levels of lists and mappings in metadata: twice what is there.
+_MOST_NESTED = 16
 
 
 def _section(data: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -160,6 +163,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_module(path).metadata
 
 
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 def _metadata_in(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     offset, size = _section(data, path)
     if data[offset : offset + len(MAGIC)] != MAGIC:
@@ -175,6 +184,11 @@ def _metadata_in(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         found = metadata["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ModuleFileError(f"{path} is damaged: its metadata is no JSON") from None
+    nested = [metadata]
+    for _ in range(_MOST_NESTED):
+        nested = [inner for value in nested for inner in _inner(value)]
+    if nested:  # what looks at it later may recurse
+        raise ModuleFileError(f"{path} is damaged: its metadata is nested too deeply")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ModuleFileError(f"{path} is damaged: its metadata has format {found!r}")
     if found < FORMAT:

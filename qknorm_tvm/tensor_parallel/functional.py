@@ -12,6 +12,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from ..call import api
 from ..call.arrays import canonical_dtype
 from ..call.torch_autograd import count_writes
+from ..call.torch_overlap import check_overlap
+from ..operations import OPERATIONS
 from .arguments import Call, Checked, check_no_derivative, dtype_name
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
@@ -172,12 +174,8 @@ def _normalise(
     options = {"out_dtype": checked.out_dtype, "cast_before_gamma": call.cast_before_gamma}
     options |= checked.outputs
     if qk_var is None:
-        outputs = api.qk_rms_norm(checked.q, checked.k, *scales, **options)
-    else:
-        outputs = api.apply_qk_rms_norm(checked.q, checked.k, qk_var, *scales, **options)
-    if checked.outputs:
-        count_writes(tuple(call.outputs.values()))
-    return outputs
+        return api.qk_rms_norm(checked.q, checked.k, *scales, **options)
+    return api.apply_qk_rms_norm(checked.q, checked.k, qk_var, *scales, **options)
 
 
 # ---- the all-reduce ---------------------------------------------------------------------------
@@ -344,7 +342,10 @@ def _fake(
 ) -> None:  # fmt: skip
     group, heads = _group_and_layout(group_name, layout)
     call = Call(q, k, gamma_q, gamma_k, epsilon, layout=heads, **options)
-    call.check(_members(group, heads))
+    checked = call.check(_members(group, heads))
+    tensors = {"q": checked.q, "k": checked.k, "gamma_q": gamma_q, "gamma_k": gamma_k}
+    tensors |= checked.outputs
+    check_overlap(OPERATIONS["qk_rms_norm"], tensors)
 
 
 for _key in ("CPU", "CUDA"):

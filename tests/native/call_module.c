@@ -4,13 +4,15 @@
  *
  * Both files hold little-endian numbers without padding. Requests are a count, then each:
  *
- *   char[32] function; int32 threads (0: as they are); int32 has_epsilon; float64 epsilon
+ *   char[32] function; int32 threads (0: as they are); int32 has_epsilon; float64 epsilon;
+ *   uint32 mode: FPCR of the caller
  *   int32 number of memories, each:  int64 size; int64 address modulo 64; its bytes
  *   int32 number of tensors, each:   int32 memory, type code, bits, dimensions; int64 offset in
  *                                    bytes, shape[2], strides[2]
  *
  * Answers are, for each request: int32 status (-1: an error was raised); int32 length and a text,
- * the error's "kind: message" or the function's own result; the bytes of every memory.
+ * the error's "kind: message" or the function's own result; the bytes of every memory. A function
+ * that leaves the caller another mode, or a floating-point flag, ends the program.
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <dlfcn.h>
@@ -66,6 +68,24 @@ static packed function(void* module, const char* name) {
   return found;
 }
 
+#ifdef __aarch64__
+static void set_mode(uint64_t mode) {
+  uint64_t none = 0;
+  __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1" : : "r"(mode), "r"(none) : "memory");
+}
+
+static void check_mode(uint64_t mode) {
+  uint64_t found, flags;
+  __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(found), "=r"(flags) : : "memory");
+  set_mode(0);
+  if (found != mode) fprintf(stderr, "FPCR was %#lx and is %#lx\n", mode, found);
+  require(found == mode, "a call changed its caller's floating-point mode");
+  require(!flags, "a call left a floating-point flag");
+}
+#else
+#error "sets the floating-point mode of AArch64 alone"
+#endif
+
 static void one_request(FILE* in, FILE* out, void* module, move_from_raised raised) {
   char name[32], text[4096] = "", *memory[kMaxMemories], *start[kMaxMemories];
   int64_t size[kMaxMemories];
@@ -73,11 +93,13 @@ static void one_request(FILE* in, FILE* out, void* module, move_from_raised rais
   int64_t extents[kMaxTensors][4];
   TVMFFIAny args[kMaxTensors + 1], result;
   double epsilon;
+  uint32_t mode;
   memset(args, 0, sizeof args);
   memset(&result, 0, sizeof result);
   get(in, name, sizeof name);
   int32_t threads = get_int(in), has_epsilon = get_int(in);
   get(in, &epsilon, sizeof epsilon);
+  get(in, &mode, sizeof mode);
   int32_t num_memories = get_int(in);
   require(num_memories <= kMaxMemories, "too many memories");
   for (int i = 0; i < num_memories; ++i) {
@@ -113,7 +135,10 @@ static void one_request(FILE* in, FILE* out, void* module, move_from_raised rais
     TVMFFIAny count = {.type_index = kTVMFFIInt, .v_int64 = threads}, nothing;
     require(!function(module, "qknorm_set_num_threads")(NULL, &count, 1, &nothing), "threads");
   }
-  int32_t status = function(module, name)(NULL, args, num_args, &result);
+  packed call = function(module, name);
+  set_mode(mode);
+  int32_t status = call(NULL, args, num_args, &result);
+  check_mode(mode);
   if (status) {
     TVMFFIObjectHandle error = NULL;
     raised(&error);

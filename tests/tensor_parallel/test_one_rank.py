@@ -486,3 +486,66 @@ def test_compiled_calls() -> None:
         check_same(got, wanted())
         check_same(mine, wanted())
     torch._dynamo.reset()
+
+
+def _overlapping_outputs(x: Any) -> tuple[Any, ...]:
+    base = x + 1
+    return base[:, :16].clone(), base[:, 16:32].clone(), base[:, :16], base[:, 8:24]
+
+
+def _overlapping_in_place(x: Any) -> tuple[Any, ...]:
+    base = x + 1
+    return base[:, :16], base[:, 8:24], base[:, :16], base[:, 8:24]
+
+
+def _output_over_the_other_input(x: Any) -> tuple[Any, ...]:
+    base = x + 1
+    return base[:, :16].clone(), base[:, 16:32], base[:, 8:24], base[:, 24:].clone()
+
+
+def _output_over_part_of_its_input(x: Any) -> tuple[Any, ...]:
+    base = x + 1
+    return base[:, :16], base[:, 16:32].clone(), base[:, 4:20], base[:, 16:32].clone()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (_overlapping_outputs, "k_out must not overlap q_out, got tensors that share memory"),
+        (_overlapping_in_place, "k_out must not overlap q_out, got tensors that share memory"),
+        (_output_over_the_other_input, "q_out must not overlap k, got tensors that share memory"),
+        (_output_over_part_of_its_input, "q_out must be q itself .* or not overlap it"),
+    ],
+)
+def test_overlap_is_refused_when_traced(views: Any, message: str, backend: str) -> None:
+    """A compiler gives the operator copies: it computes what eager code refuses."""
+    torch._dynamo.reset()
+    gamma = torch.ones(16)
+
+    def function(x: Any) -> Any:
+        q, k, q_out, k_out = views(x)
+        k_out = k_out if k_out.shape[1] == 16 else k_out[:, :16]
+        tp.qk_rms_norm(q, k, gamma, gamma, q_out=q_out, k_out=k_out)
+        return q_out * 2, k_out * 2
+
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=message):
+            function(torch.ones(4, 48))
+        with pytest.raises(Exception, match=message):
+            torch.compile(function, fullgraph=True, backend=backend)(torch.ones(4, 48))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("statistics", ["fused", "torch"])
+def test_a_write_is_counted_once(statistics: str) -> None:
+    """A version of the outputs that is not raised, or twice by two who both think it theirs."""
+    q, k, *gammas = inputs()
+    outputs = q.clone(), k.clone()
+    before = [out._version for out in outputs]
+    tp.qk_rms_norm(
+        q, k, *gammas, EPSILON, q_out=outputs[0], k_out=outputs[1], statistics=statistics
+    )
+    assert [out._version for out in outputs] == [version + 1 for version in before]
