@@ -24,9 +24,9 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
   rows, where one multiprocessor would read a whole row's gamma (6144/1024, one row: 1.22 µs, in one
   block 1.81; 1536/256: 1.39). More vectors a thread share a row's cosines: two from 2,048 rows
   (1536/256, 16,384 rows: 51.5 µs, one vector 55.1, two rows 63.0; a copy of QKV 46.8), four of long
-  rows from 512 (6144/1024, 16,384 rows: 180, two vectors 186, a copy 179). Blocks of one or two warps
-  are far slower there (80 to 100). Own sums need one block a row: 1536/256 52.8, 6144/1024 185. Two
-  rows a block never paid: 61 to 72 registers. Nor did streaming stores.
+  rows from 512 (6144/1024, 16,384 rows: 180, two vectors 186, a copy 179). Blocks of one or two
+  warps are far slower there (80 to 100). Own sums need one block a row: 1536/256 52.8, 6144/1024
+  185. Two rows a block never paid: 61 to 72 registers. Nor did streaming stores.
 * Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 14 %
   slower at 6144/1024. Streaming stores made no difference.
 """
@@ -59,8 +59,8 @@ _GENERAL_COLUMNS = 4
 _MANY_VECTORS = 320 * 1024
 
 
-#: Kernels of what rotates, by whether blocks share a row, and whether rows are long: name, rows from
-#: which it is chosen, and fields.
+#: Kernels of what rotates, by whether blocks share a row, and whether rows are long: name, from how
+#: many rows on it is chosen, and fields.
 _ROTATING: dict[tuple[bool, bool], list[tuple[str, int, dict[str, int]]]] = {
     (True, False): [
         ("prefill", 2048, {"columns": 2, "threads": 1024}),

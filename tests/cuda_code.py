@@ -198,7 +198,7 @@ def source_of(name: str) -> Built:
             commands: list[list[str]] = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    build_cuda, "run_compiler", lambda command, _: commands.append(command)
+                    build_cuda, "run_compiler", lambda command, *_: commands.append(command)
                 )
                 build_cuda.nvcc_compile(source, folder / "cuda.o", ["sm_90"])
             about.write_text(json.dumps({"command": commands[0], "built_in": str(folder)}))

@@ -22,7 +22,9 @@ from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.check import reference
 from qknorm_tvm.check.inputs import generate
 from qknorm_tvm.check.reference import NUMPY_DTYPES
+from qknorm_tvm.declare.statistics import CHUNK, WARP
 from qknorm_tvm.schedules.cuda_config import CudaVariant
+from qknorm_tvm.schedules.cuda_row_config import operand_cols, partition_chunks
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
 ROPE, CACHE = "qk_rms_norm_rope", "qk_rms_norm_rope_cache"
@@ -176,7 +178,7 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
         ):
             assert name == "qk_var_stride" or stride % unit == 0
             scalars[name] = stride if name == "qk_var_stride" else stride // unit
-    kernel(-(-ROWS // variant.config.rows), {**arrays, **scalars}, reverse=seed % 2 == 1)
+    kernel(_blocks(spec, variant, kernel), {**arrays, **scalars}, reverse=seed % 2 == 1)
     about = (variant.name, layout)
     for name in ("q_out", "k_out"):
         if name in given:
@@ -198,6 +200,15 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
         if layout.in_place and name in ("q", "k") and f"{name}_out" in given:
             arrays[name][...] = x[name]
         assert (raw == before[name]).all(), (name, *about)
+
+
+def _blocks(spec: KernelSpec, variant: CudaVariant, kernel: Any) -> int:
+    """Return the size of the grid: blocks of so many threads, for all warps of all rows."""
+    chunks = [-(-(cols or 1) // CHUNK) for cols in operand_cols(spec)]
+    partition = partition_chunks(chunks, variant.config.columns)
+    assert partition is not None
+    tiles = -(-ROWS // variant.config.rows)
+    return tiles * sum(partition[1]) * WARP // kernel.threads
 
 
 def _check_all(spec: KernelSpec, variants: list[CudaVariant] | None = None) -> None:

@@ -9,7 +9,9 @@ import pytest
 from cuda_code import Built, used
 
 from qknorm_tvm import KernelSpec
+from qknorm_tvm.declare.statistics import CHUNK
 from qknorm_tvm.schedules.cuda_config import CudaConfig, CudaVariant
+from qknorm_tvm.schedules.cuda_row_config import operand_cols, partition_chunks
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
 
@@ -38,6 +40,14 @@ def _reads_partners(spec: KernelSpec, variant: CudaVariant) -> bool:
     if variant.alignment is None:
         return spec.rotary_dim > 0
     return spec.rotary_dim > 0 and not spec.interleaved and not _shuffles(spec)
+
+
+def _vectors_of_threads(spec: KernelSpec, columns: int) -> list[int]:
+    """Return how many vectors a thread has at the most, of Q, K and V."""
+    chunks = [-(-(cols or 1) // CHUNK) for cols in operand_cols(spec)]
+    partition = partition_chunks(chunks, columns)
+    assert partition is not None
+    return [-(-count // warps) for count, warps in zip(chunks, partition[1], strict=True)]
 
 
 def test_one_kernel_and_one_launch_a_variant(built: Built, kernels: dict[str, str]) -> None:
@@ -106,8 +116,10 @@ def test_accesses(built: Built, kernels: dict[str, str]) -> None:
         # The compiler may join the operands' branches; it may not read more.
         assert wide // 2 <= found <= wide, (name, found, wide)
         assert not re.search(r"[ls][dt]\.global\.[bu](?:8|16) ", text), name
-        stores = rows * parts * of_x * (1 + (not has_cache or spec.writes_k_out))
-        in_cache = 2 * rows * parts if has_cache else 0
+        q_parts, k_parts, *v_parts = _vectors_of_threads(spec, parts)
+        k_stores = k_parts if not has_cache or spec.writes_k_out else 0
+        stores = rows * of_x * (q_parts + k_stores)
+        in_cache = rows * (k_parts + sum(v_parts)) if has_cache else 0
         narrow = in_cache if spec.has_scales else 0
         stores += 0 if spec.has_scales else in_cache * of_x
         assert len(re.findall(r"st\.global\.v4\.b32", text)) == stores, name
@@ -135,7 +147,8 @@ def test_no_local_memory_and_few_registers(built: Built) -> None:
     for name, kernel in found.items():
         variant = built.kernels()[name][1]
         assert kernel.local_memory == 0, name
-        most = 144 if variant.alignment is None else 56 if variant.config.rows == 1 else 96
+        vectors = variant.config.rows * variant.config.columns
+        most = 144 if variant.alignment is None else 56 if vectors == 1 else 96
         assert kernel.registers <= most, (name, kernel.registers)
 
 
