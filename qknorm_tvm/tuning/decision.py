@@ -132,13 +132,11 @@ def judge(rows: int, processes: Sequence[Sequence[Sequence[float]]]) -> Verdict:
     base = [sample for default, _ in processes for sample in default]
     other = [sample for _, config in processes for sample in config]
     ratios = [a / b for a, b in zip(base, other, strict=True)]
-    apart = [_range([statistics.median(samples) for samples in side])
-             for side in zip(*processes, strict=True)]  # fmt: skip
+    widest = spread(ratios)
+    for samples_by_process in zip(*processes, strict=True):
+        medians = [statistics.median(samples) for samples in samples_by_process]
+        widest = max(widest, max(medians) / min(medians) - 1)
     return Verdict(
         rows, 1e6 * statistics.median(base), 1e6 * statistics.median(other),
-        paired_ratio(base, other), max(spread(ratios), *apart),
+        paired_ratio(base, other), widest,
     )  # fmt: skip
-
-
-def _range(medians: Sequence[float]) -> float:
-    return max(medians) / min(medians) - 1

@@ -1,4 +1,4 @@
-"""Measuring on other machines, through TVM's RPC tracker and servers.
+"""Timing candidates on other machines, through TVM's RPC tracker and servers.
 
 A server runs whatever code it is sent. Nothing here starts one, or listens: who starts a tracker or
 a server says on which address, and 127.0.0.1 is what the documentation shows.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import socket
 import time
 from collections.abc import Sequence
@@ -16,32 +15,22 @@ from typing import Any
 
 from ..errors import TuningError
 from ..spec import KernelSpec
-from . import interrupts
-from .workers import Pool, Runner, cause
+from .bench import Built, InexactError, open_bench
+from .workers import Pool, cause, check_signals, wait
 
 #: Seconds to wait for an answer of the tracker.
 _TRACKER_S = 5
-#: Times that a candidate is tried elsewhere when its server is lost.
+#: Times that a candidate is tried, each on a free server.
 _ATTEMPTS = 3
-#: Seconds to wait for a server to come back when none is left: one that ends a session starts
-#: anew and registers again, which took over 2 s on a busy machine.
+#: Seconds to wait for a server to come back when none is left.
 _GRACE_S = 10
-#: Candidates that one session measures: others may wait for its server.
-_CHUNK = 4
-#: Seconds that a candidate may take, its upload included.
-_TIMEOUT_S = 120
+#: Seconds that timing candidates may take, the wait for a server and the upload included.
+_TIMEOUT_S = 480
 
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """A tracker, and the key under which the servers to use are registered.
-
-    Parameters
-    ----------
-    host : str
-    port : int
-    key : str
-    """
+    """A tracker, and the key under which the servers to use are registered."""
 
     host: str
     port: int
@@ -63,34 +52,48 @@ class Fleet:
             raise ValueError("key must name the servers to use, as given to rpc_server --key")
         return cls(host, int(port), key)
 
-    def _config(self) -> Any:
-        from tvm.s_tir.meta_schedule.runner import RPCConfig
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
 
-        return RPCConfig(
-            tracker_host=self.host,
-            tracker_port=self.port,
-            tracker_key=self.key,
-            session_timeout_sec=_TRACKER_S,
-        )
-
-    def count(self) -> int:
-        """Return how many servers there are; it never hangs.
+    def servers(self) -> int:
+        """Return how many servers have the key; never hangs, as TVM does where there is none.
 
         Raises
         ------
         TuningError
             No tracker answers.
         """
-        self._probe()
-        try:
-            return int(self._config().count_num_servers(allow_missing=True))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise TuningError(
-                f"the tracker at {self.host}:{self.port} does not answer as one "
-                f"({cause(error)}); check the address"
-            ) from None
+        return self._keys().count(self.key)
 
-    def _probe(self) -> None:
+    def check(self) -> int:
+        """Return how many servers have the key, at least one.
+
+        Raises
+        ------
+        TuningError
+            There is no tracker, or no server with the key.
+        """
+        keys = self._keys()
+        if self.key not in keys:
+            others = f" (it has {', '.join(map(repr, sorted(set(keys))))})" if keys else ""
+            raise TuningError(
+                f"the tracker at {self} has no server with key {self.key!r}{others}; start one "
+                f"with: python -m tvm.exec.rpc_server --host 127.0.0.1 --port 9290 --port-end 9299 "
+                f"--tracker {self} --key {self.key}"
+            )
+        return keys.count(self.key)
+
+    def connect(self) -> Any:
+        """Return a session on a free server; waits for one."""
+        return self._tracker().request(self.key, session_timeout=600)
+
+    def _tracker(self) -> Any:
+        from tvm import rpc
+
+        return rpc.connect_tracker(self.host, self.port)
+
+    def _keys(self) -> list[str]:
+        """Return the key of every server."""
         # TVM's own connection retries for a minute; what listens but is no tracker hangs it.
         try:
             with socket.create_connection((self.host, self.port), timeout=_TRACKER_S) as connection:
@@ -101,153 +104,103 @@ class Fleet:
                     raise OSError("what listens there is no TVM tracker")
         except OSError as error:
             raise TuningError(
-                f"no tracker at {self.host}:{self.port} ({error}); start one with: python -m "
-                f"tvm.exec.rpc_tracker --host {self.host} --port {self.port} --port-end "
-                f"{self.port + 9}"
+                f"no tracker at {self} ({error}); start one with: python -m tvm.exec.rpc_tracker "
+                f"--host {self.host} --port {self.port} --port-end {self.port + 9}"
+            ) from None
+        try:
+            servers = self._tracker().summary()["server_info"]
+            return [str(server["key"]).removeprefix("server:") for server in servers]
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise TuningError(
+                f"the tracker at {self} does not answer as one ({cause(error)}); check the address"
             ) from None
 
-    def check(self) -> int:
-        """Return how many servers there are, at least one.
 
-        Raises
-        ------
-        TuningError
-            There is no tracker, or no server with the key.
-        """
-        servers = self.count()
-        if not servers:
-            raise TuningError(
-                f"the tracker at {self.host}:{self.port} has no server with key {self.key!r}"
-                f"{self._other_keys()}; start one with: python -m tvm.exec.rpc_server --host "
-                f"127.0.0.1 --port 9290 --port-end 9299 --tracker {self.host}:{self.port} --key "
-                f"{self.key}"
-            )
-        return servers
-
-    def _other_keys(self) -> str:
-        try:
-            info = self._config().connect_tracker().summary()["server_info"]
-        except (ValueError, RuntimeError, OSError, KeyError):
-            return ""
-        keys = sorted({str(server["key"]).partition(":")[2] for server in info})
-        return f" (it has {', '.join(map(repr, keys))})" if keys else ""
-
-    def connect(self) -> Any:
-        """Return a session on a free server; waits for one while there are any."""
-        return self._config().connect_tracker().request(self.key, session_timeout=600)
-
-
-class FleetRunner(Runner):
-    """Measures candidates on a fleet; one that loses its server is tried elsewhere.
+class FleetRunner:
+    """Times candidates on a fleet, each group in a session of its own; see `workers.LocalRunner`.
 
     Parameters
     ----------
     fleet : Fleet
-    target : str
-        Text of the target.
     count : int
         Sessions at a time.
     """
 
-    def __init__(self, fleet: Fleet, target: str, count: int):
-        self._fleet, self._target, self._count = fleet, target, count
-        self._pool = Pool(count, _CHUNK * _TIMEOUT_S)
+    def __init__(self, fleet: Fleet, count: int):
+        self._fleet = fleet
+        self._pool = Pool(count, _TIMEOUT_S)
 
-    def _run(
-        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    def time(
+        self,
+        spec: KernelSpec,
+        rows: int,
+        groups: Sequence[Sequence[Built]],
+        rounds: int,
+        *,
+        fresh: bool = False,
     ) -> list[Any]:
-        # A server forks for each session, and a session is for one call of this: all are fresh.
-        results: list[Any] = ["" for _ in jobs]
-        attempts = dict.fromkeys(range(len(jobs)), _ATTEMPTS)
-        # Several jobs share a session at first; after a loss each has its own.
-        size = min(_CHUNK, math.ceil(len(jobs) / self._count))
+        """Time groups of candidates; one whose session fails is tried on another server.
+
+        A server forks for each session: all are fresh.
+
+        Raises
+        ------
+        TuningError
+            No server is left.
+        """
+        results: list[Any] = [None] * len(groups)
+        attempts = dict.fromkeys(range(len(groups)), _ATTEMPTS)
         while attempts:
-            left = list(attempts)
-            chunks = [left[start : start + size] for start in range(0, len(left), size)]
-            futures = [
-                self._pool.submit(_run_remotely, self._fleet, self._target, spec.text, rows,
-                                  [jobs[index] for index in chunk])
-                for chunk in chunks
-            ]  # fmt: skip
-            for chunk, future in zip(chunks, futures, strict=True):
+            self._wait_for_server()
+            futures = {
+                index: self._pool.submit(
+                    _time_there, self._fleet, spec, rows, groups[index], rounds
+                )
+                for index in attempts
+            }
+            for index, future in futures.items():
+                attempts[index] -= 1
                 try:
-                    done, why = interrupts.wait(future)
+                    results[index] = wait(future)
                 except Exception as error:
-                    done, why = [], cause(error)
-                for index, result in zip(chunk, done, strict=False):
-                    results[index] = result
-                    del attempts[index]
-                if len(done) == len(chunk) or why is None:
-                    continue
-                suspect = chunk[len(done)]
-                attempts[suspect] -= 1
-                if not attempts[suspect]:
-                    results[suspect] = why
-                    del attempts[suspect]
-            size = 1
-            if attempts:
-                self._wait_for_server()
+                    results[index] = cause(error)
+                    if attempts[index]:
+                        continue
+                del attempts[index]
         return results
 
     def _wait_for_server(self) -> None:
         until = time.monotonic() + _GRACE_S
-        while not self._fleet.count():
-            interrupts.check()
+        while not self._fleet.servers():
+            check_signals()
             if time.monotonic() > until:
                 raise TuningError(
-                    f"no server with key {self._fleet.key!r} is left at the tracker "
-                    f"{self._fleet.host}:{self._fleet.port}; what was measured is kept: start a "
-                    "server, and run the same command again to go on"
+                    f"no server with key {self._fleet.key!r} is left at the tracker {self._fleet}; "
+                    "what was measured is kept: start a server, and run the same command again to "
+                    "go on"
                 )
             time.sleep(0.5)
-
-    def warm(self) -> None:
-        """Start the processes that hold the sessions."""
-        self._pool.warm()
 
     def close(self) -> None:
         """End the sessions."""
         self._pool.close()
 
 
-# ---- what runs in the worker processes -----------------------------------------------------
-
-
-def _run_remotely(
-    fleet: Fleet, text: str, spec: str, rows: int, jobs: Sequence[tuple]
-) -> tuple[list[Any], str | None]:
-    """Run jobs in one session: their results, fewer where its server was lost, and why.
-
-    A job that fails by itself has a string as its result. No reason: there was no server.
-    """
-    from .targets import open_target
-
+def _time_there(
+    fleet: Fleet, spec: KernelSpec, rows: int, candidates: Sequence[Built], rounds: int
+) -> list[list[float]] | str:
+    """Time candidates in a session; in a worker process. A string: one of them is not exact."""
     try:
         fleet.check()
-    except TuningError:
-        return [], None
-    results: list[Any] = []
-    try:
-        bench = open_target(text).bench(KernelSpec.from_text(spec), rows, fleet.connect())
+        return open_bench(spec, rows, fleet.connect()).time(candidates, rounds)
+    except InexactError as error:
+        return str(error)
     except Exception as error:
-        return [], cause(error)
-    try:
-        for function, *arguments in jobs:
-            try:
-                results.append(function(bench, *arguments))
-            except Exception as error:
-                # The candidate's fault, or the server's? One that is alive still answers.
-                reason = cause(error)
-                try:
-                    bench.session.get_function("runtime.GetDeviceAttr")
-                except Exception:
-                    return results, "the server was lost while it ran"
-                results.append(reason)
-        return results, None
+        reason = cause(error)
     finally:
-        # A session ends when nothing refers to it any more.
-        del bench
+        # A session ends when nothing refers to it any more, tracebacks included.
         gc.collect()
+    raise ConnectionError(reason)
 
 
 def remote_cpu(fleet: Fleet) -> str:
@@ -258,11 +211,9 @@ def remote_cpu(fleet: Fleet) -> str:
     TuningError
         The server cannot tell.
     """
-    pool = Pool(1, 30)
+    pool = Pool(1, 30, fresh=True)
     try:
-        return str(pool.submit(_remote_cpu, fleet).result())
-    except TuningError:
-        raise
+        return str(wait(pool.submit(_ask_cpu, fleet)))
     except Exception as error:
         raise TuningError(
             f"the server does not say which CPU it has ({cause(error)}); give its LLVM name with "
@@ -272,5 +223,5 @@ def remote_cpu(fleet: Fleet) -> str:
         pool.close()
 
 
-def _remote_cpu(fleet: Fleet) -> str:
+def _ask_cpu(fleet: Fleet) -> str:
     return str(fleet.connect().get_function("target.llvm_get_system_cpu")())

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ..build.configs import bucket_ends
+from ..machine import usable_processors
 from ..spec import KernelSpec
+from .bench import Built
 from .decision import MIN_GAIN, PROCESSES, Verdict, judge, paired_ratio
-from .measure import Plan
-from .target import Built, TunableTarget
-from .workers import ComparisonError, Pool, Runner, build_task, outcome
+from .fleet import Fleet, FleetRunner
+from .targets import TunableTarget
+from .workers import LocalRunner, Pool, result_or_cause
+
+#: Samples at each placement of the tensors where candidates are compared.
+_ROUNDS = 2
+
+
+class ComparisonError(Exception):
+    """Candidates could not be timed in turns; the message says why."""
 
 
 class Measurer:
@@ -22,36 +31,24 @@ class Measurer:
 
     Parameters
     ----------
-    target : TunableTarget
-    threads : int or None
-        Threads of the measured calls.
-    runner : Runner
-    builders : int
-        Processes that build.
-    plan : Plan
-        How long to measure.
+    target : CpuTarget or CudaTarget
+    fleet : Fleet, optional
+        Where to time them; by default on this machine.
+    workers : int
+        Servers of the fleet to use at a time.
     """
 
-    def __init__(
-        self,
-        target: TunableTarget,
-        threads: int | None,
-        runner: Runner,
-        *,
-        builders: int = 1,
-        plan: Plan | None = None,
-    ):
-        self._target, self._threads, self._runner = target, threads, runner
-        self._count, self._plan = builders, plan or Plan()
+    def __init__(self, target: TunableTarget, fleet: Fleet | None = None, workers: int = 1):
+        self._target, self._fleet, self._workers = target, fleet, workers
         # Modules by row count and config: the decision times some of them again.
         self._built: dict[tuple[int, Any], Built] = {}
 
     def __enter__(self) -> Measurer:
-        self._scratch = tempfile.mkdtemp(prefix="qknorm-tvm-tune-")
-        self._builders = Pool(self._count)
-        # Their imports take seconds, in which this process has enough to do.
-        self._builders.warm()
-        self._runner.warm()
+        self._scratch = Path(tempfile.mkdtemp(prefix="qknorm-tvm-tune-"))
+        self._builders = Pool(usable_processors())
+        self._runner: LocalRunner | FleetRunner = (
+            LocalRunner() if self._fleet is None else FleetRunner(self._fleet, self._workers)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,14 +57,14 @@ class Measurer:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _build(self, spec: KernelSpec, rows: int, configs: Sequence[Any]) -> list[Built | str]:
+        """Return each config's module, or why it cannot be built."""
         futures = {
             config: self._builders.submit(
-                build_task, self._target.text, self._threads, spec.text, rows, config.to_dict(),
-                self._scratch,
+                self._target.build, spec, rows, config, Path(tempfile.mkdtemp(dir=self._scratch))
             )
             for config in configs if (rows, config) not in self._built
         }  # fmt: skip
-        results = {config: outcome(future) for config, future in futures.items()}
+        results = {config: result_or_cause(future) for config, future in futures.items()}
         for config, built in results.items():
             if isinstance(built, Built):
                 self._built[rows, config] = built
@@ -84,9 +81,10 @@ class Measurer:
     ) -> list[list[float] | str]:
         """Return each config's samples, or why it failed."""
         built = self._build(spec, rows, configs)
-        good = [module for module in built if isinstance(module, Built)]
-        times = iter(self._runner.measure(spec, rows, good, self._plan))
-        return [next(times) if isinstance(module, Built) else module for module in built]
+        groups = [[module] for module in built if isinstance(module, Built)]
+        times = iter(self._runner.time(spec, rows, groups, rounds=1))
+        results = [next(times) if isinstance(module, Built) else module for module in built]
+        return [result if isinstance(result, str) else result[0] for result in results]
 
     def compare(self, spec: KernelSpec, rows: int, configs: Sequence[Any]) -> list[list[float]]:
         """Return samples of configs taken in turns, in one fresh process.
@@ -96,11 +94,16 @@ class Measurer:
         ComparisonError
             One cannot be built or fails.
         """
-        built = self._build(spec, rows, configs)
-        for module in built:
-            if not isinstance(module, Built):
-                raise ComparisonError(module)
-        return self._runner.compare(spec, rows, built, self._plan)  # type: ignore[arg-type]
+        group: list[Built] = []
+        for built in self._build(spec, rows, configs):
+            if isinstance(built, str):
+                raise ComparisonError(built)
+            group.append(built)
+        (samples,) = self._runner.time(spec, rows, [group], _ROUNDS, fresh=True)
+        if isinstance(samples, str):
+            raise ComparisonError(samples)
+        times: list[list[float]] = samples
+        return times
 
     def fastest(
         self, spec: KernelSpec, rows: int, configs: Sequence[Any]

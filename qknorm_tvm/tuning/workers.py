@@ -1,36 +1,61 @@
-"""Processes that build and measure candidates: one that crashes or hangs takes no other along.
+"""Processes that build and time candidates: one that crashes or hangs takes no other along.
 
-TVM's own pool of processes serves; MetaSchedule's runners do not, because they time candidates one
-by one, and a decision needs several timed in turns by one process.
+TVM's own pool of processes serves. MetaSchedule's builder and runners on top of it do not: the
+builder's workers import every tensor intrinsic, and the runners time candidates one by one, where a
+decision needs several timed in turns by one process.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import functools
+import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..spec import KernelSpec
-from . import interrupts
-from .measure import Bench, Plan
-from .target import Built
+from .bench import Built, open_bench
 
-#: Seconds that building or measuring a candidate may take.
+#: Seconds that building or timing a candidate may take.
 _TIMEOUT_S = 120
 
+_signalled = threading.Event()
 
-class ComparisonError(Exception):
-    """Candidates could not be timed in turns; the message says why."""
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Note Ctrl-C and SIGTERM, for `check_signals` to raise where it is safe.
+
+    An exception raised by a signal while TVM's own threads search ends the process in
+    ``std::terminate``. In another thread than the main one there are no signals to hear.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _signalled.clear()
+    before = {
+        number: signal.signal(number, lambda *_: _signalled.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _signalled.clear()
+
+
+def check_signals() -> None:
+    """Raise KeyboardInterrupt if a signal has come."""
+    if _signalled.is_set():
+        raise KeyboardInterrupt
 
 
 class Pool:
     """Processes for tasks, restarted when one dies or hangs.
-
-    A future of `submit` raises ``TimeoutError`` when its task took too long, ``ChildProcessError``
-    when the process died, or what the function raised.
 
     Parameters
     ----------
@@ -45,7 +70,6 @@ class Pool:
     def __init__(self, count: int, timeout_s: float = _TIMEOUT_S, *, fresh: bool = False):
         from tvm.support.popen_pool import PopenPoolExecutor
 
-        self._count = count
         # What a dying process prints would garble the progress; errors come back pickled.
         self._pool = PopenPoolExecutor(
             max_workers=count,
@@ -55,6 +79,10 @@ class Pool:
             stderr=subprocess.DEVNULL,
         )
         self._waiting: set[concurrent.futures.Future] = set()
+        if not fresh:
+            # Their imports take seconds, in which this process has enough to do.
+            for _ in range(count):
+                self.submit(_import_all)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
         """Run a module-level function in one of the processes."""
@@ -63,11 +91,6 @@ class Pool:
         future.add_done_callback(self._waiting.discard)
         return future
 
-    def warm(self) -> None:
-        """Start the processes, so that they import TVM while something else is done."""
-        for _ in range(self._count):
-            self.submit(_import_all)
-
     def close(self) -> None:
         """Kill the processes; tasks that wait are dropped."""
         for future in list(self._waiting):
@@ -75,10 +98,35 @@ class Pool:
         self._pool.shutdown(wait=False)
 
 
-def outcome(future: concurrent.futures.Future) -> Any:
+def _import_all() -> None:
+    from . import targets  # noqa: F401
+
+
+def wait(future: concurrent.futures.Future) -> Any:
+    """Return a task's result.
+
+    Raises
+    ------
+    TimeoutError
+        It took too long.
+    ChildProcessError
+        Its process died.
+    KeyboardInterrupt
+        A signal has come.
+    Exception
+        What the function raised.
+    """
+    while not future.done():
+        check_signals()
+        concurrent.futures.wait([future], timeout=0.2)
+    check_signals()
+    return future.result()
+
+
+def result_or_cause(future: concurrent.futures.Future) -> Any:
     """Return a task's result, or as a string why it failed."""
     try:
-        return interrupts.wait(future)
+        return wait(future)
     except Exception as error:
         return cause(error)
 
@@ -98,132 +146,53 @@ def cause(error: BaseException) -> str:
     return plain[0].strip()[:300] if plain else type(error).__name__
 
 
-# ---- what runs in the processes ------------------------------------------------------------
+# Only the latest: the arrays of a large call take hundreds of megabytes.
+_bench = functools.lru_cache(maxsize=1)(open_bench)
 
 
-def _import_all() -> None:
-    from . import cpu_target, space  # noqa: F401
+def time_here(
+    spec: KernelSpec, rows: int, candidates: Sequence[Built], rounds: int
+) -> list[list[float]]:
+    """Prove candidates exact and time them in turns, with this process's buffers."""
+    return _bench(spec, rows).time(candidates, rounds)
 
 
-def build_task(text: str, threads: int | None, spec: str, rows: int, config: Any, folder: str) -> (
-    Built
-):  # fmt: skip
-    """Build a candidate."""
-    from .targets import open_target
+class LocalRunner:
+    """Times candidates on this machine, in processes of their own."""
 
-    target = open_target(text, threads=threads)
-    directory = Path(tempfile.mkdtemp(dir=folder))
-    return target.build(KernelSpec.from_text(spec), rows, target.config(config), directory)
-
-
-def checked(bench: Bench, built: Built) -> Any:
-    """Load a candidate and prove it exact."""
-    module = bench.load(built.path)
-    for rows in built.check_rows:
-        bench.check(module, rows)
-    return module
-
-
-def measure(bench: Bench, built: Built, plan: Plan) -> list[float]:
-    """Prove a candidate exact and time it."""
-    return bench.seconds(checked(bench, built), plan)
-
-
-def compare(bench: Bench, candidates: Sequence[Built], plan: Plan) -> list[list[float]]:
-    """Prove candidates exact and time them in turns."""
-    return bench.compare([checked(bench, built) for built in candidates], plan)
-
-
-_bench: dict[tuple[str, str, int], Bench] = {}
-
-
-def run_here(text: str, spec: str, rows: int, function: Callable[..., Any], *rest: Any) -> Any:
-    """Call `measure` or `compare` with this process's buffers."""
-    key = (text, spec, rows)
-    if key not in _bench:
-        from .targets import open_target
-
-        # Only the latest: the arrays of a large call take hundreds of megabytes.
-        _bench.clear()
-        _bench[key] = open_target(text).bench(KernelSpec.from_text(spec), rows)
-    return function(_bench[key], *rest)
-
-
-# ---- who runs them --------------------------------------------------------------------------
-
-
-class Runner:
-    """Times candidates; `LocalRunner` here, `fleet.FleetRunner` elsewhere."""
-
-    def measure(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
-    ) -> list[list[float] | str]:
-        """Return each candidate's samples, or why it failed.
-
-        Raises
-        ------
-        TuningError
-            No server is left.
-        """
-        return self._run(spec, rows, [(measure, built, plan) for built in candidates])
-
-    def compare(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Plan
-    ) -> list[list[float]]:
-        """Return samples of candidates taken in turns, in a fresh process.
-
-        Raises
-        ------
-        ComparisonError
-            A candidate fails.
-        TuningError
-            No server is left.
-        """
-        job = (compare, list(candidates), plan)
-        (samples,) = self._run(spec, rows, [job], fresh=True)
-        if isinstance(samples, str):
-            raise ComparisonError(samples)
-        result: list[list[float]] = samples
-        return result
-
-    def _run(
-        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
-    ) -> list[Any]:
-        """Return the result of each job, a function and what follows its `Bench`, or why not."""
-        raise NotImplementedError
-
-    def warm(self) -> None:
-        """Start the processes."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End the processes."""
-        raise NotImplementedError
-
-
-class LocalRunner(Runner):
-    """Times candidates on this machine, one after the other, in processes of their own.
-
-    Parameters
-    ----------
-    target : str
-        Text of the target.
-    """
-
-    def __init__(self, target: str):
-        self._target = target
+    def __init__(self) -> None:
         self._pool, self._fresh = Pool(1), Pool(1, fresh=True)
 
-    def _run(
-        self, spec: KernelSpec, rows: int, jobs: Sequence[tuple], *, fresh: bool = False
+    def time(
+        self,
+        spec: KernelSpec,
+        rows: int,
+        groups: Sequence[Sequence[Built]],
+        rounds: int,
+        *,
+        fresh: bool = False,
     ) -> list[Any]:
-        pool = self._fresh if fresh else self._pool
-        futures = [pool.submit(run_here, self._target, spec.text, rows, *job) for job in jobs]
-        return [outcome(future) for future in futures]
+        """Time groups of candidates, one group after the other, those of a group in turns.
 
-    def warm(self) -> None:
-        """Start the process that measures; fresh ones start when they are needed."""
-        self._pool.warm()
+        Parameters
+        ----------
+        spec : KernelSpec
+        rows : int
+        groups : sequence
+            If one candidate of a group fails, the group does.
+        rounds : int
+            Samples at each placement of the tensors.
+        fresh : bool
+            Take a process that did nothing else.
+
+        Returns
+        -------
+        list
+            Of each group its candidates' samples, or as a string why it failed.
+        """
+        pool = self._fresh if fresh else self._pool
+        futures = [pool.submit(time_here, spec, rows, group, rounds) for group in groups]
+        return [result_or_cause(future) for future in futures]
 
     def close(self) -> None:
         """End the processes."""
