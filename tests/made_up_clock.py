@@ -73,7 +73,7 @@ class MadeUpRunner:
 def use_clock(clock: Clock, patch: pytest.MonkeyPatch) -> None:
     """Replace the processes that build and those that time."""
     patch.setattr(measurer, "Pool", NoPool)
-    patch.setattr(measurer, "LocalRunner", lambda: MadeUpRunner(clock))
+    patch.setattr(measurer, "Runner", lambda fleet, count: MadeUpRunner(clock))
     patch.setattr(targets.CpuTarget, "build", build)
     patch.setattr(targets.CudaTarget, "build", build)
 

@@ -275,7 +275,7 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
 
     # The worker processes do not know this file.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(workers, "time_here", _time_wrongly)
+    monkeypatch.setattr(workers, "time_group", _time_wrongly)
     with pytest.raises(TuningError, match=r"no candidate of .* works: .*not exact: q_out differs"):
         tune([SPEC], rows=(16,), trials=2, cost_model="random", logs=tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -290,7 +290,7 @@ def _time_wrongly(*arguments: Any) -> list[list[float]]:
 
     right = reference.apply_qk_rms_norm
     reference.apply_qk_rms_norm = lambda *a, **how: right(*a[:5], 1.0, a[6], **how)
-    return workers.time_here(*arguments)
+    return workers.time_group(*arguments)
 
 
 def test_a_space_with_no_candidate_that_builds_is_an_error(

@@ -113,31 +113,44 @@ def test_records_keep_their_workload_when_one_before_is_damaged(tmp_path: Path, 
         (records.RECORDS, 1),
     ]
     logs = records.read_logs(tmp_path)
+    assert logs.problems == []
     assert [(record.workload, record.fields["vector"]) for record in logs.records] == [("77", 32)]
-    assert json.loads((tmp_path / records.RECORDS).read_text())[0] == 0
 
 
-def test_a_kill_between_the_two_files_is_mended(tmp_path: Path) -> None:
+def test_an_interruption_between_the_two_files_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One new and one old file would give records to the wrong workloads."""
-    write(tmp_path, [workload_line("1"), workload_line("2")], [record_line(1)])
-    (tmp_path / f"{records.WORKLOADS}.new").write_text(workload_line("2") + "\n")
-    (tmp_path / f"{records.RECORDS}.new").write_text(record_line(0) + "\n")
-    assert [record.workload for record in records.read_logs(tmp_path).records] == ["2"]
-    write(tmp_path, [workload_line("1"), workload_line("2")], [record_line(1)])
-    (tmp_path / f"{records.RECORDS}.new").write_text(record_line(0) + "\n")
-    assert [record.workload for record in records.read_logs(tmp_path).records] == ["2"]
+    write(tmp_path, ["garbage", workload_line("2")], [record_line(0), record_line(1)])
+
+    def interrupted(path: Path, lines: list[str]) -> None:
+        replace(path, lines)
+        raise KeyboardInterrupt
+
+    replace = records._write
+    monkeypatch.setattr(records, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        records.repair(tmp_path)
+    monkeypatch.undo()
+    records.repair(tmp_path)
+    logs = records.read_logs(tmp_path)
+    assert logs.problems == []
+    assert {record.workload for record in logs.records} == {"2"}
 
 
 def test_prune_keeps_the_latest_of_a_candidate_the_fastest_and_those_in_use(tmp_path: Path) -> None:
     lines = [record_line(seconds=(5e-6,)), record_line(seconds=(4e-6,))]
     lines += [record_line(vector=8, seconds=(1e-6,)), record_line(vector=32, seconds=(2e-6,))]
     write(tmp_path, [workload_line(), workload_line("9")], lines)
-    logs = records.read_logs(tmp_path)
-    records.prune(logs, 3)
-    assert [record.median for record in logs.records] == [4e-6, 1e-6, 2e-6]
-    records.prune(logs, 1, [("123", records.key_of({"vector": 16, "row_tile": 4}))])
-    assert [record.fields["vector"] for record in logs.records] == [16, 8]
-    assert list(logs.workloads) == ["123"]
+
+    def medians() -> list[float]:
+        return [record.median for record in records.read_logs(tmp_path).records]
+
+    assert records.prune(tmp_path, 3) == 1
+    assert medians() == [4e-6, 1e-6, 2e-6]
+    in_use = records.read_logs(tmp_path).records[0].key
+    assert records.prune(tmp_path, 1, [in_use]) == 1
+    assert medians() == [4e-6, 1e-6]
 
 
 def test_sampled_fields_need_a_trace_of_ours() -> None:

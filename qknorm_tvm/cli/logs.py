@@ -54,27 +54,22 @@ def list_logs(logs: Path | None) -> int:
 
     folders = _folders(logs)
     out = console()
-    headers = ("device", "workloads", "records", "kept", "sessions", "last", "size", "damaged")
     for parent in dict.fromkeys(folder.parent for folder in folders):
         rows = []
         for folder in (folder for folder in folders if folder.parent == parent):
             about = overview(folder)
-            rows.append((
-                folder.name, str(about.workloads), str(about.records),
-                f"{about.kept} of {about.tuned}", str(about.sessions),
-                about.last[: len("2026-01-01")], size(about.size),
-                str(about.problems) if about.problems else "",
-            ))  # fmt: skip
+            about["size"] = size(about.pop("bytes"))
+            rows.append({name: str(value) for name, value in about.items()})
         out.print(f"{parent}:", soft_wrap=True)
-        lines = table(*headers)
+        lines = table(*rows[0])
         for row in rows:
-            lines.add_row(*row)
+            lines.add_row(*row.values())
         if out.measure(lines, options=out.options.update_width(1000)).maximum <= out.width:
             out.print(lines)
             continue
         # Too narrow for a table: a block for each device.
         for row in rows:
-            out.print(facts((name, text) for name, text in zip(headers, row, strict=True) if text))
+            out.print(facts((name, text) for name, text in row.items() if text))
             out.print()
     return 0
 

@@ -38,32 +38,18 @@ class InexactError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A candidate's module.
-
-    Parameters
-    ----------
-    path : str
-        The ``.so``: the product's entry point, with the functions that the row count needs.
-    check_rows : tuple of int
-        Row counts at which all of its functions run, for the check of exactness.
-    """
+    """A candidate's module."""
 
     path: str
+    #: Row counts at which all of its functions run, for the check of exactness.
     check_rows: tuple[int, ...]
 
 
 def placements(sizes: Mapping[str, int], layout: int) -> dict[str, int]:
-    """Return the byte at which each tensor starts within one allocation.
+    """Return the byte at which each tensor, of a size in bytes, starts within one allocation.
 
     From layout to layout q and k move within a page, and outputs move against them, so that the
     distance between an input and its output takes `LAYOUTS` values modulo the page.
-
-    Parameters
-    ----------
-    sizes : mapping
-        Bytes by tensor.
-    layout : int
-        From 0 to `LAYOUTS` - 1.
     """
     starts, page = {}, 0
     for name, size in sizes.items():
@@ -99,13 +85,7 @@ def exactness_case(spec: KernelSpec, rows: int) -> Activations:
 class Bench:
     """Checks and times candidates of one spec and row count on a CPU; `open_bench` makes it.
 
-    Parameters
-    ----------
-    spec : KernelSpec
-    rows : int
-        M.
-    session : tvm.rpc.RPCSession, optional
-        Where to run; by default in this process.
+    They run in a session of TVM's RPC, if there is one, or in this process.
     """
 
     def __init__(self, spec: KernelSpec, rows: int, session: Any = None):
@@ -139,13 +119,7 @@ class Bench:
         return samples
 
     def check(self, module: Any, rows: int) -> None:
-        """Compare a candidate's outputs with the reference, bit by bit.
-
-        Raises
-        ------
-        InexactError
-            They differ.
-        """
+        """Compare a candidate's outputs with the reference, bit by bit, or raise InexactError."""
         operation = self.spec.operation
         if rows not in self._checks:
             case = exactness_case(self.spec, rows)

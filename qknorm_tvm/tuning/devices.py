@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, TuningError
@@ -20,39 +19,26 @@ from ..targets import (
     host_machine,
     parse_target,
 )
-from .fleet import Fleet, remote_cpu
+from .fleet import Fleet
+from .workers import remote_cpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What candidates are measured on.
+    """What candidates are measured on."""
 
-    Parameters
-    ----------
-    folder : str
-        Name of its folder of logs, such as ``"x86_64-znver4"``.
-    details : mapping
-        What provenance says about it, JSON-ready.
-    threads : int or None
-        Processors that a call may use; None when unknown.
-    """
-
+    #: Name of its folder of logs, such as ``"x86_64-znver4"``.
     folder: str
+    #: What provenance says about it, JSON-ready.
     details: Mapping[str, Any]
+    #: Processors that a call may use; None when unknown.
     threads: int | None = None
 
 
 def resolve(target: str, fleet: Fleet | None, name: str | None) -> tuple[str, Device]:
     """Return the level, CPU or architecture to generate code for, and the device.
 
-    Parameters
-    ----------
-    target : str
-        As given by the user.
-    fleet : Fleet or None
-        Where to measure; None: here.
-    name : str or None
-        Of the device's folder; None: found out.
+    A `name` is that of the device's folder.
 
     Raises
     ------
@@ -145,7 +131,6 @@ def _gpu(target: str, fleet: Fleet | None, name: str | None) -> tuple[str, Devic
         "memory_gb": round(about.total_memory / 1e9, 1),
         "multiprocessors": about.multi_processor_count,
         "l2_bytes": getattr(about, "L2_cache_size", None),
-        "driver": _driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
@@ -157,12 +142,3 @@ def folder_name(gpu: str) -> str:
     words = re.split(r"[ -]+", gpu.lower())
     noise = re.compile(r"\d+gb|hbm\d\w?|sxm\d?|pcie|nvl")
     return "-".join(word for word in words if word and not noise.fullmatch(word))
-
-
-def _driver() -> str:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return "unknown"
-    version = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
-    return version[1] if version else "unknown"

@@ -16,7 +16,6 @@ from ..build import tuned as selection
 from ..errors import TuningError
 from ..spec import KernelSpec
 from . import records
-from .records import Key, key_of
 
 if TYPE_CHECKING:
     from .targets import TunableTarget
@@ -119,42 +118,29 @@ def device_folders(logs: Path) -> list[Path]:
     return folders
 
 
-@dataclasses.dataclass(frozen=True)
-class Overview:
-    """What a device's folder holds; `kept` of the `tuned` tasks have a record that is used."""
-
-    workloads: int
-    records: int
-    kept: int
-    tuned: int
-    sessions: int
-    last: str
-    size: int
-    problems: int
-
-
-def overview(folder: Path) -> Overview:
+def overview(folder: Path) -> dict[str, Any]:
     """Count what a folder holds; damaged files too."""
     logs = records.read_logs(folder)
-    problems, outcomes, sessions = len(logs.problems), [], []
+    damaged, outcomes, sessions = len(logs.problems), [], []
     try:
         outcomes = selection.read_outcomes(folder)
     except ValueError:
-        problems += 1
+        damaged += 1
     try:
         sessions = read_provenance(folder)["sessions"]
     except ValueError:
-        problems += 1
-    return Overview(
-        len(logs.workloads),
-        len(logs.records),
-        sum(outcome.source == "record" for outcome in outcomes),
-        len(outcomes),
-        len(sessions),
-        str(sessions[-1]["date"]) if sessions else "",
-        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        problems,
-    )
+        damaged += 1
+    kept = sum(outcome.source == "record" for outcome in outcomes)
+    return {
+        "device": folder.name,
+        "workloads": len({record.workload for record in logs.records}),
+        "records": len(logs.records),
+        "kept": f"{kept} of {len(outcomes)}",
+        "sessions": len(sessions),
+        "last": str(sessions[-1]["date"])[: len("2026-01-01")] if sessions else "",
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "damaged": damaged or "",
+    }
 
 
 def validate(folder: Path) -> list[str]:
@@ -194,7 +180,7 @@ def validate(folder: Path) -> list[str]:
     return []
 
 
-def _problem_of(outcome: selection.Outcome, known: set[tuple[str, Key]]) -> str:
+def _problem_of(outcome: selection.Outcome, known: set[tuple[str, Any]]) -> str:
     """Say what is wrong with an outcome, if anything, given the keys of its folder's records."""
     from ..declare.workload import workload_hash
     from .targets import open_target
@@ -205,22 +191,25 @@ def _problem_of(outcome: selection.Outcome, known: set[tuple[str, Key]]) -> str:
         return str(error)
     target = open_target(spec.target)
     if outcome.source == "record":
-        key = _key(target, outcome.config)
+        key = _key(target, outcome, outcome.config)
         if key is None:
             return "its config is none of this version's"
-        if (outcome.workload, key) not in known:
+        if key not in known:
             return "its config has no record in the database"
     if workload_hash(target.workload(spec, outcome.rows)) != outcome.workload:
         return "it is of another version of the declaration; its records are not used"
     return ""
 
 
-def _key(target: TunableTarget, config: Mapping[str, Any]) -> Key | None:
+def _key(
+    target: TunableTarget, outcome: selection.Outcome, config: Mapping[str, Any]
+) -> tuple[str, Any] | None:
     """Return the key of a config's record, or None where it is none of this version's."""
     try:
-        return key_of(target.encode(target.config.from_dict(dict(config))))
+        fields = target.encode(target.config.from_dict(dict(config)))
     except (TypeError, ValueError):
         return None
+    return outcome.workload, frozenset(fields.items())
 
 
 def remeasure(folder: Path, *, fix: bool = False) -> list[str]:
@@ -301,15 +290,9 @@ def prune(folder: Path, keep: int) -> int:
 
     with locked(folder):
         records.repair(folder)
-        logs = records.read_logs(folder)
-        before = len(logs.records)
         always = set()
         for outcome in selection.read_outcomes(folder):
             target = open_target(KernelSpec.from_text(outcome.spec).target)
             for config in (outcome.config, outcome.default, outcome.best):
-                key = _key(target, config)
-                if key is not None:
-                    always.add((outcome.workload, key))
-        records.prune(logs, keep, always)
-        records.write_logs(logs)
-    return before - len(logs.records)
+                always.add(_key(target, outcome, config))
+        return records.prune(folder, keep, always)

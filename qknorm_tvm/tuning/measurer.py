@@ -14,9 +14,9 @@ from ..machine import usable_processors
 from ..spec import KernelSpec
 from .bench import Built
 from .decision import MIN_GAIN, PROCESSES, Verdict, judge, paired_ratio
-from .fleet import Fleet, FleetRunner
+from .fleet import Fleet
 from .targets import TunableTarget
-from .workers import LocalRunner, Pool, result_or_cause
+from .workers import Pool, Runner, result_or_cause
 
 #: Samples at each placement of the tensors where candidates are compared.
 _ROUNDS = 2
@@ -27,15 +27,9 @@ class ComparisonError(Exception):
 
 
 class Measurer:
-    """Builds and times configs of a target; a context that owns its processes and its files.
+    """Builds configs here and times them, here or on a fleet.
 
-    Parameters
-    ----------
-    target : CpuTarget or CudaTarget
-    fleet : Fleet, optional
-        Where to time them; by default on this machine.
-    workers : int
-        Servers of the fleet to use at a time.
+    It is a context, which owns its processes and its files.
     """
 
     def __init__(self, target: TunableTarget, fleet: Fleet | None = None, workers: int = 1):
@@ -46,9 +40,7 @@ class Measurer:
     def __enter__(self) -> Measurer:
         self._scratch = Path(tempfile.mkdtemp(prefix="qknorm-tvm-tune-"))
         self._builders = Pool(usable_processors())
-        self._runner: LocalRunner | FleetRunner = (
-            LocalRunner() if self._fleet is None else FleetRunner(self._fleet, self._workers)
-        )
+        self._runner = Runner(self._fleet, self._workers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,13 +79,7 @@ class Measurer:
         return [result if isinstance(result, str) else result[0] for result in results]
 
     def compare(self, spec: KernelSpec, rows: int, configs: Sequence[Any]) -> list[list[float]]:
-        """Return samples of configs taken in turns, in one fresh process.
-
-        Raises
-        ------
-        ComparisonError
-            One cannot be built or fails.
-        """
+        """Return samples of configs taken in turns, in one fresh process, or a ComparisonError."""
         group: list[Built] = []
         for built in self._build(spec, rows, configs):
             if isinstance(built, str):
@@ -105,19 +91,18 @@ class Measurer:
         times: list[list[float]] = samples
         return times
 
-    def fastest(
-        self, spec: KernelSpec, rows: int, configs: Sequence[Any]
-    ) -> tuple[Any, list[float]]:
-        """Time configs in turns; return the fastest and its samples.
+    def fastest(self, spec: KernelSpec, rows: int, configs: Sequence[Any]) -> Any:
+        """Time configs in turns; return the fastest, or the first where it cannot be told from it.
 
-        Where the first, the default, cannot be told from the fastest, it is the default.
+        Raises
+        ------
+        ComparisonError
+            One cannot be built or fails.
         """
         samples = self.compare(spec, rows, configs)
         medians = [statistics.median(times) for times in samples]
         best = medians.index(min(medians))
-        if paired_ratio(samples[0], samples[best]).low <= 1:
-            best = 0
-        return configs[best], samples[best]
+        return configs[best if paired_ratio(samples[0], samples[best]).low > 1 else 0]
 
     def against_default(self, spec: KernelSpec, rows: int, config: Any, least: float) -> Verdict:
         """Time a config and the default in turns, in `PROCESSES` fresh processes.
@@ -135,15 +120,8 @@ class Measurer:
     ) -> tuple[list[Verdict], str]:
         """Time a config against the default where a build would use it.
 
-        Parameters
-        ----------
-        spec : KernelSpec
-        rows : int
-            Row count at which it must be faster. At the smallest and at the largest one of its
-            bucket it must not be slower.
-        config : object
-        measured : sequence of int
-            Row counts that are tuned for the spec; they bound the bucket.
+        At `rows` it must be faster; at the smallest and at the largest row count of its bucket,
+        which the `measured` row counts bound, it must not be slower.
 
         Returns
         -------

@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,6 @@ RECORDS = "database_tuning_record.json"
 NOTE = "qknorm."
 #: What TVM stores for a candidate that failed is more.
 _FAILED_S = 1e9
-
-#: A candidate: its sampled fields, sorted by name.
-Key = tuple[tuple[str, int], ...]
-
-
-def key_of(fields: Mapping[str, int]) -> Key:
-    """Return the key of a candidate's fields."""
-    return tuple(sorted(fields.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +42,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One measured candidate: its workload's hash, its fields, its samples, and the line's value
-    without the workload's index.
-    """
+    """One measured candidate: its workload's hash, its fields, its samples, and its line."""
 
     workload: str
     fields: dict[str, int]
     seconds: list[float]
-    content: list[Any]
+    line: str
 
     @property
     def median(self) -> float:
@@ -65,49 +55,39 @@ class Record:
         return statistics.median(self.seconds)
 
     @property
-    def key(self) -> tuple[str, Key]:
+    def key(self) -> tuple[str, frozenset[tuple[str, int]]]:
         """Equal for two measurements of one candidate."""
-        return self.workload, key_of(self.fields)
+        return self.workload, frozenset(self.fields.items())
 
 
 @dataclasses.dataclass
 class Logs:
     """The usable content of a folder, and what is wrong with the rest.
 
-    `workloads` maps hashes to lines, in the order of the file.
+    `workloads` are the hashes by line, as records name them; None where a line is not usable.
     """
 
-    folder: Path
-    workloads: dict[str, str]
+    workloads: list[str | None]
     records: list[Record]
     problems: list[Problem]
 
 
-# ---- reading --------------------------------------------------------------------------------
-
-
 def read_logs(folder: Path) -> Logs:
     """Read a folder's database files, whatever is in them; a missing file is an empty one."""
-    _finish_replacement(folder)
-    logs = Logs(folder, {}, [], [])
-    # By line, as records name them; None where the line is not usable.
-    hashes: list[str | None] = []
+    logs = Logs([], [], [])
     path = folder / WORKLOADS
     for number, text in _lines(path):
         try:
-            name = _workload(text)
+            logs.workloads.append(_workload(text))
         except ValueError as error:
             logs.problems.append(Problem(path, number, str(error), text))
             # A blank line was inserted; it stands for no workload that a record could name.
             if text.strip():
-                hashes.append(None)
-        else:
-            hashes.append(name)
-            logs.workloads.setdefault(name, text)
+                logs.workloads.append(None)
     path = folder / RECORDS
     for number, text in _lines(path):
         try:
-            logs.records.append(_record(text, hashes))
+            logs.records.append(_record(text, logs.workloads))
         except ValueError as error:
             logs.problems.append(Problem(path, number, str(error), text))
     return logs
@@ -179,7 +159,7 @@ def _record(text: str, hashes: Sequence[str | None]) -> Record:
         len(operation.tensors) for operation in OPERATIONS.values()
     }:
         raise ValueError("foreign line: its arguments are no operation's tensors")
-    return Record(workload, sampled_fields(trace), [float(time) for time in seconds], content)
+    return Record(workload, sampled_fields(trace), [float(time) for time in seconds], text)
 
 
 def sampled_fields(trace: Sequence[Any]) -> dict[str, int]:
@@ -210,22 +190,49 @@ def sampled_fields(trace: Sequence[Any]) -> dict[str, int]:
 
 
 def repair(folder: Path) -> list[Problem]:
-    """Put unusable lines aside, in ``<file>.rejected``, and leave the rest; returns them."""
+    """Put unusable lines aside, in ``<file>.rejected``, and leave the rest; returns them.
+
+    Records name workloads by line. So that one new and one old file fit, whatever interrupts this,
+    the others keep their lines: one that is not usable becomes a copy of one that is.
+    """
     logs = read_logs(folder)
-    if logs.problems:
-        _put_aside(logs.problems)
-        write_logs(logs)
+    if not logs.problems:
+        return []
+    _put_aside(logs.problems)
+    bad = {problem.line for problem in logs.problems if problem.path.name == WORKLOADS}
+    lines = [(number in bad, text) for number, text in _lines(folder / WORKLOADS)]
+    usable = next((text for is_bad, text in lines if not is_bad), None)
+    if bad:
+        kept = [usable if is_bad else text for is_bad, text in lines if text.strip()]
+        _write(folder / WORKLOADS, [text for text in kept if text is not None])
+    _write(folder / RECORDS, [record.line for record in logs.records])
     return logs.problems
 
 
 def reject_all(folder: Path, reason: str) -> list[Problem]:
     """Put all records of a folder aside, for one reason; returns them."""
-    _finish_replacement(folder)
     path = folder / RECORDS
     problems = [Problem(path, number, reason, text) for number, text in _lines(path)]
     _put_aside(problems)
-    write_logs(Logs(folder, {}, [], []))
+    _write(path, [])
     return problems
+
+
+def prune(folder: Path, keep: int, always: Collection[Any] = ()) -> int:
+    """Leave of each workload its fastest records, and those whose key is in `always`.
+
+    Of a candidate that was measured several times the latest record counts. Returns how many went.
+    """
+    records = read_logs(folder).records
+    by_workload: dict[str, list[Record]] = {}
+    for record in {record.key: record for record in records}.values():
+        by_workload.setdefault(record.workload, []).append(record)
+    kept = []
+    for group in by_workload.values():
+        fastest = sorted(group, key=lambda record: record.median)[:keep]
+        kept += [record for record in group if record in fastest or record.key in always]
+    _write(folder / RECORDS, [record.line for record in kept])
+    return len(records) - len(kept)
 
 
 def _put_aside(problems: Sequence[Problem]) -> None:
@@ -235,50 +242,11 @@ def _put_aside(problems: Sequence[Problem]) -> None:
             file.write(json.dumps(entry) + "\n")
 
 
-def prune(logs: Logs, keep: int, always: Collection[tuple[str, Key]] = ()) -> None:
-    """Leave of each workload its fastest records, and those whose key is in `always`.
-
-    Of a candidate that was measured several times the latest record counts. Workloads without a
-    record go too.
-    """
-    by_workload: dict[str, list[Record]] = {}
-    for record in {record.key: record for record in logs.records}.values():
-        by_workload.setdefault(record.workload, []).append(record)
-    logs.records = []
-    for group in by_workload.values():
-        fastest = sorted(group, key=lambda record: record.median)[:keep]
-        logs.records += [record for record in group if record in fastest or record.key in always]
-    used = {record.workload for record in logs.records}
-    logs.workloads = {name: line for name, line in logs.workloads.items() if name in used}
-
-
-def write_logs(logs: Logs) -> None:
-    """Replace a folder's database files by what `logs` holds.
-
-    The two files refer to each other by line: an interruption must not leave one new and one old.
-    The new workloads' file appears last, and is the sign that both are complete.
-    """
-    index = {name: number for number, name in enumerate(logs.workloads)}
-    lines = [
-        json.dumps([index[record.workload], record.content], separators=(",", ":"))
-        for record in logs.records
-    ]
-    _finish_replacement(logs.folder)
-    for name, content in ((RECORDS, lines), (WORKLOADS, list(logs.workloads.values()))):
-        partial = logs.folder / f"{name}.partial"
-        with partial.open("w") as file:
-            file.writelines(line + "\n" for line in content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, logs.folder / f"{name}.new")
-    _finish_replacement(logs.folder)
-
-
-def _finish_replacement(folder: Path) -> None:
-    new_records, new_workloads = folder / f"{RECORDS}.new", folder / f"{WORKLOADS}.new"
-    if not new_workloads.exists():
-        new_records.unlink(missing_ok=True)
-        return
-    if new_records.exists():
-        os.replace(new_records, folder / RECORDS)
-    os.replace(new_workloads, folder / WORKLOADS)
+def _write(path: Path, lines: Sequence[str]) -> None:
+    """Replace a file by lines, atomically."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

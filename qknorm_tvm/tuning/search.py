@@ -13,7 +13,7 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from .records import Key, key_of, sampled_fields
+from .records import sampled_fields
 from .targets import TunableTarget
 
 
@@ -40,7 +40,7 @@ class _FieldFeatures(ms.feature_extractor.PyFeatureExtractor):
 
     def extract_from(self, context: Any, candidates: Any) -> list[Any]:
         rows = [
-            [math.log2(1 + value) for value in fields_of(candidate).values()]
+            [math.log2(1 + value) for value in _fields_of(candidate).values()]
             for candidate in candidates
         ]
         return [tvm.runtime.tensor(np.array([row], np.float64)) for row in rows]
@@ -51,7 +51,6 @@ class Search:
 
     Parameters
     ----------
-    target : CpuTarget or CudaTarget
     mod : IRModule
         The workload.
     choices : mapping
@@ -60,7 +59,6 @@ class Search:
         Where the strategy finds the best records.
     cost_model : str
         ``"xgb"`` or ``"random"``.
-    seed : int
     budget, batch : int
         Candidates in all, and proposed at a time.
     """
@@ -102,14 +100,19 @@ class Search:
         self._started = False
         self._proposed: list[Any] = []
 
-    def candidate(self, fields: Mapping[str, int]) -> Any:
-        """Return the candidate of given fields."""
+    def candidate(self, config: Any) -> Any:
+        """Return the candidate of a config."""
+        fields = self._target.encode(config)
         (sch,) = self._target.sample(Schedule(self._mod), self._choices, fields)
         args = ms.arg_info.ArgInfo.from_entry_func(self._mod, remove_preproc=False)
         return ms.MeasureCandidate(sch, args)
 
-    def propose(self, tried: Collection[Key], count: int) -> dict[Key, Any]:
-        """Return candidates that were not tried; none when the space is exhausted.
+    def config_of(self, candidate: Any) -> Any:
+        """Return the config of a candidate."""
+        return self._target.decode(_fields_of(candidate))
+
+    def propose(self, tried: Collection[Any], count: int) -> dict[Any, Any]:
+        """Return candidates by config that were not tried; none when the space is exhausted.
 
         The strategy may propose again what was tried; the rest is drawn at random.
         """
@@ -119,31 +122,29 @@ class Search:
                 **self._limits, database=self._database, cost_model=self._cost_model
             )
         self._proposed = list(self._context.generate_measure_candidates() or ())
-        new: dict[Key, Any] = {}
+        new: dict[Any, Any] = {}
         for candidate in self._proposed:
-            key = key_of(fields_of(candidate))
-            if key not in tried and len(new) < count:
-                new[key] = candidate
+            config = self.config_of(candidate)
+            if config not in tried and len(new) < count:
+                new[config] = candidate
         size = math.prod(len(values) for values in self._choices.values())
-        excluded = {*tried, *new}
-        for index in self._random.sample(range(size), min(size, count + len(excluded))):
-            if len(new) >= count:
-                break
+        for index in self._random.sample(range(size), min(size, count + len(tried))):
             fields = {}
             for name, values in self._choices.items():
                 index, place = divmod(index, len(values))
                 fields[name] = values[place]
-            if key_of(fields) not in excluded:
-                new[key_of(fields)] = self.candidate(fields)
+            config = self._target.decode(fields)
+            if config not in tried and config not in new and len(new) < count:
+                new[config] = self.candidate(config)
         return new
 
-    def learn(self, seconds: Mapping[Key, Sequence[float]]) -> None:
+    def learn(self, seconds: Mapping[Any, Sequence[float]]) -> None:
         """Tell strategy and cost model what the proposed candidates took; the others failed."""
         if not self._proposed:
             return
         results = []
         for candidate in self._proposed:
-            times = seconds.get(key_of(fields_of(candidate)))
+            times = seconds.get(self.config_of(candidate))
             result = (None, "failed") if times is None else (list(times), None)
             results.append(ms.runner.RunnerResult(*result))
         self._context.notify_runner_results(self._proposed, results)
@@ -155,7 +156,7 @@ class Search:
             self._context.post_tuning()
 
 
-def fields_of(candidate: Any) -> dict[str, int]:
+def _fields_of(candidate: Any) -> dict[str, int]:
     """Return the sampled fields of a candidate."""
     return sampled_fields(_plain(candidate.sch.trace.as_json()))
 

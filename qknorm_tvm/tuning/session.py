@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -17,11 +18,10 @@ from ..declare.workload import workload_hash
 from ..errors import TuningError
 from ..spec import KernelSpec
 from . import folders, records
-from .decision import Verdict, spread
+from .decision import Verdict, judge
 from .devices import Device
 from .fleet import Fleet
 from .measurer import ComparisonError, Measurer
-from .records import Key, key_of
 from .report import Reporter
 from .targets import TunableTarget
 from .workers import cause, check_signals, deferred_signals
@@ -71,16 +71,16 @@ class _Task:
 
     def __init__(self, target: TunableTarget, spec: KernelSpec, rows: int, trials: int):
         self.spec, self.rows = spec, rows
+        self.default = target.default(spec, rows)
         self.choices = target.choices(spec, rows)
         self.budget = min(trials, math.prod(len(values) for values in self.choices.values()))
-        self.default = target.default(spec, rows)
-        self.default_key = key_of(target.encode(self.default))
-        self.known: dict[Key, list[float]] = {}
-        self.failed: dict[Key, str] = {}
+        #: Samples of configs, those of earlier sessions included; why others failed.
+        self.known: dict[Any, list[float]] = {}
+        self.failed: dict[Any, str] = {}
 
     @property
     def spent(self) -> int:
-        """Candidates tried so far, those of earlier sessions included."""
+        """Candidates tried so far."""
         return len(self.known) + len(self.failed)
 
     def __str__(self) -> str:
@@ -89,38 +89,9 @@ class _Task:
             dtype += f"->{spec.out_dtype}"
         return f"{spec.q_cols}/{spec.k_cols} {dtype}, {self.rows:,} rows"
 
-    def fastest(self) -> list[Key]:
-        """Return the candidates of today's space but the default, the fastest first."""
-        keys = [
-            key for key in self.known
-            if key != self.default_key
-            and all(value in self.choices.get(name, ()) for name, value in key)
-        ]  # fmt: skip
-        return sorted(keys, key=lambda key: statistics.median(self.known[key]))
-
 
 class Session:
-    """Tunes specs on one device, into one folder.
-
-    Parameters
-    ----------
-    target : CpuTarget or CudaTarget
-    device : Device
-    logs : Path
-        Folder of folders of logs.
-    trials : int
-        Most candidates of a spec and row count, recorded ones included.
-    seed : int
-    cost_model : str
-        ``"xgb"`` or ``"random"``.
-    fleet : Fleet, optional
-        Where to measure; by default on this machine.
-    workers : int
-        Servers of the fleet to use at a time.
-    command : str
-        For the provenance.
-    reporter : Reporter, optional
-    """
+    """Tunes specs on one device, into one folder; for the parameters see `tune`."""
 
     def __init__(
         self,
@@ -142,7 +113,7 @@ class Session:
         self._measurer = Measurer(target, fleet, workers)
         self._summary = Summary(self._folder)
         self._date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._known: dict[str, dict[Key, list[float]]] = {}
+        self._records: list[records.Record] = []
         self._outcomes: dict[tuple[str, int], selection.Outcome] = {}
 
     def run(self, specs: Sequence[KernelSpec], rows: Sequence[int]) -> Summary:
@@ -209,8 +180,7 @@ class Session:
                 self._reporter.line(f"put aside: {len(self._summary.rejected) - 5} more lines")
                 break
             self._reporter.line(f"put aside: {problem}")
-        for record in records.read_logs(self._folder).records:
-            self._known.setdefault(record.workload, {})[key_of(record.fields)] = record.seconds
+        self._records = records.read_logs(self._folder).records
         try:
             for outcome in selection.read_outcomes(self._folder):
                 self._outcomes[outcome.spec, outcome.rows] = outcome
@@ -255,7 +225,10 @@ class Session:
         """Search, and decide where something new was learnt or nothing was decided before."""
         mod = self._target.workload(task.spec, task.rows)
         workload = workload_hash(mod)
-        task.known = self._known.setdefault(workload, {})
+        for record in self._records:
+            if record.workload == workload:
+                with contextlib.suppress(TypeError, ValueError):  # of another version's space
+                    task.known[self._target.decode(record.fields)] = record.seconds
         self._summary.reused += len(task.known)
         before = self._summary.measured
         self._search(task, mod)
@@ -283,9 +256,8 @@ class Session:
             seed=self._seed + task.rows, budget=self._trials, batch=_BATCH,
         )  # fmt: skip
         try:
-            if task.default_key not in task.known:
-                candidate = search.candidate(dict(task.default_key))
-                self._measure(task, mod, {task.default_key: candidate})
+            if task.default not in task.known:
+                self._measure(task, mod, {task.default: search.candidate(task.default)})
             while task.spent < task.budget:
                 tried = {*task.known, *task.failed}
                 candidates = search.propose(tried, min(_BATCH, task.budget - task.spent))
@@ -296,28 +268,27 @@ class Session:
         finally:
             search.close()
         if not task.known:
-            why = next(iter(task.failed.values()), "none was found")
+            why = next(iter(task.failed.values()))
             raise TuningError(
                 f"no candidate of {task.spec.text} at {task.rows} rows works: {why} "
                 f"({len(task.failed)} tried)"
             )
 
-    def _measure(self, task: _Task, mod: Any, candidates: Mapping[Key, Any]) -> None:
+    def _measure(self, task: _Task, mod: Any, candidates: Mapping[Any, Any]) -> None:
         """Build and measure a batch, and record what succeeded."""
         from tvm.s_tir import meta_schedule as ms
 
-        configs = [self._target.decode(dict(key)) for key in candidates]
-        results = self._measurer.measure(task.spec, task.rows, configs)
+        results = self._measurer.measure(task.spec, task.rows, list(candidates))
         workload = self._database.commit_workload(mod)
-        for (key, candidate), result in zip(candidates.items(), results, strict=True):
+        for (config, candidate), result in zip(candidates.items(), results, strict=True):
             if isinstance(result, str):
-                task.failed[key] = result
+                task.failed[config] = result
                 self._summary.failed += 1
                 self._summary.first_failure = self._summary.first_failure or (
-                    f"{task.spec.text} at {task.rows} rows, {dict(key)}: {result}"
+                    f"{task.spec.text} at {task.rows} rows, {config}: {result}"
                 )
                 continue
-            task.known[key] = result
+            task.known[config] = result
             self._summary.measured += 1
             self._database.commit_tuning_record(
                 ms.database.TuningRecord(
@@ -332,42 +303,38 @@ class Session:
 
     def _decide(self, task: _Task, workload: str) -> selection.Outcome:
         """Time the fastest candidates in turns, and keep one that holds against the default."""
-        if task.default_key not in task.known:
-            why = task.failed.get(task.default_key, "it was not measured")
-            raise TuningError(f"the default of {task.spec.text} at {task.rows} rows fails: {why}")
-        finalists = [self._target.decode(dict(key)) for key in task.fastest()[:_FINALISTS]]
+        if task.default in task.failed:
+            raise TuningError(
+                f"the default of {task.spec.text} at {task.rows} rows fails: "
+                f"{task.failed[task.default]}"
+            )
+        by_speed = sorted(task.known, key=lambda config: statistics.median(task.known[config]))
+        finalists = [
+            config for config in by_speed
+            if config != task.default and self._target.holds(task.choices, config)
+        ][:_FINALISTS]  # fmt: skip
         counts = {rows for spec, rows in self._outcomes if spec == task.spec.text}
-        best, times = task.default, task.known[task.default_key]
+        best = task.default
         verdicts: list[Verdict] = []
         reason = "no candidate was faster"
         try:
             if finalists:
-                best, times = self._measurer.fastest(
-                    task.spec, task.rows, [task.default, *finalists]
-                )
+                best = self._measurer.fastest(task.spec, task.rows, [task.default, *finalists])
             if best != task.default:
                 verdicts, reason = self._measurer.confirm(
                     task.spec, task.rows, best, [*counts, *self._rows]
                 )
         except ComparisonError as error:
-            best, times = task.default, task.known[task.default_key]
+            best = task.default
             reason = f"the fastest candidates could not be compared: {error}"
-        median_us = round(1e6 * statistics.median(times), 4)
-        about: dict[str, Any] = {
-            "default_us": median_us, "best_us": median_us, "spread": round(spread(times), 4),
-            "gain": {"low": 1.0, "median": 1.0, "high": 1.0},
-        }  # fmt: skip
-        if verdicts:
-            about = verdicts[0].to_dict()
-            about["best_us"] = about.pop("config_us")
-            del about["rows"]
-        kept = not reason
+        times = task.known[task.default]
+        about = (verdicts[0] if verdicts else judge(task.rows, [[times, times]])).to_dict()
         return selection.Outcome(
             spec=task.spec.text,
             rows=task.rows,
             workload=workload,
-            source="record" if kept else "heuristic",
-            config=(best if kept else task.default).to_dict(),
+            source="heuristic" if reason else "record",
+            config=(task.default if reason else best).to_dict(),
             default=task.default.to_dict(),
             trials=len(task.known),
             failed=len(task.failed),
@@ -376,7 +343,10 @@ class Session:
             best=best.to_dict(),
             reason=reason,
             ends=[verdict.to_dict() for verdict in verdicts[1:]],
-            **about,
+            default_us=about["default_us"],
+            best_us=about["config_us"],
+            gain=about["gain"],
+            spread=about["spread"],
         )
 
     # ---- what the user sees ----------------------------------------------------------------

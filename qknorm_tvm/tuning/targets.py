@@ -69,13 +69,7 @@ class Target:
         }
 
     def decode(self, fields: Mapping[str, int]) -> Any:
-        """Return the config of sampled fields.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A field is unknown, missing or out of range.
-        """
+        """Return the config of sampled fields; TypeError or ValueError where they make none."""
         named = {
             name: self.words[name][value] if name in self.words else value
             for name, value in fields.items()
@@ -88,17 +82,14 @@ class Target:
             )
         return config
 
+    def holds(self, choices: Mapping[str, Sequence[int]], config: Any) -> bool:
+        """Whether a config is in a space."""
+        fields = self.encode(config)
+        return all(fields[name] in values for name, values in choices.items())
+
 
 class CpuTarget(Target):
-    """An x86-64 level, or a CPU by LLVM's name.
-
-    Parameters
-    ----------
-    text : str
-        Such as ``"x86-64-v4"``.
-    threads : int, optional
-        Threads of the measured calls; None when unknown.
-    """
+    """An x86-64 level, or a CPU by LLVM's name; `threads` is None when unknown."""
 
     config = CpuConfig
     words = {"rounding": ROUNDINGS}  # noqa: RUF012
@@ -127,15 +118,9 @@ class CpuTarget(Target):
         return cpu_record_config(config.to_dict())
 
     def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> Any:
-        """Apply the product's schedule with sampled fields; returns a schedule for each structure.
+        """Apply the product's schedule with fields from `choices`; a schedule for each structure.
 
-        Parameters
-        ----------
-        sch : Schedule
-        choices : mapping
-            Values by field.
-        decisions : mapping, optional
-            The value to take for each field; by default MetaSchedule draws them.
+        MetaSchedule draws the values that `decisions` do not give.
         """
         from ..schedules import cpu
 
@@ -206,13 +191,7 @@ class CpuTarget(Target):
 
 
 class CudaTarget(Target):
-    """One CUDA architecture. Its methods are those of `CpuTarget`.
-
-    Parameters
-    ----------
-    text : str
-        Such as ``"cuda:sm_90"``.
-    """
+    """One CUDA architecture. Its methods are those of `CpuTarget`."""
 
     config = CudaConfig
     words = cuda_sampling.WORDS
@@ -318,14 +297,7 @@ TunableTarget = CpuTarget | CudaTarget
 
 
 def open_target(text: str, *, threads: int | None = None) -> TunableTarget:
-    """Return what is tuned, for a target's canonical text.
-
-    Parameters
-    ----------
-    text : str
-    threads : int, optional
-        Threads of the measured calls, on CPUs; None when unknown.
-    """
+    """Return what is tuned, for a target's canonical text; `threads` of measured calls, on CPUs."""
     if parse_target(text).kind == "cuda":
         return CudaTarget(text)
     return CpuTarget(text, threads)

@@ -10,17 +10,22 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..errors import TuningError
 from ..spec import KernelSpec
 from .bench import Built, open_bench
+from .fleet import Fleet
 
-#: Seconds that building or timing a candidate may take.
-_TIMEOUT_S = 120
+#: Seconds that a task may take, on a fleet with the wait for a server and the upload.
+_TIMEOUT_S, _FLEET_TIMEOUT_S = 120, 480
+#: Times that a candidate is tried on a fleet, each on a server that is free.
+_FLEET_ATTEMPTS = 3
 
 _signalled = threading.Event()
 
@@ -55,17 +60,7 @@ def check_signals() -> None:
 
 
 class Pool:
-    """Processes for tasks, restarted when one dies or hangs.
-
-    Parameters
-    ----------
-    count : int
-        Processes.
-    timeout_s : float
-        Seconds after which a task's process is killed.
-    fresh : bool
-        Start a process for every task.
-    """
+    """Processes for tasks, restarted when one dies or hangs; `fresh`: one for every task."""
 
     def __init__(self, count: int, timeout_s: float = _TIMEOUT_S, *, fresh: bool = False):
         from tvm.support.popen_pool import PopenPoolExecutor
@@ -79,13 +74,9 @@ class Pool:
             stderr=subprocess.DEVNULL,
         )
         self._waiting: set[concurrent.futures.Future] = set()
-        if not fresh:
-            # Their imports take seconds, in which this process has enough to do.
-            for _ in range(count):
-                self.submit(_import_all)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
-        """Run a module-level function in one of the processes."""
+        """Run a function that can be pickled in one of the processes."""
         future: concurrent.futures.Future = self._pool.submit(function, *arguments)
         self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
@@ -98,35 +89,14 @@ class Pool:
         self._pool.shutdown(wait=False)
 
 
-def _import_all() -> None:
-    from . import targets  # noqa: F401
-
-
-def wait(future: concurrent.futures.Future) -> Any:
-    """Return a task's result.
-
-    Raises
-    ------
-    TimeoutError
-        It took too long.
-    ChildProcessError
-        Its process died.
-    KeyboardInterrupt
-        A signal has come.
-    Exception
-        What the function raised.
-    """
+def result_or_cause(future: concurrent.futures.Future) -> Any:
+    """Return a task's result, or as a string why it failed; KeyboardInterrupt at a signal."""
     while not future.done():
         check_signals()
         concurrent.futures.wait([future], timeout=0.2)
     check_signals()
-    return future.result()
-
-
-def result_or_cause(future: concurrent.futures.Future) -> Any:
-    """Return a task's result, or as a string why it failed."""
     try:
-        return wait(future)
+        return future.result()
     except Exception as error:
         return cause(error)
 
@@ -146,22 +116,16 @@ def cause(error: BaseException) -> str:
     return plain[0].strip()[:300] if plain else type(error).__name__
 
 
-# Only the latest: the arrays of a large call take hundreds of megabytes.
-_bench = functools.lru_cache(maxsize=1)(open_bench)
+# ---- timing ---------------------------------------------------------------------------------
 
 
-def time_here(
-    spec: KernelSpec, rows: int, candidates: Sequence[Built], rounds: int
-) -> list[list[float]]:
-    """Prove candidates exact and time them in turns, with this process's buffers."""
-    return _bench(spec, rows).time(candidates, rounds)
+class Runner:
+    """Times candidates in processes of their own, here or on `count` servers of a fleet."""
 
-
-class LocalRunner:
-    """Times candidates on this machine, in processes of their own."""
-
-    def __init__(self) -> None:
-        self._pool, self._fresh = Pool(1), Pool(1, fresh=True)
+    def __init__(self, fleet: Fleet | None, count: int):
+        self._fleet = fleet
+        timeout_s = _TIMEOUT_S if fleet is None else _FLEET_TIMEOUT_S
+        self._pools = [Pool(count, timeout_s), Pool(count, timeout_s, fresh=True)]
 
     def time(
         self,
@@ -172,29 +136,87 @@ class LocalRunner:
         *,
         fresh: bool = False,
     ) -> list[Any]:
-        """Time groups of candidates, one group after the other, those of a group in turns.
+        """Time groups of candidates: those of a group in turns, by one process or session.
 
         Parameters
         ----------
-        spec : KernelSpec
-        rows : int
-        groups : sequence
-            If one candidate of a group fails, the group does.
         rounds : int
             Samples at each placement of the tensors.
         fresh : bool
-            Take a process that did nothing else.
+            Take a process that did nothing else. A server forks for each session anyway.
 
         Returns
         -------
         list
-            Of each group its candidates' samples, or as a string why it failed.
+            Of each group its candidates' samples, or as a string why one of them failed.
+
+        Raises
+        ------
+        TuningError
+            No server is left.
         """
-        pool = self._fresh if fresh else self._pool
-        futures = [pool.submit(time_here, spec, rows, group, rounds) for group in groups]
-        return [result_or_cause(future) for future in futures]
+        results: list[Any] = [""] * len(groups)
+        left = list(range(len(groups)))
+        for _ in range(1 if self._fleet is None else _FLEET_ATTEMPTS):
+            if self._fleet is not None and left:
+                self._fleet.wait_for_server()
+            futures = [
+                self._pools[fresh].submit(
+                    time_group, self._fleet, spec, rows, groups[index], rounds
+                )
+                for index in left
+            ]
+            for index, future in zip(left, futures, strict=True):
+                results[index] = result_or_cause(future)
+            left = [index for index in left if isinstance(results[index], str)]
+        return results
 
     def close(self) -> None:
         """End the processes."""
-        self._pool.close()
-        self._fresh.close()
+        for pool in self._pools:
+            pool.close()
+
+
+# Only the latest: the arrays of a large call take hundreds of megabytes.
+_bench_here = functools.lru_cache(maxsize=1)(open_bench)
+
+
+def time_group(
+    fleet: Fleet | None, spec: KernelSpec, rows: int, rounds: int, group: Sequence[Built]
+) -> list[list[float]]:
+    """Prove candidates exact and time them in turns; runs in a worker process."""
+    if fleet is None:
+        return _bench_here(spec, rows).time(group, rounds)
+    try:
+        fleet.check()
+        return open_bench(spec, rows, fleet.connect()).time(group, rounds)
+    except Exception as error:
+        reason = cause(error)
+    finally:
+        # A session ends when nothing refers to it any more, tracebacks included.
+        gc.collect()
+    raise RuntimeError(reason)
+
+
+def remote_cpu(fleet: Fleet) -> str:
+    """Return LLVM's name of a server's CPU.
+
+    Raises
+    ------
+    TuningError
+        The server cannot tell.
+    """
+    pool = Pool(1, 30)
+    try:
+        return str(pool.submit(_remote_cpu, fleet).result())
+    except Exception as error:
+        raise TuningError(
+            f"the server does not say which CPU it has ({cause(error)}); give its LLVM name with "
+            "--device, such as x86_64-znver4"
+        ) from None
+    finally:
+        pool.close()
+
+
+def _remote_cpu(fleet: Fleet) -> str:
+    return str(fleet.connect().get_function("target.llvm_get_system_cpu")())
