@@ -6,6 +6,7 @@ Only times are made up; what needs a GPU, the check of exactness and CUDA graphs
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 

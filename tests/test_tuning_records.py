@@ -121,7 +121,7 @@ def test_an_interruption_between_the_two_files_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One new and one old file would give records to the wrong workloads."""
-    write(tmp_path, ["garbage", workload_line("2")], [record_line(0), record_line(1)])
+    write(tmp_path, ["garbage", workload_line("2")], [record_line(0), record_line(1, vector=32)])
 
     def interrupted(path: Path, lines: list[str]) -> None:
         replace(path, lines)
@@ -135,7 +135,7 @@ def test_an_interruption_between_the_two_files_loses_nothing(
     records.repair(tmp_path)
     logs = records.read_logs(tmp_path)
     assert logs.problems == []
-    assert {record.workload for record in logs.records} == {"2"}
+    assert [(record.workload, record.fields["vector"]) for record in logs.records] == [("2", 32)]
 
 
 def test_prune_keeps_the_latest_of_a_candidate_the_fastest_and_those_in_use(tmp_path: Path) -> None:

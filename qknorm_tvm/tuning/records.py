@@ -192,20 +192,22 @@ def sampled_fields(trace: Sequence[Any]) -> dict[str, int]:
 def repair(folder: Path) -> list[Problem]:
     """Put unusable lines aside, in ``<file>.rejected``, and leave the rest; returns them.
 
-    Records name workloads by line. So that one new and one old file fit, whatever interrupts this,
-    the others keep their lines: one that is not usable becomes a copy of one that is.
+    Records name workloads by line, so these keep their lines: one that is not usable becomes a copy
+    of one that is. Records that name it go first, whatever interrupts this.
     """
     logs = read_logs(folder)
     if not logs.problems:
         return []
     _put_aside(logs.problems)
-    bad = {problem.line for problem in logs.problems if problem.path.name == WORKLOADS}
-    lines = [(number in bad, text) for number, text in _lines(folder / WORKLOADS)]
-    usable = next((text for is_bad, text in lines if not is_bad), None)
-    if bad:
-        kept = [usable if is_bad else text for is_bad, text in lines if text.strip()]
-        _write(folder / WORKLOADS, [text for text in kept if text is not None])
     _write(folder / RECORDS, [record.line for record in logs.records])
+    bad = {problem.line for problem in logs.problems if problem.path.name == WORKLOADS}
+    if bad:
+        lines = _lines(folder / WORKLOADS)
+        usable = [text for number, text in lines if number not in bad]
+        _write(folder / WORKLOADS, [
+            usable[0] if number in bad else text
+            for number, text in lines if usable and text.strip()
+        ])  # fmt: skip
     return logs.problems
 
 
