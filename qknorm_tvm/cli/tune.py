@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..spec import OPS
 from ..tuning.api import COST_MODELS, ROWS
 from .options import Numbers, Shapes, debug_option, dtype_choice
-
-if TYPE_CHECKING:
-    from ..tuning.session import Summary
 
 
 @click.command(short_help="Search for faster configs on this device, or on a fleet.")
@@ -99,48 +96,15 @@ def tune(
         except KeyboardInterrupt:
             out.print("interrupted; what was measured is kept: run the same command again to go on")
             return 130
-    _show(summary)
-    return 0
-
-
-def _show(summary: Summary) -> None:
-    """Print the table of default against tuned."""
-    from ..spec import KernelSpec
-    from .output import console, table
-
-    out = console()
-    rows = table(
-        "Nq/Nk", "M", "default µs", "best µs", "gain", "at least", "spread", "trials", "kept"
-    )
-    last = ""
-    for outcome in summary.outcomes:
-        spec = KernelSpec.from_text(outcome.spec)
-        rows.add_row(
-            f"{spec.q_cols}/{spec.k_cols}" if outcome.spec != last else "",
-            f"{outcome.rows:,}",
-            f"{outcome.default_us:,.2f}",
-            f"{outcome.best_us:,.2f}",
-            f"{outcome.gain['median']:.3f}",
-            f"{outcome.gain['low']:.3f}",
-            f"{outcome.spread:.1%}",
-            str(outcome.trials),
-            "record" if outcome.source == "record" else "default",
-        )
-        last = outcome.spec
-    out.print(rows)
     kept = sum(outcome.source == "record" for outcome in summary.outcomes)
     out.print(
         f"{kept} of {len(summary.outcomes)} keep a record; the others keep the default, which "
         "nothing beat by more than the noise"
     )
-    out.print(
-        "best: the candidate that seemed fastest, timed anew in turns with the default; at least: "
-        "the low end of the gain's 95 % interval; spread: of the ratios, and between processes"
-    )
     if summary.failed:
         out.print(f"{summary.failed} candidates failed, the first: {summary.first_failure}")
     out.print(
-        f"{summary.measured} trials in {summary.seconds / 60:.1f} minutes "
-        f"({summary.trials_per_minute:.0f} a minute), {summary.reused} from earlier sessions; "
-        f"logs: {summary.folder}"
+        f"{summary.measured} trials in {summary.seconds / 60:.1f} minutes, {summary.reused} from "
+        f"earlier sessions; logs: {summary.folder}"
     )
+    return 0

@@ -105,8 +105,8 @@ def tune(
     TypeError, ValueError
         An argument is wrong; the message names it.
     TuningError
-        Something that is needed is missing, the folder is in use, no candidate works, or no server
-        is left. The message says what to do; what was measured is kept.
+        Something that is needed is missing, the folder is in use, a default fails, or no server is
+        left. The message says what to do; what was measured is kept.
     KeyboardInterrupt
         Ctrl-C or SIGTERM. What was measured is kept.
     """

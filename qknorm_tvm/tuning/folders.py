@@ -215,17 +215,8 @@ def _key(
 def remeasure(folder: Path, *, fix: bool = False) -> list[str]:
     """Time kept records against the default again, on the device that they are of.
 
-    Parameters
-    ----------
-    folder : Path
-    fix : bool
-        Keep the default where a record does not hold.
-
-    Returns
-    -------
-    list of str
-        Records that do not hold, each with the times. Those that builds do not use, because they
-        are of another version, are not measured.
+    Returns which do not hold, each with the times; `fix`: the default is kept in their place. Those
+    that builds do not use, because they are of another version, are not measured.
 
     Raises
     ------

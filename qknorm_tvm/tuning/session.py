@@ -60,11 +60,6 @@ class Summary:
     rejected: list[records.Problem] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
-    @property
-    def trials_per_minute(self) -> float:
-        """Candidates measured in a minute, all told: starting, comparing and deciding too."""
-        return 60 * self.measured / self.seconds if self.seconds else math.nan
-
 
 class _Task:
     """One spec at one row count while it is tuned: its space, and what its candidates took."""
@@ -122,7 +117,7 @@ class Session:
         Raises
         ------
         TuningError
-            The folder is in use, no candidate works, or no server is left.
+            The folder is in use, a default fails, or no server is left.
         KeyboardInterrupt
             Ctrl-C or SIGTERM; what was measured is kept.
         """
@@ -175,11 +170,11 @@ class Session:
         self._provenance["device"] = {"folder": self._device.folder, **self._device.details}
         self._provenance["versions"] = today
         self._summary.rejected += records.repair(self._folder)
-        for number, problem in enumerate(self._summary.rejected):
-            if number == 5:
-                self._reporter.line(f"put aside: {len(self._summary.rejected) - 5} more lines")
-                break
-            self._reporter.line(f"put aside: {problem}")
+        if self._summary.rejected:
+            self._reporter.line(
+                f"put aside, in *.rejected: {len(self._summary.rejected)} lines, the first: "
+                f"{self._summary.rejected[0]}"
+            )
         self._records = records.read_logs(self._folder).records
         try:
             for outcome in selection.read_outcomes(self._folder):
@@ -258,6 +253,11 @@ class Session:
         try:
             if task.default not in task.known:
                 self._measure(task, mod, {task.default: search.candidate(task.default)})
+            if task.default in task.failed:
+                raise TuningError(
+                    f"the default of {task.spec.text} at {task.rows} rows fails: "
+                    f"{task.failed[task.default]}"
+                )
             while task.spent < task.budget:
                 tried = {*task.known, *task.failed}
                 candidates = search.propose(tried, min(_BATCH, task.budget - task.spent))
@@ -267,12 +267,6 @@ class Session:
                 search.learn(task.known)
         finally:
             search.close()
-        if not task.known:
-            why = next(iter(task.failed.values()))
-            raise TuningError(
-                f"no candidate of {task.spec.text} at {task.rows} rows works: {why} "
-                f"({len(task.failed)} tried)"
-            )
 
     def _measure(self, task: _Task, mod: Any, candidates: Mapping[Any, Any]) -> None:
         """Build and measure a batch, and record what succeeded."""
@@ -303,11 +297,6 @@ class Session:
 
     def _decide(self, task: _Task, workload: str) -> selection.Outcome:
         """Time the fastest candidates in turns, and keep one that holds against the default."""
-        if task.default in task.failed:
-            raise TuningError(
-                f"the default of {task.spec.text} at {task.rows} rows fails: "
-                f"{task.failed[task.default]}"
-            )
         by_speed = sorted(task.known, key=lambda config: statistics.median(task.known[config]))
         finalists = [
             config for config in by_speed
@@ -367,11 +356,14 @@ class Session:
         times = f"default kept, {outcome.default_us:.4g} µs"
         if outcome.source == "record":
             times = (
-                f"record kept, {outcome.default_us:.4g} µs -> {outcome.best_us:.4g} µs "
-                f"({outcome.gain['median']:.2f}x)"
+                f"record kept, {outcome.default_us:.4g} µs -> {outcome.best_us:.4g} µs, "
+                f"{outcome.gain['median']:.3f} times faster (at least {outcome.gain['low']:.3f}), "
+                f"spread {outcome.spread:.1%}"
             )
+        elif outcome.best != outcome.default:
+            times += f" ({outcome.reason})"
         self._reporter.line(
-            f"[{index + 1}/{len(self._tasks)}] {task}: {times}, {outcome.trials} trials"
+            f"[{index + 1}/{len(self._tasks)}] {task}, {outcome.trials} trials: {times}"
         )
 
 
