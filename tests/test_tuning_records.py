@@ -317,7 +317,7 @@ def test_no_tracker_is_said_at_once(tmp_path: Path) -> None:
         tune(logs=tmp_path, tracker="127.0.0.1:9", key="cpu")
 
 
-def test_no_compiler_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qknorm_tvm import tune
 
     monkeypatch.setenv("CC", "no-such-compiler")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BuildError, TuningError
+from ..errors import TuningError
 from ..spec import KernelSpec
 from ..targets import parse_target
 
@@ -132,7 +132,6 @@ def tune(
     from .targets import open_target
 
     text, tuned_device = resolve(target, fleet, device)
-    _check_compiler(text)
     if specs is None:
         specs = [KernelSpec(q_cols=q, k_cols=k, target=text) for q, k in default_shapes()]
     checked = _check_specs(specs, text)
@@ -181,21 +180,6 @@ def check_packages(cost_model: str, *, remote: bool) -> str:
     if cost_model == "auto":
         return "xgb" if importlib.util.find_spec("xgboost") else "random"
     return cost_model
-
-
-def _check_compiler(text: str) -> None:
-    """Check that candidates can be linked."""
-    try:
-        if parse_target(text).kind == "cuda":
-            from ..build.cuda import find_nvcc
-
-            find_nvcc()
-        else:
-            from ..build.native import find_c_compiler
-
-            find_c_compiler(os.environ.get("CC"))
-    except (BuildError, RuntimeError) as error:
-        raise TuningError(str(error)) from None
 
 
 def _check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:

@@ -246,7 +246,7 @@ def remeasure(folder: Path, *, fix: bool = False) -> list[str]:
                 or outcome.workload != workload_hash(target.workload(spec, rows))
             ):
                 continue
-            config = target.served(target.config.from_dict(dict(outcome.config)))
+            config = target.served(outcome.config)
             measured = [other.rows for other in outcomes if other.spec == outcome.spec]
             with Measurer(target) as measurer:
                 try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -77,6 +76,12 @@ class _Task:
     def spent(self) -> int:
         """Candidates tried so far."""
         return len(self.known) + len(self.failed)
+
+    def holds(self, fields: Mapping[str, int]) -> bool:
+        """Whether today's space has a candidate of an earlier session."""
+        return fields.keys() == self.choices.keys() and all(
+            fields[name] in values for name, values in self.choices.items()
+        )
 
     def __str__(self) -> str:
         spec, dtype = self.spec, self.spec.in_dtype
@@ -221,9 +226,8 @@ class Session:
         mod = self._target.workload(task.spec, task.rows)
         workload = workload_hash(mod)
         for record in self._records:
-            if record.workload == workload:
-                with contextlib.suppress(TypeError, ValueError):  # of another version's space
-                    task.known[self._target.decode(record.fields)] = record.seconds
+            if record.workload == workload and task.holds(record.fields):
+                task.known[self._target.decode(record.fields)] = record.seconds
         self._summary.reused += len(task.known)
         before = self._summary.measured
         self._search(task, mod)
@@ -298,10 +302,7 @@ class Session:
     def _decide(self, task: _Task, workload: str) -> selection.Outcome:
         """Time the fastest candidates in turns, and keep one that holds against the default."""
         by_speed = sorted(task.known, key=lambda config: statistics.median(task.known[config]))
-        finalists = [
-            config for config in by_speed
-            if config != task.default and self._target.holds(task.choices, config)
-        ][:_FINALISTS]  # fmt: skip
+        finalists = [config for config in by_speed if config != task.default][:_FINALISTS]
         counts = {rows for spec, rows in self._outcomes if spec == task.spec.text}
         best = task.default
         verdicts: list[Verdict] = []

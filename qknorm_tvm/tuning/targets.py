@@ -48,6 +48,12 @@ class Target:
         The values of the config's fields that are words: MetaSchedule samples their index.
     schedule_version : int
         Version of schedule and lowering; records of another one are not used.
+    workload : callable
+        The declared function of a spec, specialised to a row count: static, tensors only.
+    default : callable
+        The heuristic's config for a spec and row count.
+    served : callable
+        The config that a build makes of a record's fields.
     """
 
     text: str
@@ -82,11 +88,6 @@ class Target:
             )
         return config
 
-    def holds(self, choices: Mapping[str, Sequence[int]], config: Any) -> bool:
-        """Whether a config is in a space."""
-        fields = self.encode(config)
-        return all(fields[name] in values for name, values in choices.items())
-
 
 class CpuTarget(Target):
     """An x86-64 level, or a CPU by LLVM's name; `threads` is None when unknown."""
@@ -94,6 +95,8 @@ class CpuTarget(Target):
     config = CpuConfig
     words = {"rounding": ROUNDINGS}  # noqa: RUF012
     schedule_version = cpu_config.SCHEDULE_VERSION
+    workload = staticmethod(cpu_workload)
+    served = staticmethod(cpu_record_config)
 
     def __init__(self, text: str, threads: int | None = None):
         self.text = text
@@ -105,17 +108,9 @@ class CpuTarget(Target):
         fields = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.text}
         return tvm.target.Target({**fields, "num-cores": self.threads or 1})
 
-    def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
-        """Return the declared function, specialised to a row count: static, tensors only."""
-        return cpu_workload(spec, rows)
-
     def default(self, spec: KernelSpec, rows: int) -> CpuConfig:
         """Return the heuristic's config, which is the same for all row counts."""
         return default_config(spec, frozenset(self._features))
-
-    def served(self, config: CpuConfig) -> CpuConfig:
-        """Return the config that a build makes of a record's."""
-        return cpu_record_config(config.to_dict())
 
     def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> Any:
         """Apply the product's schedule with fields from `choices`; a schedule for each structure.
@@ -196,6 +191,9 @@ class CudaTarget(Target):
     config = CudaConfig
     words = cuda_sampling.WORDS
     schedule_version = cuda_sampling.SCHEDULE_VERSION
+    workload = staticmethod(cuda_workload)
+    default = staticmethod(cuda_default)
+    served = staticmethod(lambda record: CudaConfig.from_dict(dict(record)))
 
     def __init__(self, text: str):
         self.text = text
@@ -214,18 +212,6 @@ class CudaTarget(Target):
                 "thread_warp_size": 32,
             }
         )
-
-    def workload(self, spec: KernelSpec, rows: int) -> tvm.IRModule:
-        """Return the declared function, specialised to a row count, with the widest alignment."""
-        return cuda_workload(spec, rows)
-
-    def default(self, spec: KernelSpec, rows: int) -> CudaConfig:
-        """Return the heuristic's config for a row count."""
-        return cuda_default(spec, rows)
-
-    def served(self, config: CudaConfig) -> CudaConfig:
-        """Return the config that a build makes of a record's: itself."""
-        return config
 
     def sample(self, sch: Any, choices: Mapping[str, Sequence[int]], decisions: Any = None) -> Any:
         """Return a schedule for each structure, with sampled fields."""
