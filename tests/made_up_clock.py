@@ -22,7 +22,7 @@ Clock = Callable[[dict[str, Any], int, int], float]
 class NoPool:
     """In place of worker processes: tasks are done at once."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, timeout_s: float = 0, *, fresh: bool = False):
         pass
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
@@ -41,15 +41,12 @@ def build(target: Any, spec: KernelSpec, rows: int, config: Any, directory: Path
     return Built(str(path), (1,))
 
 
-class MadeUpRunner:
-    """Times configs by a clock; every comparison is a process of its own."""
-
-    def __init__(self, clock: Clock):
-        self._clock = clock
-        self.processes = 0
+def use_clock(clock: Clock, patch: pytest.MonkeyPatch) -> None:
+    """Replace the processes that build and those that time; every comparison is a process."""
+    processes = 0
 
     def time(
-        self,
+        self: Any,
         spec: KernelSpec,
         rows: int,
         groups: Sequence[Sequence[Built]],
@@ -57,23 +54,15 @@ class MadeUpRunner:
         *,
         fresh: bool = False,
     ) -> list[list[list[float]]]:
-        self.processes += fresh
-        return [
-            [
-                [self._clock(json.loads(Path(built.path).read_text()), rows, self.processes)] * 16
-                for built in group
-            ]
-            for group in groups
+        nonlocal processes
+        processes += fresh
+        configs = [
+            [json.loads(Path(built.path).read_text()) for built in group] for group in groups
         ]
+        return [[[clock(config, rows, processes)] * 16 for config in group] for group in configs]
 
-    def close(self) -> None:
-        pass
-
-
-def use_clock(clock: Clock, patch: pytest.MonkeyPatch) -> None:
-    """Replace the processes that build and those that time."""
     patch.setattr(measurer, "Pool", NoPool)
-    patch.setattr(measurer, "Runner", lambda fleet, count: MadeUpRunner(clock))
+    patch.setattr(measurer.Measurer, "_time", time)
     patch.setattr(targets.CpuTarget, "build", build)
     patch.setattr(targets.CudaTarget, "build", build)
 

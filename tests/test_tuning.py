@@ -271,11 +271,11 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
     """A fast wrong answer must not win: here the reference expects another epsilon."""
     import cloudpickle
 
-    from qknorm_tvm.tuning import workers
+    from qknorm_tvm.tuning import measurer
 
     # The worker processes do not know this file.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(workers, "time_group", _time_wrongly)
+    monkeypatch.setattr(measurer, "time_group", _time_wrongly)
     with pytest.raises(TuningError, match=r"the default of .* fails: .*not exact: q_out differs"):
         tune([SPEC], rows=(16,), trials=2, cost_model="random", logs=tmp_path)
     (folder,) = tmp_path.iterdir()

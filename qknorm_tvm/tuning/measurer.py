@@ -16,10 +16,12 @@ from .bench import Built
 from .decision import MIN_GAIN, PROCESSES, Verdict, judge, paired_ratio
 from .fleet import Fleet
 from .targets import TunableTarget
-from .workers import Pool, Runner, result_or_cause
+from .workers import FLEET_TIMEOUT_S, TIMEOUT_S, Pool, result_or_cause, time_group
 
 #: Samples at each placement of the tensors where candidates are compared.
 _ROUNDS = 2
+#: Times that a candidate is tried on a fleet, each on a server that is free.
+_FLEET_ATTEMPTS = 3
 
 
 class ComparisonError(Exception):
@@ -40,12 +42,14 @@ class Measurer:
     def __enter__(self) -> Measurer:
         self._scratch = Path(tempfile.mkdtemp(prefix="qknorm-tvm-tune-"))
         self._builders = Pool(usable_processors())
-        self._runner = Runner(self._fleet, self._workers)
+        timeout_s = TIMEOUT_S if self._fleet is None else FLEET_TIMEOUT_S
+        self._timers = Pool(self._workers, timeout_s)
+        self._fresh_timers = Pool(self._workers, timeout_s, fresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._builders.close()
-        self._runner.close()
+        for pool in (self._builders, self._timers, self._fresh_timers):
+            pool.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _build(self, spec: KernelSpec, rows: int, configs: Sequence[Any]) -> list[Built | str]:
@@ -62,6 +66,35 @@ class Measurer:
                 self._built[rows, config] = built
         return [self._built.get((rows, config)) or results[config] for config in configs]
 
+    def _time(
+        self,
+        spec: KernelSpec,
+        rows: int,
+        groups: Sequence[Sequence[Built]],
+        rounds: int,
+        *,
+        fresh: bool = False,
+    ) -> list[Any]:
+        """Time groups of modules: those of a group in turns, by one process or session.
+
+        `fresh`: by a process that did nothing else; a server forks for each session anyway. Returns
+        of each group its modules' samples, or as a string why one of them failed.
+        """
+        pool = self._fresh_timers if fresh else self._timers
+        results: list[Any] = [""] * len(groups)
+        left = list(range(len(groups)))
+        for _ in range(1 if self._fleet is None else _FLEET_ATTEMPTS):
+            if self._fleet is not None and left:
+                self._fleet.wait_for_server()
+            futures = [
+                pool.submit(time_group, self._fleet, spec, rows, groups[index], rounds)
+                for index in left
+            ]
+            for index, future in zip(left, futures, strict=True):
+                results[index] = result_or_cause(future)
+            left = [index for index in left if isinstance(results[index], str)]
+        return results
+
     def forget(self) -> None:
         """Delete what was built, between one spec or row count and the next."""
         for built in self._built.values():
@@ -74,7 +107,7 @@ class Measurer:
         """Return each config's samples, or why it failed."""
         built = self._build(spec, rows, configs)
         groups = [[module] for module in built if isinstance(module, Built)]
-        times = iter(self._runner.time(spec, rows, groups, rounds=1))
+        times = iter(self._time(spec, rows, groups, rounds=1))
         results = [next(times) if isinstance(module, Built) else module for module in built]
         return [result if isinstance(result, str) else result[0] for result in results]
 
@@ -85,7 +118,7 @@ class Measurer:
             if isinstance(built, str):
                 raise ComparisonError(built)
             group.append(built)
-        (samples,) = self._runner.time(spec, rows, [group], _ROUNDS, fresh=True)
+        (samples,) = self._time(spec, rows, [group], _ROUNDS, fresh=True)
         if isinstance(samples, str):
             raise ComparisonError(samples)
         times: list[list[float]] = samples

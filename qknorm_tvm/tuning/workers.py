@@ -22,10 +22,8 @@ from ..spec import KernelSpec
 from .bench import Built, open_bench
 from .fleet import Fleet
 
-#: Seconds that a task may take, on a fleet with the wait for a server and the upload.
-_TIMEOUT_S, _FLEET_TIMEOUT_S = 120, 480
-#: Times that a candidate is tried on a fleet, each on a server that is free.
-_FLEET_ATTEMPTS = 3
+#: Seconds that a task may take, and one on a fleet, with the wait for a server and the upload.
+TIMEOUT_S, FLEET_TIMEOUT_S = 120, 480
 
 _signalled = threading.Event()
 
@@ -62,7 +60,7 @@ def check_signals() -> None:
 class Pool:
     """Processes for tasks, restarted when one dies or hangs; `fresh`: one for every task."""
 
-    def __init__(self, count: int, timeout_s: float = _TIMEOUT_S, *, fresh: bool = False):
+    def __init__(self, count: int, timeout_s: float = TIMEOUT_S, *, fresh: bool = False):
         from tvm.support.popen_pool import PopenPoolExecutor
 
         # What a dying process prints would garble the progress; errors come back pickled.
@@ -116,73 +114,14 @@ def cause(error: BaseException) -> str:
     return plain[0].strip()[:300] if plain else type(error).__name__
 
 
-# ---- timing ---------------------------------------------------------------------------------
-
-
-class Runner:
-    """Times candidates in processes of their own, here or on `count` servers of a fleet."""
-
-    def __init__(self, fleet: Fleet | None, count: int):
-        self._fleet = fleet
-        timeout_s = _TIMEOUT_S if fleet is None else _FLEET_TIMEOUT_S
-        self._pools = [Pool(count, timeout_s), Pool(count, timeout_s, fresh=True)]
-
-    def time(
-        self,
-        spec: KernelSpec,
-        rows: int,
-        groups: Sequence[Sequence[Built]],
-        rounds: int,
-        *,
-        fresh: bool = False,
-    ) -> list[Any]:
-        """Time groups of candidates: those of a group in turns, by one process or session.
-
-        Parameters
-        ----------
-        rounds : int
-            Samples at each placement of the tensors.
-        fresh : bool
-            Take a process that did nothing else. A server forks for each session anyway.
-
-        Returns
-        -------
-        list
-            Of each group its candidates' samples, or as a string why one of them failed.
-
-        Raises
-        ------
-        TuningError
-            No server is left.
-        """
-        results: list[Any] = [""] * len(groups)
-        left = list(range(len(groups)))
-        for _ in range(1 if self._fleet is None else _FLEET_ATTEMPTS):
-            if self._fleet is not None and left:
-                self._fleet.wait_for_server()
-            futures = [
-                self._pools[fresh].submit(
-                    time_group, self._fleet, spec, rows, groups[index], rounds
-                )
-                for index in left
-            ]
-            for index, future in zip(left, futures, strict=True):
-                results[index] = result_or_cause(future)
-            left = [index for index in left if isinstance(results[index], str)]
-        return results
-
-    def close(self) -> None:
-        """End the processes."""
-        for pool in self._pools:
-            pool.close()
-
+# ---- what runs in the processes ----------------------------------------------------------------
 
 # Only the latest: the arrays of a large call take hundreds of megabytes.
 _bench_here = functools.lru_cache(maxsize=1)(open_bench)
 
 
 def time_group(
-    fleet: Fleet | None, spec: KernelSpec, rows: int, rounds: int, group: Sequence[Built]
+    fleet: Fleet | None, spec: KernelSpec, rows: int, group: Sequence[Built], rounds: int
 ) -> list[list[float]]:
     """Prove candidates exact and time them in turns; runs in a worker process."""
     if fleet is None:
