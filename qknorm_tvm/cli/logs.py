@@ -58,7 +58,7 @@ def list_logs(logs: Path | None) -> int:
         rows = []
         for folder in (folder for folder in folders if folder.parent == parent):
             about = overview(folder)
-            about["size"] = size(about.pop("bytes"))
+            about["size"] = size(about["size"])
             rows.append({name: str(value) for name, value in about.items()})
         out.print(f"{parent}:", soft_wrap=True)
         lines = table(*rows[0])

@@ -138,7 +138,7 @@ def overview(folder: Path) -> dict[str, Any]:
         "kept": f"{kept} of {len(outcomes)}",
         "sessions": len(sessions),
         "last": str(sessions[-1]["date"])[: len("2026-01-01")] if sessions else "",
-        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "size": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "damaged": damaged or "",
     }
 
