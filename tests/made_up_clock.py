@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ from typing import Any
 import pytest
 
 from qknorm_tvm import KernelSpec
-from qknorm_tvm.tuning import measurer, session
-from qknorm_tvm.tuning.report import Reporter
-from qknorm_tvm.tuning.target import Built, Device
-from qknorm_tvm.tuning.targets import open_target
+from qknorm_tvm.tuning import measurer, session, targets
+from qknorm_tvm.tuning.bench import Built
+from qknorm_tvm.tuning.devices import Device
 
 #: Seconds of a config (its fields) at a row count, in a process by its number.
 Clock = Callable[[dict[str, Any], int, int], float]
 
 
-class Here:
+class NoPool:
     """In place of worker processes: tasks are done at once."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, timeout_s: float = 0, *, fresh: bool = False):
         pass
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
@@ -32,53 +30,41 @@ class Here:
         future.set_result(function(*arguments))
         return future
 
-    def warm(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
 
 
-def build(text: str, threads: Any, spec: str, rows: int, config: Any, folder: str) -> Built:
+def build(target: Any, spec: KernelSpec, rows: int, config: Any, directory: Path) -> Built:
     """Build nothing but a note of the config."""
-    path = Path(tempfile.mkdtemp(dir=folder)) / "candidate.so"
-    path.write_text(json.dumps(config))
+    path = directory / "candidate.so"
+    path.write_text(json.dumps(config.to_dict()))
     return Built(str(path), (1,))
 
 
-class MadeUpRunner:
-    """Times configs by a clock; every comparison is a process of its own."""
+def use_clock(clock: Clock, patch: pytest.MonkeyPatch) -> None:
+    """Replace the processes that build and those that time; every comparison is a process."""
+    processes = 0
 
-    def __init__(self, clock: Clock):
-        self._clock = clock
-        self.processes = 0
+    def time(
+        self: Any,
+        spec: KernelSpec,
+        rows: int,
+        groups: Sequence[Sequence[Built]],
+        rounds: int,
+        *,
+        fresh: bool = False,
+    ) -> list[list[list[float]]]:
+        nonlocal processes
+        processes += fresh
+        configs = [
+            [json.loads(Path(built.path).read_text()) for built in group] for group in groups
+        ]
+        return [[[clock(config, rows, processes)] * 16 for config in group] for group in configs]
 
-    def _times(self, rows: int, candidates: Sequence[Built]) -> list[list[float]]:
-        configs = [json.loads(Path(built.path).read_text()) for built in candidates]
-        return [[self._clock(config, rows, self.processes)] * 16 for config in configs]
-
-    def measure(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Any
-    ) -> list[list[float]]:
-        return self._times(rows, candidates)
-
-    def compare(
-        self, spec: KernelSpec, rows: int, candidates: Sequence[Built], plan: Any
-    ) -> list[list[float]]:
-        self.processes += 1
-        return self._times(rows, candidates)
-
-    def warm(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def patch_builds(patch: pytest.MonkeyPatch) -> None:
-    """Replace the processes that build."""
-    patch.setattr(measurer, "Pool", Here)
-    patch.setattr(measurer, "build_task", build)
+    patch.setattr(measurer, "Pool", NoPool)
+    patch.setattr(measurer.Measurer, "_time", time)
+    patch.setattr(targets.CpuTarget, "build", build)
+    patch.setattr(targets.CudaTarget, "build", build)
 
 
 def tune_by(
@@ -87,8 +73,7 @@ def tune_by(
 ) -> session.Summary:  # fmt: skip
     """Tune a spec by a made-up clock."""
     with pytest.MonkeyPatch.context() as patch:
-        patch_builds(patch)
-        return session.Session(
-            open_target(target), Device(device, {"gpu": "none"}), logs, MadeUpRunner(clock),
-            session.Options(trials=trials), Reporter(),
-        ).run([spec], rows)  # fmt: skip
+        use_clock(clock, patch)
+        opened = targets.open_target(target)
+        made_up = Device(device, {"gpu": "none"})
+        return session.Session(opened, made_up, logs, trials=trials).run([spec], rows)

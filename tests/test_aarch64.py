@@ -467,7 +467,7 @@ def test_two_builds_are_the_same_bytes() -> None:
 def test_tuning_is_refused() -> None:
     """x86-64 records under another machine's name."""
     from qknorm_tvm import TuningError
-    from qknorm_tvm.tuning.devices import resolve_cpu
+    from qknorm_tvm.tuning.devices import resolve
 
     with pytest.raises(TuningError, match=r"^aarch64 cannot be tuned"):
-        resolve_cpu(TARGET, None, None)
+        resolve(TARGET, None, None)

@@ -10,15 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import Case, check_exact, make_case
 
 from qknorm_tvm import KernelSpec, TuningError, compile, tune
 from qknorm_tvm.build import tuned as selection
+from qknorm_tvm.schedules.cpu_config import CpuConfig
 from qknorm_tvm.targets import host_cpu_target
-from qknorm_tvm.tuning import maintenance, records
+from qknorm_tvm.tuning import folders, records
+from qknorm_tvm.tuning.targets import open_target
 
 pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
 pytest.importorskip("psutil", reason="tuning needs the extra qknorm-tvm[tune]")
@@ -49,8 +53,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Most of it is the start of the processes that decide: 25 s here on an idle machine.
         assert time.monotonic() - began < 180
     assert summary.failed == 0, summary.first_failure
-    assert [one.rows for one in summary.outcomes] == [1, 16]
-    assert [one.trials for one in summary.outcomes] == [summary.measured - 10, 10]
+    assert [outcome.rows for outcome in summary.outcomes] == [1, 16]
+    assert [outcome.trials for outcome in summary.outcomes] == [summary.measured - 10, 10]
     return summary.folder
 
 
@@ -61,17 +65,21 @@ def copy(tuned: Path, tmp_path: Path) -> Path:
 
 
 def test_a_tuned_folder_is_whole(tuned: Path) -> None:
-    assert maintenance.validate(tuned) == []
+    assert folders.validate(tuned) == []
     provenance = json.loads((tuned / "provenance.json").read_text())
     assert provenance["device"]["cpu"]
     (session,) = provenance["sessions"]
     assert (session["trials"], session["seed"], session["ended"]) == (10, 0, "complete")
-    assert sorted(one["rows"] for one in provenance["workloads"].values()) == [1, 16]
     # The default is always among the measured.
     logs = records.read_logs(tuned)
-    for one in selection.read_outcomes(tuned):
-        wanted = maintenance._encoded(KernelSpec.from_text(one.spec), one.default)
-        assert any(r.workload == one.workload and r.fields == wanted for r in logs.records)
+    for outcome in selection.read_outcomes(tuned):
+        default = _fields(outcome.default)
+        assert any(r.workload == outcome.workload and r.fields == default for r in logs.records)
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return a config's fields as records have them."""
+    return open_target(host_cpu_target()).encode(CpuConfig.from_dict(dict(config)))
 
 
 def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
@@ -93,13 +101,13 @@ def test_a_session_goes_on_past_damaged_lines(copy: Path, cost_model: str, trial
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "", "{}", *lines[1:-1], lines[-1][:50]]) + "\n")
     summary = tune([SPEC], rows=(16,), trials=trials, cost_model=cost_model, logs=copy.parent)
-    assert [one.line for one in summary.rejected] == [2, 3, len(lines) + 2]
+    assert [problem.line for problem in summary.rejected] == [2, 3, len(lines) + 2]
     (outcome,) = summary.outcomes
     assert outcome.trials == trials
     assert summary.measured == trials - 9
-    found = records.read_logs(copy)
-    assert found.problems == []
-    assert len({one.key for one in found.records}) == len(found.records)
+    logs = records.read_logs(copy)
+    assert logs.problems == []
+    assert len({record.key for record in logs.records}) == len(logs.records)
 
 
 @pytest.mark.slow
@@ -147,13 +155,13 @@ def keep_records(folder: Path) -> dict[int, dict]:
     """Declare a record that is not the default the winner at every row count."""
     logs = records.read_logs(folder)
     outcomes, configs = [], {}
-    for one in selection.read_outcomes(folder):
+    for outcome in selection.read_outcomes(folder):
         for record in logs.records:
             fields = {**record.fields, "rounding": ("mask", "shift")[record.fields["rounding"]]}
-            if record.workload == one.workload and fields != one.default:
-                configs[one.rows] = fields
-        changes = {**one.__dict__, "source": "record", "config": configs[one.rows]}
-        outcomes.append(selection.Outcome(**changes))
+            if record.workload == outcome.workload and fields != outcome.default:
+                configs[outcome.rows] = fields
+        config = configs[outcome.rows]
+        outcomes.append(dataclasses.replace(outcome, source="record", config=config))
     selection.write_outcomes(folder, outcomes)
     return configs
 
@@ -164,11 +172,11 @@ def test_the_build_uses_records_by_rows_and_stays_exact(
     """Records end in configs by the heuristic's own door, each for the rows it was measured at."""
     configs = keep_records(copy)
     assert configs[1] != configs[16]
-    assert maintenance.validate(copy) == []
+    assert folders.validate(copy) == []
     monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
     module = compile(SPEC.replace(target=host_cpu_target()))
     code = module.metadata["levels"][0]["code"]
-    assert [(one["min_rows"], one["source"], one["config"]) for one in code] == [
+    assert [(entry["min_rows"], entry["source"], entry["config"]) for entry in code] == [
         (4, "record", configs[16]),
         (1, "record", configs[1]),
     ]
@@ -190,14 +198,12 @@ def _strided(rows: int) -> Case:
 def test_records_are_for_their_device_and_level_and_a_user_comes_first(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qknorm_tvm.schedules.cpu_config import CpuConfig
-
     configs = keep_records(copy)
     monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
-    levels = {one["name"]: one["code"] for one in compile(SPEC).metadata["levels"]}
+    levels = {level["name"]: level["code"] for level in compile(SPEC).metadata["levels"]}
     for name, code in levels.items():
         expected = "record" if name == host_cpu_target() else "heuristic"
-        assert {one["source"] for one in code} == {expected}, name
+        assert {entry["source"] for entry in code} == {expected}, name
     mine = CpuConfig(vector=8)
     (code,) = compile(SPEC.replace(target=host_cpu_target()), config=mine).metadata["levels"][0][
         "code"
@@ -217,10 +223,18 @@ def test_records_of_another_declaration_are_not_used_and_validate_says_so(
     monkeypatch.setattr(configs, "workload_hash", lambda mod: "1")
     monkeypatch.setattr(workload, "workload_hash", lambda mod: "1")
     module = compile(SPEC.replace(target=host_cpu_target()))
-    assert {one["source"] for one in module.metadata["levels"][0]["code"]} == {"heuristic"}
-    found = maintenance.validate(copy)
-    assert len(found) == 2
-    assert all("another version of the declaration" in one for one in found)
+    assert {code["source"] for code in module.metadata["levels"][0]["code"]} == {"heuristic"}
+    problems = folders.validate(copy)
+    assert len(problems) == 2
+    assert all("another version of the declaration" in problem for problem in problems)
+
+
+def test_shipped_logs_are_valid() -> None:
+    """A declaration or a config that changed, and no shipped record is used any more."""
+    shipped = selection.package_logs()
+    assert shipped is not None
+    for folder in folders.device_folders(shipped):
+        assert folders.validate(folder) == []
 
 
 def test_validate_finds_a_config_without_a_record(copy: Path) -> None:
@@ -229,31 +243,17 @@ def test_validate_finds_a_config_without_a_record(copy: Path) -> None:
     content = json.loads(path.read_text())
     content["outcomes"][0]["config"]["bytes_per_task"] = 12345
     path.write_text(json.dumps(content))
-    (problem,) = maintenance.validate(copy, deep=False)
+    (problem,) = folders.validate(copy)
     assert "has no record in the database" in problem
 
 
 def test_prune_keeps_what_is_in_use(copy: Path) -> None:
     keep_records(copy)
     before = len(records.read_logs(copy).records)
-    gone = maintenance.prune(copy, 1)
+    gone = folders.prune(copy, 1)
     assert gone > 0
     assert len(records.read_logs(copy).records) == before - gone
-    assert maintenance.validate(copy) == []
-
-
-def test_prune_in_use_leaves_the_outcomes_and_their_evidence(copy: Path) -> None:
-    keep_records(copy)
-    outcomes = selection.read_outcomes(copy)
-    first = dataclasses.replace(outcomes[0], source="heuristic", config=outcomes[0].default)
-    selection.write_outcomes(copy, [first, *outcomes[1:]])
-    assert maintenance.prune(copy, 3, in_use=True) > 0
-    assert len(selection.read_outcomes(copy)) == len(outcomes)
-    logs = records.read_logs(copy)
-    assert set(logs.workloads) == {one.workload for one in outcomes}
-    default = maintenance._encoded(SPEC, first.default)
-    assert default in [one.fields for one in logs.records if one.workload == first.workload]
-    assert maintenance.validate(copy) == []
+    assert folders.validate(copy) == []
 
 
 @pytest.mark.slow
@@ -263,8 +263,8 @@ def test_the_other_operations_are_tuned_the_same_way(op: str, tmp_path: Path) ->
     spec = KernelSpec(op=op, q_cols=256, k_cols=64, target=host_cpu_target())
     summary = tune([spec], rows=(3, 40), trials=3, cost_model="random", logs=tmp_path)
     assert summary.failed == 0
-    assert [one.rows for one in summary.outcomes] == [3, 40]
-    assert maintenance.validate(summary.folder) == []
+    assert [outcome.rows for outcome in summary.outcomes] == [3, 40]
+    assert folders.validate(summary.folder) == []
 
 
 # ---- candidates that fail -------------------------------------------------------------------
@@ -276,40 +276,34 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
     """A fast wrong answer must not win: here the reference expects another epsilon."""
     import cloudpickle
 
-    from qknorm_tvm.tuning import workers
+    from qknorm_tvm.tuning import measurer
 
     # The worker processes do not know this file.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(workers, "measure", _measure_wrongly)
-    with pytest.raises(TuningError, match=r"no candidate of .* works: .*not exact: q_out differs"):
+    monkeypatch.setattr(measurer, "time_group", _time_wrongly)
+    with pytest.raises(TuningError, match=r"the default of .* fails: .*not exact: q_out differs"):
         tune([SPEC], rows=(16,), trials=2, cost_model="random", logs=tmp_path)
     (folder,) = tmp_path.iterdir()
     assert records.read_logs(folder).records == []
     (session,) = json.loads((folder / "provenance.json").read_text())["sessions"]
-    assert session["failed"] == 2
+    assert (session["measured"], session["failed"]) == (0, 1)
 
 
-def _measure_wrongly(bench: object, built: object, plan: object) -> list[float]:
+def _time_wrongly(*arguments: Any) -> list[list[float]]:
     from qknorm_tvm.check import reference
     from qknorm_tvm.tuning import workers
 
     right = reference.apply_qk_rms_norm
     reference.apply_qk_rms_norm = lambda *a, **how: right(*a[:5], 1.0, a[6], **how)
-    return workers.measure(bench, built, plan)  # type: ignore[arg-type]
+    return workers.time_group(*arguments)
 
 
-def test_a_space_with_no_candidate_that_builds_is_an_error(
+def test_a_default_that_does_not_build_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cloudpickle
-
-    from qknorm_tvm.tuning import measurer
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(measurer, "build_task", _build_nothing)
-    with pytest.raises(TuningError, match=r"works: RuntimeError: no such instruction \(1 tried\)"):
-        tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path)
-
-
-def _build_nothing(*_: object) -> None:
-    raise RuntimeError("no such instruction")
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho no such instruction >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(TuningError, match=r"the default of .* fails: .*compiling entry\.c failed"):
+        tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path / "logs")

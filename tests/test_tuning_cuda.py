@@ -6,7 +6,7 @@ Only times are made up; what needs a GPU, the check of exactness and CUDA graphs
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from qknorm_tvm.check import reference
 from qknorm_tvm.load.module_file import read_metadata
 from qknorm_tvm.schedules.cuda_config import NOTE, CudaConfig
 from qknorm_tvm.schedules.cuda_variants import default_variants
-from qknorm_tvm.tuning import maintenance, records
-from qknorm_tvm.tuning.measure import InexactError, exactness_case
-from qknorm_tvm.tuning.target import decode, encode
+from qknorm_tvm.tuning import folders, records
+from qknorm_tvm.tuning.bench import InexactError, exactness_case
+from qknorm_tvm.tuning.targets import open_target
 
 pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
 pytest.importorskip("psutil", reason="tuning needs the extra qknorm-tvm[tune]")
@@ -38,8 +38,6 @@ def _spec(op: str, q_cols: int = 1536, k_cols: int = 256, dtype: str = "bfloat16
 
 
 def _target(text: str = SM_90) -> Any:
-    from qknorm_tvm.tuning.targets import open_target
-
     return open_target(text)
 
 
@@ -53,7 +51,7 @@ def test_the_space_holds_the_default(op: str, q_cols: int, k_cols: int) -> None:
     target, spec = _target(), _spec(op, q_cols, k_cols)
     for rows in (1, 3, 64, 16384):
         choices, default = target.choices(spec, rows), target.default(spec, rows)
-        for name, value in encode(target, default).items():
+        for name, value in target.encode(default).items():
             assert value in choices[name], name
         assert set(choices) == set(default.to_dict())
         assert max(choices["rows"]) <= max(rows, default.rows)
@@ -65,7 +63,10 @@ def test_what_the_order_of_summation_fixes_is_not_sampled() -> None:
     free = {"rows": [1, 2, 4, 8], "columns": [1, 2, 4], "dependent_launch": [1, 2, 3]}
     for op, more in ((STATISTICS, {}), (FUSED, {"streaming_stores": [0, 1]})):
         choices = target.choices(_spec(op), 64)
-        assert {name: one for name, one in choices.items() if len(one) > 1} == {**free, **more}
+        assert {name: values for name, values in choices.items() if len(values) > 1} == {
+            **free,
+            **more,
+        }
     # One chunk each: nothing for a second vector to hold. 33 chunks: two vectors anyway.
     assert target.choices(_spec(STATISTICS, 256, 64), 64)["columns"] == [1]
     assert target.choices(_spec(FUSED, 8192, 256), 64)["columns"] == [2, 4]
@@ -120,22 +121,22 @@ def test_a_trace_replays_to_the_function_of_its_config(op: str) -> None:
 
     from qknorm_tvm.lower.cuda import join_operands
     from qknorm_tvm.schedules import cuda
-    from qknorm_tvm.tuning.space import Search, fields_of, make_cost_model
+    from qknorm_tvm.tuning.search import Search
 
     target, spec, rows = _target(), _spec(op), 64
     mod, choices = target.workload(spec, rows), target.choices(spec, rows)
     search = Search(
-        target, mod, choices, ms.database.MemoryDatabase(), make_cost_model("random", 0),
-        seed=0, budget=8, batch=4,
+        target, mod, choices, ms.database.MemoryDatabase(), "random", seed=0, budget=8, batch=4,
     )  # fmt: skip
-    wanted = [target.default(spec, rows), decode(target, {n: v[-1] for n, v in choices.items()})]
-    candidates = [search.candidate(encode(target, config)) for config in wanted]
+    wanted = [target.default(spec, rows), target.decode({n: v[-1] for n, v in choices.items()})]
+    candidates = [search.candidate(config) for config in wanted]
     # And what MetaSchedule draws by itself.
-    candidates += next(search.batches())[:2]
-    wanted += [decode(target, fields_of(one)) for one in candidates[2:]]
+    drawn = search.propose((), 2)
+    candidates += drawn.values()
+    wanted += drawn
     assert len(set(wanted)) >= 3
     for config, candidate in zip(wanted, candidates, strict=True):
-        assert decode(target, fields_of(candidate)) == config
+        assert search.config_of(candidate) == config
         replayed = Schedule(mod)
         candidate.sch.trace.apply_to_schedule(replayed, remove_postproc=True)
         func = _in_words(replayed.mod["main"])
@@ -166,8 +167,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for spec in SPECS.values():
         summary = tune_by(_clock, SM_90, "nvidia-made-up", logs, spec, (16, 1200))
         assert summary.failed == 0, summary.first_failure
-        assert [one.source for one in summary.outcomes] == ["heuristic", "record"]
-        assert [one.trials for one in summary.outcomes] == [8, 8]
+        assert [outcome.source for outcome in summary.outcomes] == ["heuristic", "record"]
+        assert [outcome.trials for outcome in summary.outcomes] == [8, 8]
     return logs / "nvidia-made-up"
 
 
@@ -179,56 +180,51 @@ def use(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_of_several_operations_is_whole(tuned: Path) -> None:
-    assert maintenance.validate(tuned) == []
-    overview = maintenance.overview(tuned)
-    assert (overview.workloads, overview.kept, overview.tuned) == (4, 2, 4)
-    provenance = json.loads((tuned / "provenance.json").read_text())
-    assert sorted((one["spec"], one["rows"]) for one in provenance["workloads"].values()) == sorted(
-        (spec.text, rows) for spec in SPECS.values() for rows in (16, 1200)
-    )
+    assert folders.validate(tuned) == []
+    overview = folders.overview(tuned)
+    assert (overview["workloads"], overview["kept"]) == (4, "2 of 4")
     logs = records.read_logs(tuned)
-    for one in selection.read_outcomes(tuned):
-        wanted = maintenance._encoded(KernelSpec.from_text(one.spec), one.default)
-        first = next(r for r in logs.records if r.workload == one.workload)
-        assert first.fields == wanted  # the default before all others
+    for outcome in selection.read_outcomes(tuned):
+        default = _target().encode(CudaConfig.from_dict(dict(outcome.default)))
+        first = next(r for r in logs.records if r.workload == outcome.workload)
+        assert first.fields == default  # the default before all others
 
 
-def test_prune_in_use_keeps_the_records_of_every_operation(tuned: Path, tmp_path: Path) -> None:
+def test_prune_keeps_the_records_of_every_operation(tuned: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = Path(shutil.copytree(tuned, tmp_path / tuned.name))
-    assert maintenance.prune(copy, 1, in_use=True) > 0
-    assert maintenance.validate(copy) == []
+    assert folders.prune(copy, 2) > 0
+    assert folders.validate(copy) == []
     logs = records.read_logs(copy)
-    assert set(logs.workloads) == {one.workload for one in selection.read_outcomes(copy)}
-    # Those of the default and of the fastest.
-    assert all(
-        2 <= sum(one.workload == name for one in logs.records) <= 3 for name in logs.workloads
-    )
+    kept = Counter(record.workload for record in logs.records)
+    assert set(kept) == {outcome.workload for outcome in selection.read_outcomes(copy)}
+    assert all(2 <= count <= 3 for count in kept.values())
 
 
 @pytest.mark.parametrize("op", [STATISTICS, FUSED])
 def test_a_record_is_for_its_rows_and_layouts(use: Path, op: str) -> None:
     """A record that is not used, or where nobody measured it."""
     spec = SPECS[op]
-    found = cuda_buckets(spec, None)
+    buckets = cuda_buckets(spec, None)
     plain = default_variants(spec)
-    aligned = [(one, source, about) for one, source, about in found if one.alignment]
-    by_rows = {one.min_rows: (one.config, source) for one, source, _ in aligned}
+    aligned = [(variant, source, about) for variant, source, about in buckets if variant.alignment]
+    by_rows = {v.min_rows: (v.config, source) for v, source, _ in aligned}
     outcome = next(
-        one for one in selection.read_outcomes(use) if one.spec == spec.text and one.rows == 1200
-    )
+        outcome for outcome in selection.read_outcomes(use)
+        if outcome.spec == spec.text and outcome.rows == 1200
+    )  # fmt: skip
     record = CudaConfig.from_dict(dict(outcome.config))
     assert record.rows > _target().default(spec, 1200).rows
     # Half way between 16 and 1,200 rows.
     assert by_rows[139] == (record, "record")
     assert by_rows[1] == (_target().default(spec, 16), "heuristic")
-    (about,) = (about for one, _, about in aligned if one.min_rows == 139)
+    (about,) = (about for variant, _, about in aligned if variant.min_rows == 139)
     assert (about["device"], about["rows"]) == (use.name, 1200)
     # Every other layout gets what it gets without records.
-    rest = [one for one, source, _ in found if not one.alignment]
-    assert rest == [one for one in plain if not one.alignment]
-    assert {one.stride_unit for one, *_ in aligned} == {plain[0].stride_unit}
+    rest = [variant for variant, *_ in buckets if not variant.alignment]
+    assert rest == [variant for variant in plain if not variant.alignment]
+    assert {variant.stride_unit for variant, *_ in aligned} == {plain[0].stride_unit}
     # Neither another operation, nor another column count, nor several architectures.
     others = [_spec(APPLY, 512, 256), _spec(op, 512, 128), spec.replace(target="cuda")]
     for other in others:
@@ -246,9 +242,11 @@ def test_the_build_uses_records_and_inspect_says_so(
     out, spec = tmp_path / "qk.so", SPECS[STATISTICS]
     compile(spec).export(out)
     code = read_metadata(out)["levels"][0]["code"]
-    found = [(one["min_rows"], one["source"], one["config"]) for one in code]
-    assert found == [(v.min_rows, s, v.config.to_dict()) for v, s, _ in cuda_buckets(spec, None)]
-    assert [source for start, source, _ in found if start == 139] == ["record"]
+    described = [(entry["min_rows"], entry["source"], entry["config"]) for entry in code]
+    assert described == [
+        (v.min_rows, s, v.config.to_dict()) for v, s, _ in cuda_buckets(spec, None)
+    ]
+    assert [source for start, source, _ in described if start == 139] == ["record"]
     assert main(["inspect", str(out)]) == 0
     assert "(record)" in capsys.readouterr().out.replace("\n", "")
 
@@ -264,9 +262,9 @@ def test_a_candidate_builds(op: str, tmp_path: Path) -> None:
     import tvm_ffi
 
     target, spec = _target(), _spec(op)
-    config = decode(target, {name: one[-1] for name, one in target.choices(spec, 64).items()})
+    config = target.decode({name: v[-1] for name, v in target.choices(spec, 64).items()})
     assert (config.rows, config.columns) == (8, 4)
-    built = target.build(spec.replace(target="cuda"), 64, config, tmp_path)
+    built = target.build(spec, 64, config, tmp_path)
     assert built.check_rows == (1, 33)
     assert tvm_ffi.load_module(built.path).get_function(op) is not None
 
@@ -288,7 +286,7 @@ class _Module:
     def __init__(self, spec: KernelSpec, order: str):
         self._spec, self._order = spec, order
 
-    def get_function(self, op: str) -> Any:
+    def __getitem__(self, op: str) -> Any:
         assert op == self._spec.op
         return self._call
 
@@ -308,8 +306,8 @@ class _Module:
                 q, k, arrays.get("qk_var", means), arrays["gamma_q"], arrays["gamma_k"], given[-1],
                 arrays["q_out"].dtype, cast_before_gamma=spec.cast_before_gamma,
             )  # fmt: skip
-        for name, one in zip(operation.outputs, made, strict=True):
-            arrays[name].copy_(one)
+        for name, result in zip(operation.outputs, made, strict=True):
+            arrays[name].copy_(result)
 
 
 @pytest.mark.frameworks
@@ -320,9 +318,9 @@ def test_the_check_tells_another_order_of_summation(
 ) -> None:
     """A candidate that is timed though it is wrong, or refused though it is right."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from qknorm_tvm.tuning.cuda_measure import CudaBench
+    from qknorm_tvm.tuning.bench import CudaBench
 
-    monkeypatch.setattr(CudaBench, "_make_device", lambda self: torch.device("cpu"))
+    monkeypatch.setattr(CudaBench, "_device", torch.device("cpu"))
     spec = KernelSpec(
         op=op, q_cols=1536, k_cols=256, target=SM_90,
         out_dtype="float32" if op == STATISTICS else out_dtype,

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_clock import Clock, MadeUpRunner, patch_builds, tune_by
+from made_up_clock import Clock, tune_by, use_clock
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.build.configs import bucket_ends
+from qknorm_tvm.schedules.cuda_config import CudaConfig
 from qknorm_tvm.targets import host_cpu_target
-from qknorm_tvm.tuning import maintenance, measure
+from qknorm_tvm.tuning import bench, folders
 from qknorm_tvm.tuning.decision import PROCESSES, judge, paired_ratio, spread
+from qknorm_tvm.tuning.targets import open_target
 
 pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
 
@@ -117,8 +119,8 @@ class Recorder:
 
     def time_evaluator(self, name: str, device: Any, number: int, repeat: int, **_: Any) -> Any:
         def evaluate(*arguments: Any) -> Any:
-            tensors = [one for one in arguments if not isinstance(one, (int, float))]
-            self.addresses.append([np.from_dlpack(one).ctypes.data for one in tensors])
+            tensors = [part for part in arguments if not isinstance(part, float)]
+            self.addresses.append([tensor.data_ptr() for tensor in tensors])
             return type("Result", (), {"results": [self.takes] * repeat})
 
         return evaluate
@@ -129,7 +131,7 @@ def test_candidates_are_timed_at_eight_distances_of_inputs_and_outputs() -> None
     spec = KernelSpec(q_cols=96, k_cols=64, target=host_cpu_target())
     names = list(spec.operation.tensors)
     module = Recorder()
-    samples = measure.Bench(spec, 16).seconds(module, measure.Plan())
+    (samples,) = bench.open_bench(spec, 16).compare([module])
     assert len(samples) == 8
     for operand in "qk":
         starts = np.array(module.addresses)
@@ -139,20 +141,20 @@ def test_candidates_are_timed_at_eight_distances_of_inputs_and_outputs() -> None
         assert len(set(inputs)) == 8
 
 
-@pytest.mark.parametrize("layout", range(measure.LAYOUTS))
+@pytest.mark.parametrize("layout", range(bench.LAYOUTS))
 def test_tensors_of_a_layout_do_not_overlap(layout: int) -> None:
     sizes = {"q_out": 5000, "k_out": 4096, "gamma_q": 400, "qk_var": 8, "q": 5000, "k": 1}
-    starts = measure.placements(sizes, layout)
+    starts = bench.placements(sizes, layout)
     ends = [starts[name] + size for name, size in sizes.items()]
     assert all(end <= start for end, start in zip(ends, list(starts.values())[1:], strict=False))
-    assert ends[-1] <= measure.arena_bytes(sizes)
+    assert ends[-1] <= bench.arena_bytes(sizes)
     assert {start % 64 for start in starts.values()} == {0}
 
 
 def test_candidates_in_turns_share_their_addresses() -> None:
     spec = KernelSpec(op="row_mean_of_squares_qk", q_cols=96, k_cols=64, target=host_cpu_target())
     fast, slow = Recorder(1e-3), Recorder(2e-3)
-    times = measure.Bench(spec, 16).compare([fast, slow], measure.Plan(rounds=3))
+    times = bench.open_bench(spec, 16).compare([fast, slow], rounds=3)
     assert times == [[1e-3] * 24, [2e-3] * 24]
     assert fast.addresses == slow.addresses
 
@@ -200,10 +202,8 @@ def cpu_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def validate_by(clock: Clock, logs: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     """Run ``logs validate --measure`` with a made-up clock."""
     from qknorm_tvm.cli import main
-    from qknorm_tvm.tuning import workers
 
-    patch_builds(monkeypatch)
-    monkeypatch.setattr(workers, "LocalRunner", lambda target: MadeUpRunner(clock))
+    use_clock(clock, monkeypatch)
     return main(["logs", "validate", "--measure", "--logs", str(logs), *options])
 
 
@@ -227,7 +227,7 @@ def test_validate_with_fix_keeps_the_default(
     assert outcome.source == "heuristic"
     assert outcome.config == outcome.default != outcome.best
     assert "not faster" in outcome.reason
-    assert maintenance.validate(cpu_logs / selection.host_device()) == []
+    assert folders.validate(cpu_logs / selection.host_device()) == []
 
 
 def test_records_of_another_device_are_not_measured_here(
@@ -238,7 +238,7 @@ def test_records_of_another_device_are_not_measured_here(
     assert "x86_64-other: not measured: its records are of another" in capsys.readouterr().out
 
 
-def test_prune_in_use_keeps_what_shows_why_a_default_was_kept(tmp_path: Path) -> None:
+def test_prune_keeps_what_shows_why_a_default_was_kept(tmp_path: Path) -> None:
     """Without the records of both, nobody can tell later whether the decision was right."""
     from qknorm_tvm.tuning import records
 
@@ -246,14 +246,15 @@ def test_prune_in_use_keeps_what_shows_why_a_default_was_kept(tmp_path: Path) ->
     tune(lambda config, rows, process: 6e-6 if process or config["rows"] == 1 else 5e-6, tmp_path)
     folder = tmp_path / "nvidia-made-up"
     assert {outcome.source for outcome in selection.read_outcomes(folder)} == {"heuristic"}
-    assert maintenance.prune(folder, 3, in_use=True) > 0
+    assert folders.prune(folder, 2) > 0
     left = records.read_logs(folder)
     for outcome in selection.read_outcomes(folder):
         kept = [record for record in left.records if record.workload == outcome.workload]
-        default = maintenance._encoded(SPEC, outcome.default)
-        assert default in [record.fields for record in kept]
+        for config in (outcome.default, outcome.best):
+            fields = open_target(SPEC.target).encode(CudaConfig.from_dict(dict(config)))
+            assert fields in [record.fields for record in kept]
         assert len(kept) >= 2
-    assert maintenance.validate(folder) == []
+    assert folders.validate(folder) == []
 
 
 # ---- where logs are -------------------------------------------------------------------------

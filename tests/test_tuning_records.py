@@ -16,10 +16,9 @@ from qknorm_tvm import KernelSpec, TuningError
 from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.build.configs import Bucket, bucket_starts, from_outcomes, merge
 from qknorm_tvm.schedules.cpu_config import CpuConfig
-from qknorm_tvm.tuning import preflight, records
-from qknorm_tvm.tuning.lock import FolderLock
-from qknorm_tvm.tuning.shapes import default_shapes, default_specs
-from qknorm_tvm.tuning.trace import sampled_fields
+from qknorm_tvm.tuning import api, folders, records
+from qknorm_tvm.tuning.api import default_shapes
+from qknorm_tvm.tuning.records import sampled_fields
 
 
 def workload_line(name: str = "123") -> str:
@@ -44,8 +43,8 @@ def record_line(
 
 
 def write(folder: Path, workloads: list[str], lines: list[str]) -> None:
-    (folder / records.WORKLOADS).write_text("".join(one + "\n" for one in workloads))
-    (folder / records.RECORDS).write_text("".join(one + "\n" for one in lines))
+    (folder / records.WORKLOADS).write_text("".join(line + "\n" for line in workloads))
+    (folder / records.RECORDS).write_text("".join(line + "\n" for line in lines))
 
 
 # ---- reading --------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ def test_good_lines_are_read(tmp_path: Path) -> None:
     write(tmp_path, [workload_line()], [record_line(), record_line(vector=32)])
     logs = records.read_logs(tmp_path)
     assert logs.problems == []
-    assert [one.fields for one in logs.records] == [
+    assert [record.fields for record in logs.records] == [
         {"vector": 16, "row_tile": 4},
         {"vector": 32, "row_tile": 4},
     ]
@@ -97,9 +96,9 @@ def test_a_bad_record_is_named_kept_aside_and_costs_nothing_else(
     assert re.search(reason, problem.reason)
     logs = records.read_logs(tmp_path)
     assert logs.problems == []
-    assert [one.fields["vector"] for one in logs.records] == [16, 32]
+    assert [record.fields["vector"] for record in logs.records] == [16, 32]
     aside = (tmp_path / f"{records.RECORDS}.rejected").read_text().splitlines()
-    assert [json.loads(one)["line"] for one in aside] == [2]
+    assert [json.loads(line)["line"] for line in aside] == [2]
 
 
 @pytest.mark.parametrize(
@@ -109,36 +108,49 @@ def test_records_keep_their_workload_when_one_before_is_damaged(tmp_path: Path, 
     """Records name workloads by line: to drop one must not shift the others."""
     write(tmp_path, [line, workload_line("77")], [record_line(0), record_line(1, vector=32)])
     problems = records.repair(tmp_path)
-    assert [(one.path.name, one.line) for one in problems] == [
+    assert [(problem.path.name, problem.line) for problem in problems] == [
         (records.WORKLOADS, 1),
         (records.RECORDS, 1),
     ]
     logs = records.read_logs(tmp_path)
-    assert [(one.workload, one.fields["vector"]) for one in logs.records] == [("77", 32)]
-    assert json.loads((tmp_path / records.RECORDS).read_text())[0] == 0
+    assert logs.problems == []
+    assert [(record.workload, record.fields["vector"]) for record in logs.records] == [("77", 32)]
 
 
-def test_a_kill_between_the_two_files_is_mended(tmp_path: Path) -> None:
+def test_an_interruption_between_the_two_files_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One new and one old file would give records to the wrong workloads."""
-    write(tmp_path, [workload_line("1"), workload_line("2")], [record_line(1)])
-    (tmp_path / f"{records.WORKLOADS}.new").write_text(workload_line("2") + "\n")
-    (tmp_path / f"{records.RECORDS}.new").write_text(record_line(0) + "\n")
-    assert [one.workload for one in records.read_logs(tmp_path).records] == ["2"]
-    write(tmp_path, [workload_line("1"), workload_line("2")], [record_line(1)])
-    (tmp_path / f"{records.RECORDS}.new").write_text(record_line(0) + "\n")
-    assert [one.workload for one in records.read_logs(tmp_path).records] == ["2"]
+    write(tmp_path, ["garbage", workload_line("2")], [record_line(0), record_line(1, vector=32)])
+
+    def interrupted(path: Path, lines: list[str]) -> None:
+        replace(path, lines)
+        raise KeyboardInterrupt
+
+    replace = records._write
+    monkeypatch.setattr(records, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        records.repair(tmp_path)
+    monkeypatch.undo()
+    records.repair(tmp_path)
+    logs = records.read_logs(tmp_path)
+    assert logs.problems == []
+    assert [(record.workload, record.fields["vector"]) for record in logs.records] == [("2", 32)]
 
 
-def test_dedupe_keeps_the_latest_and_prune_the_fastest_and_those_in_use(tmp_path: Path) -> None:
+def test_prune_keeps_the_latest_of_a_candidate_the_fastest_and_those_in_use(tmp_path: Path) -> None:
     lines = [record_line(seconds=(5e-6,)), record_line(seconds=(4e-6,))]
     lines += [record_line(vector=8, seconds=(1e-6,)), record_line(vector=32, seconds=(2e-6,))]
     write(tmp_path, [workload_line(), workload_line("9")], lines)
-    logs = records.read_logs(tmp_path)
-    assert records.deduplicate(logs) == 1
-    assert [one.median for one in logs.records] == [4e-6, 1e-6, 2e-6]
-    assert records.prune(logs, 1, [("123", {"vector": 16, "row_tile": 4})]) == 1
-    assert [one.fields["vector"] for one in logs.records] == [16, 8]
-    assert list(logs.workloads) == ["123"]
+
+    def medians() -> list[float]:
+        return [record.median for record in records.read_logs(tmp_path).records]
+
+    assert records.prune(tmp_path, 3) == 1
+    assert medians() == [4e-6, 1e-6, 2e-6]
+    in_use = records.read_logs(tmp_path).records[0].key
+    assert records.prune(tmp_path, 1, [in_use]) == 1
+    assert medians() == [4e-6, 1e-6]
 
 
 def test_sampled_fields_need_a_trace_of_ours() -> None:
@@ -181,14 +193,14 @@ def test_borders_lie_half_way_between_measured_row_counts() -> None:
 def test_neighbours_of_one_config_are_one_bucket() -> None:
     a, b = CpuConfig(vector=8), CpuConfig(vector=16)
     buckets = [Bucket(1, a, "record"), Bucket(4, a, "record"), Bucket(32, b, "heuristic")]
-    assert [(one.min_rows, one.config) for one in merge(buckets)] == [(32, b), (1, a)]
+    assert [(bucket.min_rows, bucket.config) for bucket in merge(buckets)] == [(32, b), (1, a)]
 
 
 def test_a_row_count_whose_default_was_kept_is_not_spoken_for_by_its_neighbour() -> None:
-    found = {rows: (outcome(rows, source), "device") for rows, source in
-             [(1, "heuristic"), (16, "record"), (64, "heuristic")]}  # fmt: skip
-    buckets = from_outcomes(found, CpuConfig.from_dict, lambda rows: CpuConfig())
-    assert [(one.min_rows, one.source) for one in buckets] == [
+    outcomes = {rows: (outcome(rows, source), "device") for rows, source in
+                [(1, "heuristic"), (16, "record"), (64, "heuristic")]}  # fmt: skip
+    buckets = from_outcomes(outcomes, CpuConfig.from_dict, lambda rows: CpuConfig())
+    assert [(bucket.min_rows, bucket.source) for bucket in buckets] == [
         (32, "heuristic"),
         (4, "record"),
         (1, "heuristic"),
@@ -205,11 +217,11 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def chosen(default: CpuConfig | None = None, workload: str = "w1", version: int = 1) -> list[int]:
     spec = KernelSpec(q_cols=96, k_cols=64, target="cpu")
-    found = selection.tuned(
+    outcomes = selection.tuned(
         spec, "x86-64-v3", "device", schedule_version=version,
         default=lambda rows: default or CpuConfig(), workload=lambda rows: workload,
     )  # fmt: skip
-    return sorted(found)
+    return sorted(outcomes)
 
 
 def test_a_record_is_used_only_if_workload_target_versions_and_default_fit(logs: Path) -> None:
@@ -242,9 +254,6 @@ def test_digest_follows_the_outcomes(logs: Path) -> None:
     assert selection.digest() != before
 
 
-# ---- statistics -----------------------------------------------------------------------------
-
-
 # ---- what is checked before the first trial ---------------------------------------------------
 
 
@@ -252,22 +261,21 @@ def test_default_shapes_are_those_of_the_models() -> None:
     shapes = default_shapes()
     assert len(shapes) == len(set(shapes)) == 12
     assert {(6144, 1024), (768, 128), (4096, 4096), (5120, 1024), (640, 128)} <= set(shapes)
-    assert {one.in_dtype for one in default_specs("x86-64-v3")} == {"bfloat16"}
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TuningError, match=r"cloudpickle and psutil, which are not installed.*pip"):
-        preflight.check_extras("auto", remote=False)
+        api.check_packages("auto", remote=False)
     with pytest.raises(TuningError, match="and tornado and xgboost"):
-        preflight.check_extras("xgb", remote=True)
+        api.check_packages("xgb", remote=True)
 
 
 def test_without_xgboost_the_model_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        preflight.importlib.util, "find_spec", lambda name: None if name == "xgboost" else 1
+        api.importlib.util, "find_spec", lambda name: None if name == "xgboost" else 1
     )
-    assert preflight.check_extras("auto", remote=True) == "random"
+    assert api.check_packages("auto", remote=True) == "random"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +317,7 @@ def test_no_tracker_is_said_at_once(tmp_path: Path) -> None:
         tune(logs=tmp_path, tracker="127.0.0.1:9", key="cpu")
 
 
-def test_no_compiler_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qknorm_tvm import tune
 
     monkeypatch.setenv("CC", "no-such-compiler")
@@ -320,8 +328,8 @@ def test_no_compiler_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_folder_that_is_in_use_says_by_whom(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, time\n"
-        "from qknorm_tvm.tuning.lock import FolderLock\n"
-        "with FolderLock(pathlib.Path(sys.argv[1])):\n"
+        "from qknorm_tvm.tuning.folders import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen(
@@ -331,11 +339,11 @@ def test_a_folder_that_is_in_use_says_by_whom(tmp_path: Path) -> None:
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(TuningError, match=rf"in use by process {holder.pid} on .* since 20"),
-            FolderLock(tmp_path),
+            folders.locked(tmp_path),
         ):
             pass
         holder.kill()
         holder.wait()
         # A killed holder's lock is free.
-        with FolderLock(tmp_path):
+        with folders.locked(tmp_path):
             pass

@@ -1,4 +1,4 @@
-"""``qknorm-tvm logs``: list, validate, dedupe, prune."""
+"""``qknorm-tvm logs``: list, validate, prune."""
 
 from __future__ import annotations
 
@@ -19,26 +19,16 @@ def _logs_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., A
     )
 
 
-_written = _logs_option("where `qknorm-tvm tune` writes")
-_read = _logs_option("all that the build reads, those of the package too")
-
-
 def _folders(logs: Path | None) -> list[Path]:
-    from ..build.tuned import default_logs
-    from ..tuning.maintenance import device_folders
-
-    return device_folders(logs or default_logs())
-
-
-def _all_folders(logs: Path | None) -> list[Path]:
     """Return the devices' folders in a folder, by default in all that are read or written."""
     from ..build.tuned import default_logs, log_folders
-    from ..tuning.maintenance import device_folders
+    from ..tuning.folders import device_folders
 
     if logs is not None:
         return device_folders(logs)
-    folders = dict.fromkeys([*log_folders(), default_logs()])
-    existing = [folder for folder in folders if folder.is_dir()]
+    existing = [
+        folder for folder in dict.fromkeys([*log_folders(), default_logs()]) if folder.is_dir()
+    ]
     return [device for folder in existing or [default_logs()] for device in device_folders(folder)]
 
 
@@ -55,72 +45,58 @@ def logs() -> None:
 
 
 @logs.command("list", short_help="Say what there is.")
-@_read
+@_logs_option("all that the build reads, those of the package too")
 @debug_option
 def list_logs(logs: Path | None) -> int:
     """Say what each device's folder holds."""
-    from ..tuning.maintenance import overview
+    from ..tuning.folders import overview
     from .output import console, facts, size, table
 
-    folders = _all_folders(logs)
+    folders = _folders(logs)
     out = console()
-    headers = ("device", "workloads", "records", "kept", "sessions", "last", "size", "damaged")
     for parent in dict.fromkeys(folder.parent for folder in folders):
         rows = []
         for folder in (folder for folder in folders if folder.parent == parent):
             about = overview(folder)
-            rows.append(
-                (
-                    folder.name,
-                    str(about.workloads),
-                    str(about.records),
-                    f"{about.kept} of {about.tuned}",
-                    str(about.sessions),
-                    about.last[: len("2026-01-01")],
-                    size(about.size),
-                    str(about.problems) if about.problems else "",
-                )
-            )
+            about["size"] = size(about["size"])
+            rows.append({name: str(value) for name, value in about.items()})
         out.print(f"{parent}:", soft_wrap=True)
-        made = table(*headers)
+        lines = table(*rows[0])
         for row in rows:
-            made.add_row(*row)
-        if out.measure(made, options=out.options.update_width(1000)).maximum <= out.width:
-            out.print(made)
+            lines.add_row(*row.values())
+        if out.measure(lines, options=out.options.update_width(1000)).maximum <= out.width:
+            out.print(lines)
             continue
         # Too narrow for a table: a block for each device.
         for row in rows:
-            out.print(facts((name, text) for name, text in zip(headers, row, strict=True) if text))
+            out.print(facts((name, text) for name, text in row.items() if text))
             out.print()
     return 0
 
 
 @logs.command(short_help="Check every line.")
-@_read
+@_logs_option("all that the build reads, those of the package too")
 @click.option("--fix", is_flag=True, help="Put unusable lines aside, in FILE.rejected.")
-@click.option("--shallow", is_flag=True, help="Without TVM: only the files themselves.")
 @click.option("--measure", is_flag=True,
               help="Also time kept records against the default again, on their own device; with "
               "--fix the default is kept where one does not hold.")  # fmt: skip
 @debug_option
-def validate(logs: Path | None, fix: bool, shallow: bool, measure: bool) -> int:
+def validate(logs: Path | None, fix: bool, measure: bool) -> int:
     """Check logs line by line; the exit status is 1 when something is wrong.
 
-    With TVM it also checks that kept configs are those of their records, and that the workloads
-    are today's.
+    It also checks that kept configs are those of their records, that the workloads are today's, and
+    that TVM loads the database.
     """
     from ..errors import TuningError
-    from ..tuning.maintenance import mend, remeasure
-    from ..tuning.maintenance import validate as check
+    from ..tuning.folders import mend, remeasure
+    from ..tuning.folders import validate as check
 
-    if shallow and measure:
-        raise click.UsageError("--measure needs TVM: give it without --shallow")
     status, reasons, measured = 0, [], False
-    for folder in _all_folders(logs):
+    for folder in _folders(logs):
         if fix:
             for problem in mend(folder):
                 echo(f"put aside: {problem}")
-        problems = check(folder, deep=not shallow)
+        problems = check(folder)
         if measure and not problems:
             try:
                 problems = remeasure(folder, fix=fix)
@@ -136,33 +112,20 @@ def validate(logs: Path | None, fix: bool, shallow: bool, measure: bool) -> int:
     return status or int(measure and not measured)
 
 
-@logs.command(short_help="Drop repeated records.")
-@_written
-@debug_option
-def dedupe(logs: Path | None) -> int:
-    """Keep one record of each candidate, the latest."""
-    from ..tuning.maintenance import deduplicate
-
-    for folder in _folders(logs):
-        echo(f"{folder.name}: {deduplicate(folder)} repeated records dropped")
-    return 0
-
-
 @logs.command(short_help="Drop slow records.")
-@_written
+@_logs_option("where `qknorm-tvm tune` writes")
 @click.option("--keep", type=click.IntRange(min=1), default=3, show_default=True,
               help="Fastest records to keep of each shape and row count.")  # fmt: skip
-@click.option("--in-use", is_flag=True,
-              help="Of shapes and row counts that keep the default, keep only the records that "
-              "show why.")  # fmt: skip
 @debug_option
-def prune(logs: Path | None, keep: int, in_use: bool) -> int:
+def prune(logs: Path | None, keep: int) -> int:
     """Keep the fastest records, the default's and those in use.
 
     What was decided stays, in tuned.json; tuning again measures again what was dropped.
     """
-    from ..tuning.maintenance import prune as trim
+    from ..build.tuned import default_logs
+    from ..tuning.folders import device_folders
+    from ..tuning.folders import prune as trim
 
-    for folder in _folders(logs):
-        echo(f"{folder.name}: {trim(folder, keep, in_use=in_use)} records dropped")
+    for folder in device_folders(logs or default_logs()):
+        echo(f"{folder.name}: {trim(folder, keep)} records dropped")
     return 0

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from ..spec import OPS
-from ..tuning.shapes import ROWS
+from ..tuning.api import COST_MODELS, ROWS
 from .options import Numbers, Shapes, debug_option, dtype_choice
-
-if TYPE_CHECKING:
-    from ..tuning.session import Summary
 
 
 @click.command(short_help="Search for faster configs on this device, or on a fleet.")
@@ -34,8 +31,8 @@ if TYPE_CHECKING:
 @click.option("--trials", type=int, default=64, show_default=True,
               help="Most candidates for a shape and row count; recorded ones count.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search.")
-@click.option("--cost-model", type=click.Choice(["auto", "xgb", "random"]), default="auto",
-              show_default=True, help="auto: xgb where xgboost is installed.")  # fmt: skip
+@click.option("--cost-model", type=click.Choice(COST_MODELS), default="auto", show_default=True,
+              help="auto: xgb where xgboost is installed.")  # fmt: skip
 @click.option("--logs", type=click.Path(file_okay=False, path_type=Path),
               help="Folder of logs; the build reads them there.  [default: "
               "$QKNORM_TVM_TUNING_LOGS, a checkout's tuning_logs, or the user's own]")  # fmt: skip
@@ -48,20 +45,11 @@ if TYPE_CHECKING:
               )  # fmt: skip
 @debug_option
 def tune(
-    target: str,
     op: str,
     shapes: tuple[tuple[int, int], ...] | None,
     dtype: str,
-    out_dtype: str | None,
-    rows: tuple[int, ...],
-    trials: int,
-    seed: int,
-    cost_model: str,
-    logs: Path | None,
-    tracker: str | None,
-    key: str | None,
-    workers: int,
-    device: str | None,
+    out_dtype: Any,
+    **options: Any,
 ) -> int:
     """Search for configs that are faster than the default's, and keep them for the build.
 
@@ -85,80 +73,43 @@ def tune(
     from ..spec import KernelSpec
     from ..targets import parse_target
     from ..tuning import tune as run
-    from ..tuning.progress import RichReporter
+    from ..tuning.api import default_shapes
+    from ..tuning.report import Reporter
     from .output import console
 
     out = console()
-    specs = None
-    if shapes is not None or dtype != "bfloat16" or out_dtype is not None or op != OPS[0]:
-        from ..tuning.shapes import default_shapes
-
-        kind = "cuda" if parse_target(target).kind == "cuda" else "cpu"
-        specs = [
-            KernelSpec(
-                op=op,
-                in_dtype=dtype,
-                # Statistics are float32; another type is refused.
-                out_dtype=out_dtype,  # type: ignore[arg-type]
-                q_cols=q,
-                k_cols=k,
-                target=kind,
-            )
-            for q, k in shapes or default_shapes()
-        ]
-    if tracker is None and load_warning():
+    kind = "cuda" if parse_target(options["target"]).kind == "cuda" else "cpu"
+    specs = [
+        KernelSpec(op=op, in_dtype=dtype, out_dtype=out_dtype, q_cols=q, k_cols=k, target=kind)
+        for q, k in shapes or default_shapes()
+    ]
+    if options["tracker"] is None and load_warning():
         out.print(f"note: {load_warning()}")
-    try:
-        summary = run(
-            specs, target=target, rows=rows, trials=trials, seed=seed, cost_model=cost_model,
-            logs=logs, tracker=tracker, key=key, workers=workers, device=device,
-            reporter=RichReporter(out),
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        out.print("interrupted; what was measured is kept: run the same command again to go on")
-        return 130
-    show(summary)
-    return 0
+    with out.status("") as status:
 
+        class Screen(Reporter):
+            """What is done above, and how far it is, live, on the last line of a terminal."""
 
-def show(summary: Summary) -> None:
-    """Print the table of default against tuned."""
-    from ..spec import KernelSpec
-    from .output import console, table
+            def line(self, text: str) -> None:
+                out.print(text)
 
-    out = console()
-    made = table(
-        "Nq/Nk", "M", "default µs", "best µs", "gain", "at least", "spread", "trials", "kept"
-    )
-    last = ""
-    for outcome in summary.outcomes:
-        spec = KernelSpec.from_text(outcome.spec)
-        made.add_row(
-            f"{spec.q_cols}/{spec.k_cols}" if outcome.spec != last else "",
-            f"{outcome.rows:,}",
-            f"{outcome.default_us:,.2f}",
-            f"{outcome.best_us:,.2f}",
-            f"{outcome.gain['median']:.3f}",
-            f"{outcome.gain['low']:.3f}",
-            f"{outcome.spread:.1%}",
-            str(outcome.trials),
-            "record" if outcome.source == "record" else "default",
-        )
-        last = outcome.spec
-    out.print(made)
+            def status(self, text: str) -> None:
+                status.update(text)
+
+        try:
+            summary = run(specs, reporter=Screen(), **options)
+        except KeyboardInterrupt:
+            out.print("interrupted; what was measured is kept: run the same command again to go on")
+            return 130
     kept = sum(outcome.source == "record" for outcome in summary.outcomes)
     out.print(
         f"{kept} of {len(summary.outcomes)} keep a record; the others keep the default, which "
         "nothing beat by more than the noise"
     )
-    out.print(
-        "best: the candidate that seemed fastest, timed anew in turns with the default; at least: "
-        "the low end of the gain's 95 % interval; spread: of the ratios, and between processes"
-    )
     if summary.failed:
         out.print(f"{summary.failed} candidates failed, the first: {summary.first_failure}")
     out.print(
-        f"{summary.measured} trials in {summary.seconds / 60:.1f} minutes "
-        f"({summary.trials_per_minute:.0f} a minute), {summary.reused} from earlier sessions; "
-        f"logs: {summary.folder}"
+        f"{summary.measured} trials in {summary.seconds / 60:.1f} minutes, {summary.reused} from "
+        f"earlier sessions; logs: {summary.folder}"
     )
+    return 0

@@ -1,23 +1,40 @@
-"""`qknorm_tvm.tune`. Imports no TVM until it is called."""
+"""`qknorm_tvm.tune`, and what must be there before the first trial. Imports no TVM until called."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import TuningError
 from ..spec import KernelSpec
-from .shapes import ROWS
+from ..targets import parse_target
 
 if TYPE_CHECKING:
-    from .fleet import Fleet
     from .report import Reporter
     from .session import Summary
-    from .target import Device
-    from .workers import Runner
+
+#: Q and K columns of a whole layer, by model: heads times head size.
+MODELS = {
+    "MiniMax-M2": (48 * 128, 8 * 128),
+    "OLMo-2 7B": (32 * 128, 32 * 128),
+    "OLMo-2 32B": (40 * 128, 8 * 128),
+}
+#: Decode, and prefill.
+ROWS = (1, 16, 64, 512, 4096, 16384)
+COST_MODELS = ("auto", "xgb", "random")
+
+
+def default_shapes() -> list[tuple[int, int]]:
+    """Return ``(q_cols, k_cols)`` of one of 1, 2, 4 or 8 ranks of every model, each pair once."""
+    shapes = ((q_cols // ranks, k_cols // ranks)
+              for q_cols, k_cols in MODELS.values() for ranks in (1, 2, 4, 8))  # fmt: skip
+    return list(dict.fromkeys(shapes))
 
 
 def tune(
@@ -88,82 +105,109 @@ def tune(
     TypeError, ValueError
         An argument is wrong; the message names it.
     TuningError
-        Something that is needed is missing, the folder is in use, no candidate works, or no server
-        is left. The message says what to do; what was measured is kept.
+        Something that is needed is missing, the folder is in use, a default fails, or no server is
+        left. The message says what to do; what was measured is kept.
     KeyboardInterrupt
         Ctrl-C or SIGTERM. What was measured is kept.
     """
-    from . import preflight
-    from .devices import resolve
-
-    if cost_model not in preflight.COST_MODELS:
-        raise ValueError(
-            f"cost_model must be one of {', '.join(preflight.COST_MODELS)}, got {cost_model!r}"
-        )
-    preflight.check_numbers(trials=trials, workers=workers)
-    for count in rows:
-        preflight.check_numbers(rows=count)
+    if cost_model not in COST_MODELS:
+        raise ValueError(f"cost_model must be one of {', '.join(COST_MODELS)}, got {cost_model!r}")
+    for name, value in [("trials", trials), ("workers", workers), *(("rows", m) for m in rows)]:
+        _check_integer(name, value, 1, "at least 1")
     if not rows:
         raise ValueError("rows must name at least one row count, got none")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
+    _check_integer("seed", seed, 0, "0 or more")
     if tracker is None and key is not None:
         raise ValueError("key needs tracker, the address of the fleet's tracker")
-    fleet = None
-    if tracker is not None:
-        from .fleet import Fleet
+    from .fleet import Fleet
 
-        fleet = Fleet.parse(tracker, key)
-    cost_model = preflight.check_extras(cost_model, remote=fleet is not None)
+    fleet = None if tracker is None else Fleet.parse(tracker, key)
+    cost_model = check_packages(cost_model, remote=fleet is not None)
     if fleet is not None:
         workers = min(workers, fleet.check())
-    text, tuned_device = resolve(target, fleet, device)
-    preflight.check_compiler(text)
 
     from ..build.tuned import default_logs
-    from .shapes import default_specs
-
-    chosen = preflight.check_specs(default_specs(text) if specs is None else specs, text)
-    folder = Path(logs) if logs is not None else default_logs()
-    preflight.check_space(folder)
-    return _run(chosen, text, tuned_device, rows, folder, fleet, workers, reporter, {
-        "trials": trials, "seed": seed, "cost_model": cost_model,
-    })  # fmt: skip
-
-
-def _run(
-    specs: Sequence[KernelSpec],
-    text: str,
-    device: Device,
-    rows: Sequence[int],
-    folder: Path,
-    fleet: Fleet | None,
-    workers: int,
-    reporter: Reporter | None,
-    options: dict[str, Any],
-) -> Summary:
-    from ..machine import usable_processors
-    from .report import Reporter
-    from .session import Options, Session
+    from .devices import resolve
+    from .session import Session
     from .targets import open_target
-    from .workers import LocalRunner
 
-    runner: Runner
-    if fleet is None:
-        runner = LocalRunner(text)
-    else:
-        from .fleet import FleetRunner
-
-        runner = FleetRunner(fleet, text, workers)
+    text, tuned_device = resolve(target, fleet, device)
+    if specs is None:
+        specs = [KernelSpec(q_cols=q, k_cols=k, target=text) for q, k in default_shapes()]
+    checked = _check_specs(specs, text)
+    folder = Path(logs) if logs is not None else default_logs()
+    _check_folder(folder)
     from_command = sys.argv and Path(sys.argv[0]).name == "qknorm-tvm"
-    settings = Options(
-        builders=usable_processors(),
+    session = Session(
+        open_target(text, threads=tuned_device.threads),
+        tuned_device,
+        folder,
+        trials=trials,
+        seed=seed,
+        cost_model=cost_model,
+        fleet=fleet,
+        workers=workers,
         command=shlex.join(["qknorm-tvm", *sys.argv[1:]]) if from_command else "qknorm_tvm.tune",
-        **options,
+        reporter=reporter,
     )
-    target = open_target(text, threads=device.threads)
-    return Session(target, device, folder, runner, settings, reporter or Reporter()).run(
-        specs, rows
-    )
+    return session.run(checked, rows)
+
+
+def _check_integer(name: str, value: Any, least: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_packages(cost_model: str, *, remote: bool) -> str:
+    """Return the cost model to use, ``"xgb"`` or ``"random"``.
+
+    Raises
+    ------
+    TuningError
+        A package is missing.
+    """
+    needed = ["tvm", "cloudpickle", "psutil"]
+    needed += ["tornado"] * remote + ["xgboost"] * (cost_model == "xgb")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise TuningError(
+            f"tuning needs {' and '.join(missing)}, which {verb} not installed; install what it "
+            "needs with: pip install 'qknorm-tvm[tune]'"
+        )
+    if cost_model == "auto":
+        return "xgb" if importlib.util.find_spec("xgboost") else "random"
+    return cost_model
+
+
+def _check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:
+    """Return the specs for the target that is tuned, each once."""
+    kind = parse_target(text).kind
+    checked = []
+    for spec in specs:
+        if not isinstance(spec, KernelSpec):
+            raise TypeError(f"specs must be KernelSpecs, got {type(spec).__name__}")
+        if spec.q_cols is None or spec.k_cols is None:
+            raise ValueError(f"specs must have fixed columns to be tuned, got {spec.text}")
+        if spec.parsed_target.kind != kind:
+            raise ValueError(f"specs must be for {text}, which is tuned, got {spec.text}")
+        checked.append(spec.replace(target=text))
+    if not checked:
+        raise ValueError("specs must name at least one KernelSpec, got none")
+    return list(dict.fromkeys(checked))
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that a folder of logs can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TuningError(
+            f"{folder} cannot be made ({error.strerror}); give another folder with --logs"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise TuningError(f"{folder} cannot be written to; give another folder with --logs")
+    if shutil.disk_usage(folder).free < 1 << 26:
+        raise TuningError(f"less than 64 MiB are free at {folder}; make room for its database")

@@ -63,25 +63,16 @@ def spread(samples: Sequence[float]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The default against a config at one row count.
-
-    Parameters
-    ----------
-    rows : int
-        M.
-    default_us, config_us : float
-        Medians of all samples, microseconds.
-    gain : Ratio
-        Of all pairs of samples.
-    spread : float
-        The widest of: the quartiles of the paired ratios over their median; and, of the default
-        and of the config, how far their medians in different processes lie apart.
-    """
+    """The default against a config at one row count."""
 
     rows: int
+    #: Medians of all samples, microseconds.
     default_us: float
     config_us: float
+    #: Of all pairs of samples.
     gain: Ratio
+    #: The widest of: the quartiles of the paired ratios over their median; and, of the default and
+    #: of the config, how far their medians in different processes lie apart.
     spread: float
 
     @property
@@ -123,22 +114,16 @@ class Verdict:
 def judge(rows: int, processes: Sequence[Sequence[Sequence[float]]]) -> Verdict:
     """Compare a config with the default.
 
-    Parameters
-    ----------
-    rows : int
-    processes : sequence
-        Of each process the default's samples and the config's, in seconds, paired.
+    `processes` are, of each process, the default's samples and the config's, in seconds, paired.
     """
     base = [sample for default, _ in processes for sample in default]
     other = [sample for _, config in processes for sample in config]
     ratios = [a / b for a, b in zip(base, other, strict=True)]
-    apart = [_range([statistics.median(samples) for samples in side])
-             for side in zip(*processes, strict=True)]  # fmt: skip
+    widest = spread(ratios)
+    for samples_by_process in zip(*processes, strict=True):
+        medians = [statistics.median(samples) for samples in samples_by_process]
+        widest = max(widest, max(medians) / min(medians) - 1)
     return Verdict(
         rows, 1e6 * statistics.median(base), 1e6 * statistics.median(other),
-        paired_ratio(base, other), max(spread(ratios), *apart),
+        paired_ratio(base, other), widest,
     )  # fmt: skip
-
-
-def _range(medians: Sequence[float]) -> float:
-    return max(medians) / min(medians) - 1

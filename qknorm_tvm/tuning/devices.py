@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import BuildError, TuningError
 from ..machine import usable_processors
@@ -18,43 +19,47 @@ from ..targets import (
     host_machine,
     parse_target,
 )
-from .target import Device
-
-if TYPE_CHECKING:
-    from .fleet import Fleet
+from .fleet import Fleet
+from .workers import remote_cpu
 
 
-def resolve(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
-    """Return the target's text, and the device that is tuned on.
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What candidates are measured on."""
+
+    #: Name of its folder of logs, such as ``"x86_64-znver4"``.
+    folder: str
+    #: What provenance says about it, JSON-ready.
+    details: Mapping[str, Any]
+    #: Processors that a call may use; None when unknown.
+    threads: int | None = None
+
+
+def resolve(target: str, fleet: Fleet | None, name: str | None) -> tuple[str, Device]:
+    """Return the level, CPU or architecture to generate code for, and the device.
+
+    A `name` is that of the device's folder.
 
     Raises
     ------
-    TypeError, ValueError, TuningError
-        The target is none, is not one that can be tuned here, or the device cannot be found out.
-    """
-    if parse_target(target).kind == "cuda":
-        return resolve_cuda(target, fleet, device)
-    return resolve_cpu(target, fleet, device)
-
-
-def resolve_cpu(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
-    """Return the level or CPU to generate code for, and the device.
-
-    Raises
-    ------
+    TypeError, ValueError
+        The target is none, or names several architectures.
     TuningError
-        The target is AArch64, this machine cannot run the target's code, or the remote CPU cannot
-        be found out.
+        It cannot be tuned here, or the device cannot be found out.
     BuildError
         LLVM does not know the target's CPU.
     """
+    if parse_target(target).kind == "cuda":
+        return _gpu(target, fleet, name)
     if target == AARCH64 or (target == "cpu" and fleet is None and host_machine() == AARCH64):
         raise TuningError(
             "aarch64 cannot be tuned: its modules use the heuristic's configs; give a config of "
             "your own to qknorm_tvm.compile"
         )
-    if fleet is not None:
-        return _remote(target, fleet, device)
+    return _local_cpu(target, name) if fleet is None else _remote_cpu(target, fleet, name)
+
+
+def _local_cpu(target: str, name: str | None) -> tuple[str, Device]:
     from ..build.cpu import cpu_features
     from ..build.tuned import host_device
     from ..machine import cpu_name
@@ -69,54 +74,39 @@ def resolve_cpu(target: str, fleet: Fleet | None, device: str | None) -> tuple[s
             f"this CPU cannot run code for {text}: it lacks {', '.join(lacking)}; tune where it "
             "runs, or through a tracker with --tracker HOST:PORT --key KEY"
         )
-    threads = call_threads()
+    # What the module's own pool defaults to.
+    given = os.environ.get("TVM_NUM_THREADS", "")
+    threads = int(given) if given.isdigit() and int(given) > 0 else usable_processors()
     details = {
         "cpu": cpu_name(),
         "threads": threads,
         "system": f"{platform.system()} {platform.release()}",
     }
-    return text, Device(device or host_device(), details, threads)
+    return text, Device(name or host_device(), details, threads)
 
 
-def call_threads() -> int:
-    """Return how many threads measured calls will use: what the module's own pool defaults to."""
-    given = os.environ.get("TVM_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else usable_processors()
-
-
-def _remote(target: str, fleet: Fleet, device: str | None) -> tuple[str, Device]:
+def _remote_cpu(target: str, fleet: Fleet, name: str | None) -> tuple[str, Device]:
     from ..build.cpu import cpu_features
-    from .fleet import remote_cpu
 
-    name = device.partition("-")[2] if device else remote_cpu(fleet)
-    folder = device or f"x86_64-{name}"
+    cpu = name.partition("-")[2] if name else remote_cpu(fleet)
     text = target
     if target == "cpu":
         try:
-            features = set(cpu_features(name))
+            features = set(cpu_features(cpu))
         except BuildError:
             features = set()
         fitting = [level for level, needed in X86_LEVELS.items() if features.issuperset(needed)]
         if not fitting:
             raise TuningError(
-                f"no x86-64 level is known for the server's CPU {name!r}; give one with --target, "
+                f"no x86-64 level is known for the server's CPU {cpu!r}; give one with --target, "
                 "such as x86-64-v3"
             )
         text = fitting[0]
-    details = {"cpu": name, "tracker": f"{fleet.host}:{fleet.port}", "key": fleet.key}
-    return text, Device(folder, details)
+    details = {"cpu": cpu, "tracker": str(fleet), "key": fleet.key}
+    return text, Device(name or f"x86_64-{cpu}", details)
 
 
-def resolve_cuda(target: str, fleet: Fleet | None, device: str | None) -> tuple[str, Device]:
-    """Return the architecture to generate code for, and this machine's GPU.
-
-    Raises
-    ------
-    TuningError
-        There is no GPU or no torch with CUDA, or the GPU is of another architecture.
-    ValueError
-        The target names several architectures.
-    """
+def _gpu(target: str, fleet: Fleet | None, name: str | None) -> tuple[str, Device]:
     if fleet is not None:
         raise TuningError(
             "a CUDA device is tuned on its own machine, without --tracker: launches are timed in "
@@ -141,11 +131,10 @@ def resolve_cuda(target: str, fleet: Fleet | None, device: str | None) -> tuple[
         "memory_gb": round(about.total_memory / 1e9, 1),
         "multiprocessors": about.multi_processor_count,
         "l2_bytes": getattr(about, "L2_cache_size", None),
-        "driver": _driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    return own, Device(device or folder_name(about.name), details)
+    return own, Device(name or folder_name(about.name), details)
 
 
 def folder_name(gpu: str) -> str:
@@ -153,12 +142,3 @@ def folder_name(gpu: str) -> str:
     words = re.split(r"[ -]+", gpu.lower())
     noise = re.compile(r"\d+gb|hbm\d\w?|sxm\d?|pcie|nvl")
     return "-".join(word for word in words if word and not noise.fullmatch(word))
-
-
-def _driver() -> str:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return "unknown"
-    version = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
-    return version[1] if version else "unknown"

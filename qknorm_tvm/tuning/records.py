@@ -1,4 +1,4 @@
-"""MetaSchedule's database files, read and mended in Python before TVM sees them.
+"""MetaSchedule's database files, read and mended in Python before TVM sees them. Imports no TVM.
 
 TVM's loader dies of a blank line or of ``{}``, and does not say which line is truncated. A database
 is two files with one JSON value a line: workloads ``["hash", "module in base64"]``, and records
@@ -8,13 +8,12 @@ is two files with one JSON value a line: workloads ``["hash", "module in base64"
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import json
 import os
 import statistics
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from ..operations import OPERATIONS
 
 WORKLOADS = "database_workload.json"
 RECORDS = "database_tuning_record.json"
-#: What TVM stores for a candidate that failed.
+#: Head of the annotations that say which config a scheduled module is, as in `schedules`.
+NOTE = "qknorm."
+#: What TVM stores for a candidate that failed is more.
 _FAILED_S = 1e9
 
 
@@ -41,24 +42,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One measured candidate.
-
-    Parameters
-    ----------
-    workload : str
-        Hash of its workload.
-    fields : mapping
-        The sampled fields.
-    seconds : list of float
-        Samples.
-    content : list
-        The record as stored, without the workload's index.
-    """
+    """One measured candidate: its workload's hash, its fields, its samples, and its line."""
 
     workload: str
     fields: dict[str, int]
     seconds: list[float]
-    content: list[Any]
+    line: str
 
     @property
     def median(self) -> float:
@@ -66,74 +55,53 @@ class Record:
         return statistics.median(self.seconds)
 
     @property
-    def key(self) -> tuple[str, tuple[tuple[str, int], ...]]:
-        """Workload and fields: equal for two measurements of one candidate."""
-        return self.workload, tuple(sorted(self.fields.items()))
+    def key(self) -> tuple[str, frozenset[tuple[str, int]]]:
+        """Equal for two measurements of one candidate."""
+        return self.workload, frozenset(self.fields.items())
 
 
 @dataclasses.dataclass
 class Logs:
     """The usable content of a folder, and what is wrong with the rest.
 
-    `workloads` maps hashes to lines, in the order of the file.
+    `workloads` are the hashes by line, as records name them; None where a line is not usable.
     """
 
-    folder: Path
-    workloads: dict[str, str]
+    workloads: list[str | None]
     records: list[Record]
     problems: list[Problem]
 
 
 def read_logs(folder: Path) -> Logs:
-    """Read a folder's database files, line by line, whatever is in them.
-
-    Parameters
-    ----------
-    folder : Path
-        A missing file is an empty one.
-
-    Returns
-    -------
-    Logs
-    """
-    _finish_replacement(folder)
-    logs = Logs(folder, {}, [], [])
-    # Hash by line, for the records; None where the line is not usable.
-    hashes: list[str | None] = []
+    """Read a folder's database files, whatever is in them; a missing file is an empty one."""
+    logs = Logs([], [], [])
     path = folder / WORKLOADS
     for number, text in _lines(path):
         try:
-            name = _workload(text)
+            logs.workloads.append(_workload(text))
         except ValueError as error:
             logs.problems.append(Problem(path, number, str(error), text))
             # A blank line was inserted; it stands for no workload that a record could name.
             if text.strip():
-                hashes.append(None)
-            continue
-        hashes.append(name)
-        logs.workloads.setdefault(name, text)
+                logs.workloads.append(None)
     path = folder / RECORDS
     for number, text in _lines(path):
         try:
-            logs.records.append(_record(text, hashes))
+            logs.records.append(_record(text, logs.workloads))
         except ValueError as error:
             logs.problems.append(Problem(path, number, str(error), text))
     return logs
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    data = path.read_bytes() if path.exists() else b""
+    if not data:
         return []
-    text = data.decode("utf-8", errors="replace")
-    lines = text.split("\n")
-    if lines and lines[-1] == "":
-        lines.pop()
-    return list(enumerate(lines, start=1))
+    text = data.decode("utf-8", errors="replace").removesuffix("\n")
+    return list(enumerate(text.split("\n"), start=1))
 
 
-def _value(text: str) -> Any:
+def _list(text: str) -> list[Any]:
     if not text.strip():
         raise ValueError("blank line")
     try:
@@ -147,7 +115,7 @@ def _value(text: str) -> Any:
 
 def _workload(text: str) -> str:
     """Check a workload's line and return its hash."""
-    value = _value(text)
+    value = _list(text)
     if len(value) != 2 or not all(isinstance(part, str) for part in value):
         raise ValueError("foreign line: must be [hash, module], two strings")
     name, encoded = value
@@ -157,23 +125,18 @@ def _workload(text: str) -> str:
         data = base64.b64decode(encoded, validate=True)
         (size,) = struct.unpack_from("<Q", data)
         module = json.loads(data[8:])
-    except (binascii.Error, struct.error, ValueError):
+        root = module["nodes"][module["root_index"]]["type"]
+    except (struct.error, ValueError, TypeError, KeyError, IndexError):
         raise ValueError("the workload's module is damaged") from None
     if size != len(data) - 8:
         raise ValueError("the workload's module is damaged")
-    try:
-        root = module["nodes"][module["root_index"]]["type"]
-    except (TypeError, KeyError, IndexError):
-        raise ValueError("the workload's module is damaged") from None
     if root != "ir.IRModule":
         raise ValueError(f"foreign line: the workload is a {root}, no module")
     return str(name)
 
 
 def _record(text: str, hashes: Sequence[str | None]) -> Record:
-    from .trace import sampled_fields
-
-    value = _value(text)
+    value = _list(text)
     if len(value) != 2 or not isinstance(value[1], list) or len(value[1]) != 4:
         raise ValueError("foreign line: must be [workload, [trace, seconds, target, arguments]]")
     index, content = value
@@ -196,115 +159,96 @@ def _record(text: str, hashes: Sequence[str | None]) -> Record:
         len(operation.tensors) for operation in OPERATIONS.values()
     }:
         raise ValueError("foreign line: its arguments are no operation's tensors")
-    return Record(workload, sampled_fields(trace), [float(time) for time in seconds], content)
+    return Record(workload, sampled_fields(trace), [float(time) for time in seconds], text)
 
 
-# ---- changing files -------------------------------------------------------------------------
+def sampled_fields(trace: Sequence[Any]) -> dict[str, int]:
+    """Read a config's fields back from a trace in JSON form: ``[instructions, decisions]``.
+
+    Raises
+    ------
+    ValueError
+        It is no trace of our schedules.
+    """
+    try:
+        instructions, decisions = trace
+        taken = {int(index): int(value) for index, value in decisions}
+        values, fields = {}, {}
+        for index, (kind, inputs, attributes, outputs) in enumerate(instructions):
+            if kind == "SampleCategorical":
+                values[outputs[0]] = int(attributes[0][taken[index]])
+            elif kind == "Annotate" and str(attributes[0]).startswith(NOTE):
+                fields[attributes[0].removeprefix(NOTE)] = int(values.get(inputs[1], inputs[1]))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        raise ValueError("the trace is damaged, or not of this project's schedules") from None
+    if not fields:
+        raise ValueError("the trace is not of this project's schedules: it names no config")
+    return fields
+
+
+# ---- changing; the folder's lock is held ------------------------------------------------------
 
 
 def repair(folder: Path) -> list[Problem]:
     """Put unusable lines aside, in ``<file>.rejected``, and leave the rest; returns them.
 
-    Call it with the folder's lock held.
+    Records name workloads by line, so these keep their lines: one that is not usable becomes a copy
+    of one that is. Records that name it go first, whatever interrupts this.
     """
     logs = read_logs(folder)
-    if logs.problems:
-        reject(logs.problems)
-        write_logs(logs)
+    if not logs.problems:
+        return []
+    _put_aside(logs.problems)
+    _write(folder / RECORDS, [record.line for record in logs.records])
+    bad = {problem.line for problem in logs.problems if problem.path.name == WORKLOADS}
+    if bad:
+        lines = _lines(folder / WORKLOADS)
+        usable = [text for number, text in lines if number not in bad]
+        _write(folder / WORKLOADS, [
+            usable[0] if number in bad else text
+            for number, text in lines if usable and text.strip()
+        ])  # fmt: skip
     return logs.problems
-
-
-def reject(problems: Sequence[Problem]) -> None:
-    """Keep lines aside, each with its place and what is wrong with it."""
-    for problem in problems:
-        aside = problem.path.with_name(problem.path.name + ".rejected")
-        entry = {"line": problem.line, "reason": problem.reason, "text": problem.text}
-        with aside.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def reject_all(folder: Path, reason: str) -> list[Problem]:
     """Put all records of a folder aside, for one reason; returns them."""
-    _finish_replacement(folder)
     path = folder / RECORDS
     problems = [Problem(path, number, reason, text) for number, text in _lines(path)]
-    reject(problems)
-    write_logs(Logs(folder, {}, [], []))
+    _put_aside(problems)
+    _write(path, [])
     return problems
 
 
-def write_logs(logs: Logs) -> None:
-    """Replace a folder's database files by what `logs` holds.
+def prune(folder: Path, keep: int, always: Collection[Any] = ()) -> int:
+    """Leave of each workload its fastest records, and those whose key is in `always`.
 
-    The two files refer to each other by line: an interruption must not leave one new and one old.
-    The new workloads' file appears last, and is the sign that both are complete.
+    Of a candidate that was measured several times the latest record counts. Returns how many went.
     """
-    index = {name: number for number, name in enumerate(logs.workloads)}
-    records = [
-        json.dumps([index[record.workload], record.content], separators=(",", ":"))
-        for record in logs.records
-    ]
-    _finish_replacement(logs.folder)
-    for name, lines in ((RECORDS, records), (WORKLOADS, list(logs.workloads.values()))):
-        new = logs.folder / f"{name}.new"
-        partial = logs.folder / f"{name}.partial"
-        with partial.open("w") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, new)
-    _finish_replacement(logs.folder)
-
-
-def _finish_replacement(folder: Path) -> None:
-    records, workloads = folder / f"{RECORDS}.new", folder / f"{WORKLOADS}.new"
-    if not workloads.exists():
-        records.unlink(missing_ok=True)
-        return
-    if records.exists():
-        os.replace(records, folder / RECORDS)
-    os.replace(workloads, folder / WORKLOADS)
-
-
-def deduplicate(logs: Logs) -> int:
-    """Keep one record of each candidate, the latest; returns how many went."""
-    latest = {record.key: record for record in logs.records}
-    kept = [record for record in logs.records if latest[record.key] is record]
-    gone = len(logs.records) - len(kept)
-    logs.records = kept
-    return gone
-
-
-def prune(
-    logs: Logs,
-    keep: int,
-    always: Sequence[tuple[str, dict[str, int]]] = (),
-    counts: Mapping[str, int] | None = None,
-) -> int:
-    """Keep the fastest records of each workload; returns how many went.
-
-    Parameters
-    ----------
-    logs : Logs
-        Changed in place; workloads left without a record go too.
-    keep : int
-        Records of a workload.
-    always : sequence
-        Workloads and fields that stay whatever their times.
-    counts : mapping, optional
-        Records of workloads of which another number is kept.
-    """
-    held = {(name, tuple(sorted(fields.items()))) for name, fields in always}
+    records = read_logs(folder).records
     by_workload: dict[str, list[Record]] = {}
-    for record in logs.records:
+    for record in {record.key: record for record in records}.values():
         by_workload.setdefault(record.workload, []).append(record)
     kept = []
-    for name, group in by_workload.items():
-        fastest = sorted(group, key=lambda record: record.median)
-        best = fastest[: (counts or {}).get(name, keep)]
-        kept += [record for record in group if record in best or record.key in held]
-    gone = len(logs.records) - len(kept)
-    logs.records = kept
-    used = {record.workload for record in kept}
-    logs.workloads = {name: line for name, line in logs.workloads.items() if name in used}
-    return gone
+    for group in by_workload.values():
+        fastest = sorted(group, key=lambda record: record.median)[:keep]
+        kept += [record for record in group if record in fastest or record.key in always]
+    _write(folder / RECORDS, [record.line for record in kept])
+    return len(records) - len(kept)
+
+
+def _put_aside(problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        entry = {"line": problem.line, "reason": problem.reason, "text": problem.text}
+        with problem.path.with_name(problem.path.name + ".rejected").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _write(path: Path, lines: Sequence[str]) -> None:
+    """Replace a file by lines, atomically."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
