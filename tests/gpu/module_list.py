@@ -52,6 +52,29 @@ RANKS = (
 )
 
 
+#: What rotates, without its target.
+ROTATING = tuple(
+    KernelSpec(**{"op": "qk_rms_norm_rope_cache", "target": "cuda", **fields})  # type: ignore[arg-type]
+    for fields in (
+        {"q_cols": 1536, "k_cols": 256, "head_dim": 128, "rotary_dim": 64},
+        {"q_cols": 1536, "k_cols": 256, "head_dim": 128, "rotary_dim": 64, "statistics": "local"},
+        {"q_cols": 6144, "k_cols": 1024, "head_dim": 128, "rotary_dim": 128},
+        {"q_cols": 6144, "k_cols": 1024, "head_dim": 128, "rotary_dim": 128, "statistics": "local"},
+        # Partners read again; elements one by one; neighbours; no rotation.
+        {"q_cols": 640, "k_cols": 160, "head_dim": 80, "rotary_dim": 32, "statistics": "local"},
+        {"q_cols": 270, "k_cols": 90, "head_dim": 30, "rotary_dim": 20, "writes_k_out": True},
+        {"q_cols": 512, "k_cols": 256, "head_dim": 128, "rotary_dim": 64, "interleaved": True,
+         "in_dtype": "float16", "rotary_dtype": "float32"},
+        {"q_cols": 512, "k_cols": 256, "head_dim": 64, "statistics": "local",
+         "in_dtype": "float32"},
+        {"q_cols": 512, "k_cols": 256, "head_dim": 128, "rotary_dim": 128, "statistics": "local",
+         "cache_dtype": "float8_e4m3fn"},
+        {"op": "qk_rms_norm_rope", "q_cols": 1536, "k_cols": 256, "head_dim": 128,
+         "rotary_dim": 64},
+    )
+)  # fmt: skip
+
+
 def _layer(target: str, sizes: Sequence[tuple[str, int | None, int | None]]) -> list[KernelSpec]:
     ops = ("row_mean_of_squares_qk", "qk_rms_norm", "apply_qk_rms_norm")
     return [
@@ -93,6 +116,14 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
         ],
         "layer": _layer(target, STATISTICS),
         "ranks": _layer(target, RANKS),
+        # With their own order of summation, which the tests of local statistics ask for.
+        "rotating": [
+            *(spec.replace(target=target) for spec in ROTATING),
+            *(
+                KernelSpec(op="row_mean_of_squares_qk", in_dtype=dtype, target=target)
+                for dtype in ("bfloat16", "float32")
+            ),
+        ],
         "layer_other_outputs": [
             KernelSpec(
                 op="qk_rms_norm",
