@@ -74,6 +74,14 @@ __all__ = [
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
 
+#: Tensors that may have no dimension, for one of a single element.
+_SCALES = {
+    argument.name
+    for operation in OPERATIONS.values()
+    for argument in operation.arguments
+    if argument.shape == (SCALES,)
+}
+
 _library = torch.library.Library("qknorm_tvm", "DEF")
 #: Compilers may lay intermediate tensors out anew, column by column too, but not for these.
 _STRIDES = "needs_exact_strides" if hasattr(torch.Tag, "needs_exact_strides") else None
@@ -112,7 +120,9 @@ def _check(
     if tensor.dim() != dimensions:
         plural = "" if dimensions == 1 else "s"
         raise ValueError(f"{name} must have {dimensions} dimension{plural}, got {tensor.dim()}")
-    _check_dtype(argument, tensor, q.dtype, out_dtype)
+    if argument.dtype != ROTARY_DTYPE:  # checked with the spec
+        cache_dtype = tensors["k_cache"].dtype if argument.is_cache else None
+        _check_dtype(argument, tensor, q.dtype, out_dtype, cache_dtype)
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, got a tensor on {tensor.device}")
     _check_shape(argument, tensors, head_dim)
@@ -126,21 +136,17 @@ def _check(
 
 
 def _check_dtype(
-    argument: TensorArgument, tensor: Tensor, in_dtype: torch.dtype, out_dtype: torch.dtype
+    argument: TensorArgument,
+    tensor: Tensor,
+    in_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
 ) -> None:
     name, came = argument.name, _dtype_name(tensor.dtype)
-    choices = {
-        ROTARY_DTYPE: (in_dtype, torch.float32),
-        CACHE_DTYPE: (in_dtype, torch.float8_e4m3fn),
-    }.get(argument.dtype)
-    if choices is not None:
-        if tensor.dtype not in choices:
-            first, second = map(_dtype_name, choices)
-            raise TypeError(f"{name} must be {first} like q, or {second}, got {came}")
-        return
-    dtypes = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype}
-    dtype = dtypes.get(argument.dtype) or ELEMENT_TYPES[argument.dtype].torch
-    if argument.dtype in dtypes and _dtype_name(dtype) not in DTYPE_BYTES:
+    operands = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype}
+    dtype = (operands | {CACHE_DTYPE: cache_dtype}).get(argument.dtype)
+    dtype = dtype or ELEMENT_TYPES[argument.dtype].torch
+    if argument.dtype in operands and _dtype_name(dtype) not in DTYPE_BYTES:
         raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {came}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {_dtype_name(dtype)}, got {came}")
@@ -148,44 +154,52 @@ def _check_dtype(
 
 def _check_shape(argument: TensorArgument, tensors: dict[str, Tensor], head_dim: Any) -> None:
     name, tensor, q, k = argument.name, tensors[argument.name], tensors["q"], tensors["k"]
-    dimensions = len(argument.shape)
-    # Which tensor has an extent first, and how much it is.
-    known: dict[Any, tuple[str, Any]] = {Q_COLS: ("q", q.shape[1]), K_COLS: ("k", k.shape[1])}
-    if head_dim is not None:
-        known |= {HEAD_DIM: ("", head_dim), KV_HEADS: ("", k.shape[1] // head_dim)}
+    is_list = len(argument.shape) == 1
+    rows, kv_heads = q.shape[0], k.shape[1] // (head_dim or 1)
+    # How much an extent is, and how it is called: of what, and like which tensor's.
+    known: dict[Any, tuple[Any, str, str]] = {
+        ROWS: (rows, "elements" if is_list else "rows", "like q's rows" if is_list else "like q"),
+        Q_COLS: (q.shape[1], "elements" if is_list else "columns", ""),
+        K_COLS: (k.shape[1], "elements" if is_list else "columns", ""),
+        KV_HEADS: (kv_heads, "heads", ""),
+        HEAD_DIM: (head_dim, "columns in a head", ""),
+    }
     if "k_cache" in tensors:
         blocks, block_size = tensors["k_cache"].shape[:2]
-        known |= {BLOCKS: ("k_cache", blocks), BLOCK_SIZE: ("k_cache", block_size)}
+        known[BLOCKS] = blocks, "blocks", "like k_cache"
+        known[BLOCK_SIZE] = block_size, "slots in a block", "like k_cache"
     for size, extent in zip(tensor.shape, argument.shape, strict=True):
-        if extent == ROWS:
-            unit = "elements" if dimensions == 1 else "rows"
-            rows = q.shape[0]
-            _require(size == rows, f"{name} must have {rows} {unit} like q, got {size}")
-        elif extent == SLOTS:
-            rows = q.shape[0]
+        if extent in (MAX_POSITION, ROTARY_DIM):
+            continue  # its own, and checked with the spec
+        if extent == SLOTS:
             _require(
                 size <= rows, f"{name} must have at most {rows} elements like q's rows, got {size}"
             )
-        elif extent == SCALES:
-            heads = known[KV_HEADS][1]
+            continue
+        if extent == SCALES:
             _require(
-                size == 1 or size == heads,
-                f"{name} must have 1 or {heads} elements like k's heads, got {size}",
+                size == 1 or size == kv_heads,
+                f"{name} must have 1 or {kv_heads} elements like k's heads, got {size}",
             )
-        elif extent == ROTARY_DIM:
-            _require(
-                size % 2 == 0 and size <= head_dim,
-                f"{name} must have an even number of columns, at most head_dim ({head_dim}), got "
-                f"{size}",
-            )
-        elif extent != MAX_POSITION:
-            owner, wanted = known.get(extent, ("", extent))
-            unit = "elements" if dimensions == 1 else "columns"
-            unit = str(extent) if dimensions > 2 else unit
-            if owner != name:
-                _require(size == wanted, f"{name} must have {wanted} {unit}, got {size}")
-            if dimensions < 3:
-                _require(size >= 1, f"{name} must have at least 1 column, got 0")
+            continue
+        wanted, unit, like = known.get(extent, (extent, "columns", ""))
+        text = f"{wanted} {unit} {like}".rstrip()
+        _require(size == wanted, f"{name} must have {text}, got {size}")
+        if extent in (Q_COLS, K_COLS):
+            _require(size >= 1, f"{name} must have at least 1 column, got 0")
+
+
+def _check_spec(operation: Operation, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """Raise for what no spec of an operation that rotates may have, as the Python API does."""
+    q, k, choices = tensors["q"], tensors["k"], {}
+    if operation.has_cache:
+        scales = tensors.get("k_scale"), tensors.get("v_scale")
+        choices["cache_dtype"] = api.cache_dtype_of(q, tensors["k_cache"], *scales)
+    positions, cos_sin_cache = tensors.get("positions"), tensors.get("cos_sin_cache")
+    choices |= api.rotation_fields(
+        positions, cos_sin_cache, options["head_dim"], options.get("interleaved", False)
+    )
+    api.spec_of(operation.name, "cpu", q=q, k=k, **choices)
 
 
 # ---- registration -----------------------------------------------------------------------------
@@ -236,6 +250,9 @@ def _register(
 
     def fake(*args: Any, **options: Any) -> Any:
         tensors = tensors_of(args, options)
+        tensors |= {name: api.as_list(tensors[name]) for name in _SCALES & tensors.keys()}
+        if operation.rotates:
+            _check_spec(operation, tensors, options)
         q, k = tensors["q"], tensors["k"]
         out_dtype = options.get("out_dtype") or tensors.get(outputs[0], q).dtype
         if options.get("out_dtype") is not None:
@@ -320,7 +337,9 @@ def _register_forms(operation: Operation) -> None:
     _register(operation, "", schema({}, [*caches, *dtype, *flags], results), run)
 
     given = [
-        f"Tensor({alias[name]}!){'?' if operation[name].given_if else ''} {name}"
+        f"Tensor({alias[name]}!)? {name}=None"
+        if operation[name].given_if
+        else f"Tensor({alias[name]}!) {name}"
         for name in operation.outputs
     ]
 

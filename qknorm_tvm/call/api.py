@@ -274,7 +274,7 @@ def qk_rms_norm_rope(
             k=k,
             cast_before_gamma=cast_before_gamma,
             statistics="local" if qk_var is None else "given",
-            **_rotation(positions, cos_sin_cache, head_dim, interleaved),
+            **rotation_fields(positions, cos_sin_cache, head_dim, interleaved),
         )
     if validate:
         _check_bounds("positions", positions, cos_sin_cache)
@@ -378,11 +378,11 @@ def qk_rms_norm_rope_cache(
             cast_before_gamma=cast_before_gamma,
             statistics="local" if qk_var is None else "given",
             writes_k_out=k_out is not None,
-            cache_dtype=_cache_dtype(q, k_cache, k_scale, v_scale),
-            **_rotation(positions, cos_sin_cache, head_dim, interleaved),
+            cache_dtype=cache_dtype_of(q, k_cache, k_scale, v_scale),
+            **rotation_fields(positions, cos_sin_cache, head_dim, interleaved),
         )
     if k_scale is not None:
-        k_scale, v_scale = _as_list(k_scale), _as_list(v_scale)
+        k_scale, v_scale = as_list(k_scale), as_list(v_scale)
     if validate:
         _check_bounds("positions", positions, cos_sin_cache)
         _check_bounds("slot_mapping", slot_mapping, k_cache)
@@ -396,7 +396,7 @@ def qk_rms_norm_rope_cache(
 # ---- what a call asks for ----------------------------------------------------------------------
 
 
-def _rotation(
+def rotation_fields(
     positions: Any, cos_sin_cache: Any, head_dim: int, interleaved: bool
 ) -> dict[str, Any]:
     """Return the fields of a spec for a rotation, or for none."""
@@ -421,7 +421,7 @@ def _rotation(
     return fields | {"rotary_dim": rotary_dim, "rotary_dtype": dtype, "interleaved": interleaved}
 
 
-def _cache_dtype(q: Any, k_cache: Any, k_scale: Any, v_scale: Any) -> str:
+def cache_dtype_of(q: Any, k_cache: Any, k_scale: Any, v_scale: Any) -> str:
     """Return the element type of a call's caches."""
     in_dtype, dtype = _operand_dtype("q", q), adapter_of("k_cache", k_cache).dtype(k_cache)
     if dtype not in (in_dtype, "float8_e4m3fn"):
@@ -433,7 +433,7 @@ def _cache_dtype(q: Any, k_cache: Any, k_scale: Any, v_scale: Any) -> str:
     return dtype
 
 
-def _as_list(scale: Any) -> Any:
+def as_list(scale: Any) -> Any:
     """Return a scale of no dimension as one of a single element."""
     return scale.reshape(1) if getattr(scale, "shape", None) == () else scale
 
@@ -492,6 +492,24 @@ def _columns(name: str, array: Any) -> int:
     return int(array.shape[1])
 
 
+def spec_of(
+    op: str, target: str, *, q: Any, k: Any, q_out: Any = None, **choices: Any
+) -> KernelSpec:
+    """Return the spec of calls with such arrays."""
+    q_cols, k_cols = _columns("q", q), _columns("k", k)
+    in_dtype = _operand_dtype("q", q)
+    out_dtype = None if q_out is None else _operand_dtype("q_out", q_out)
+    return KernelSpec(
+        op=op,
+        in_dtype=in_dtype,
+        out_dtype=out_dtype,  # type: ignore[arg-type]
+        q_cols=q_cols,
+        k_cols=k_cols,
+        target=target,
+        **choices,
+    )
+
+
 def _find_entry(
     op: str, key: tuple | None, *, q: Any, k: Any, q_out: Any = None, **choices: Any
 ) -> Callable[..., Any]:
@@ -501,18 +519,7 @@ def _find_entry(
     """
     operation = OPERATIONS[op]
     adapter = adapter_of("q", q)
-    q_cols, k_cols = _columns("q", q), _columns("k", k)
-    in_dtype = _operand_dtype("q", q)
-    out_dtype = None if q_out is None else _operand_dtype("q_out", q_out)
-    spec = KernelSpec(
-        op=op,
-        in_dtype=in_dtype,
-        out_dtype=out_dtype,  # type: ignore[arg-type]
-        q_cols=q_cols,
-        k_cols=k_cols,
-        target=adapter.target(q),
-        **choices,
-    )
+    spec = spec_of(op, adapter.target(q), q=q, k=k, q_out=q_out, **choices)
     function = getattr(module_for(spec), op)
     is_cuda = spec.parsed_target.kind == "cuda"
     entry = adapter.fast_call(function, _general(operation, function, is_cuda), spec)

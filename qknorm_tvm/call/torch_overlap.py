@@ -30,7 +30,8 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
         return False
     if a.dim() > 2 or b.dim() > 2:
-        return False  # caches may be views of one buffer: left to the check at run time
+        # Caches may be views of one buffer: the rest is left to the check at run time.
+        return a.dim() == b.dim() and bool(a.storage_offset() == b.storage_offset())
     numbers = (*_place(a), *_place(b))
     if any(free_unbacked_symbols(number) for number in numbers if not isinstance(number, int)):
         return False  # known to the data alone: left to the check at run time

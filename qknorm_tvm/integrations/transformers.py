@@ -17,6 +17,9 @@ Their attention calls four modules one after the other::
 Every module still takes and returns the same tensors; only K is computed earlier. Modules,
 parameters and ``state_dict`` keys do not change, so checkpoints load and save as before.
 
+Rotation is left to the model: transformers rounds each of its operations to the model's type, which
+`qknorm_tvm.qk_rms_norm_rope` does not, so that logits would change.
+
 A hook on ``q_norm``, ``k_proj`` or ``k_norm`` could observe that K is computed earlier, or change
 what K is computed from. Where there is such a hook, the modules run unfused, with a warning. An
 adapter that wraps a module and changes K without a hook is detected and refused.
