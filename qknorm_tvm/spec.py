@@ -194,6 +194,11 @@ class KernelSpec:
         """The tensors that calls give, in the order of the entry point."""
         return self.operation.given(self)
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of those that are written."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.is_output)
+
     def dtype_of(self, tensor: TensorArgument) -> str:
         """Return the element type of a tensor in calls of this spec."""
         return self.operation.dtypes(
