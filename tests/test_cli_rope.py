@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import OWN
 
-from qknorm_tvm import KernelSpec
+from qknorm_tvm import KernelSpec, packing
 from qknorm_tvm.cli import main
 from qknorm_tvm.load.module_file import read_metadata
 
@@ -58,3 +58,21 @@ def test_choices_that_do_not_fit_are_refused(
 def test_tune_refuses_what_rotates(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--op", "qk_rms_norm_rope_cache"]) == 2
     assert "--op qk_rms_norm_rope_cache cannot be tuned" in capsys.readouterr().err
+
+
+def test_packs_hold_the_attention_input_where_it_is_asked_for() -> None:
+    """A pack that grew without being asked, or a rotation of another model's columns."""
+    before = packing.plan(["minimax-m2"], [1], ["cpu"])
+    assert not any(spec.operation.rotates for specs in before.modules for spec in specs)
+    models = ["minimax-m2", "olmo2-32b"]
+    wanted = packing.plan(models, [1, 4], ["cpu"], ["norm", "rope-cache"])
+    own = {spec for specs in wanted.modules for spec in specs if spec.operation.rotates}
+    assert {(s.q_cols, s.rotary_dim, s.statistics, s.cast_before_gamma) for s in own} == {
+        (6144, 64, "local", True), (6144, 64, "local", False), (5120, 128, "local", False),
+        (1536, 64, "given", True), (1536, 64, "given", False), (1280, 128, "given", False),
+    }  # fmt: skip
+    assert {(spec.op, spec.head_dim) for spec in own} == {("qk_rms_norm_rope_cache", 128)}
+    names = [packing.file_name(specs) for specs in wanted.modules]
+    assert len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="operations must be of norm, rope, rope-cache, got 'x'"):
+        packing.plan(models, [1], ["cpu"], ["x"])
