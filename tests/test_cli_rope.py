@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,15 @@ def test_packs_hold_the_attention_input_where_it_is_asked_for() -> None:
     assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match="operations must be of norm, rope, rope-cache, got 'x'"):
         packing.plan(models, [1], ["cpu"], ["x"])
+
+
+@pytest.mark.parametrize("op", ["qk_rms_norm_rope", "qk_rms_norm_rope_cache"])
+def test_bench_checks_and_times(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (
+        f"bench --op {op} --shapes 64/32 --head-dim 32 --rotary-dim 16 --rows 1,9 --threads 1 "
+        "--min-time 0.01 --no-torch-compile --json"
+    )
+    assert main(command.split()) == 0
+    timings = json.loads(capsys.readouterr().out)["timings"]
+    assert {row["candidate"] for row in timings} >= {"ours", "copy"}
+    assert all(row["exact"] == "yes" for row in timings if row["candidate"] == "ours")
