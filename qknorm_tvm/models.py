@@ -17,6 +17,8 @@ class Model:
     ----------
     q_heads, kv_heads, head_dim : int
         Of a whole layer.
+    rotary_dim : int
+        Columns of a head that are rotated, in pairs as in GPT-NeoX.
     epsilon : float
         Added to the mean squares.
     cast_before_gamma : tuple of bool
@@ -29,6 +31,7 @@ class Model:
     q_heads: int
     kv_heads: int
     head_dim: int = 128
+    rotary_dim: int = 128
     epsilon: float = 1e-6
     cast_before_gamma: tuple[bool, ...] = (False,)
     dtypes: tuple[str, ...] = ("bfloat16",)
@@ -37,11 +40,11 @@ class Model:
         """Return a rank's heads; a ``ValueError`` where they do not divide over the ranks."""
         return HeadLayout(self.q_heads, self.kv_heads, self.head_dim, ranks)
 
-    def specs(self, ranks: int, target: str) -> list[KernelSpec]:
-        """Return what one rank's layer calls.
+    def specs(self, ranks: int, target: str, stages: Iterable[str] = ("norm",)) -> list[KernelSpec]:
+        """Return what one rank's layer calls, for each of some `STAGES`.
 
-        One launch where a rank has all columns, unless the statistics are another's; otherwise
-        statistics, which are reduced over the ranks, and apply.
+        Norm: one launch where a rank has all columns, unless the statistics are another's;
+        otherwise statistics, which are reduced over the ranks, and apply.
 
         Raises
         ------
@@ -49,6 +52,31 @@ class Model:
             The heads do not divide over the ranks.
         """
         layout = self.layout(ranks)
+        specs = self._norms(layout) if "norm" in stages else []
+        for stage in stages:
+            if STAGES[stage] is not None:
+                specs += self._rotations(layout, str(STAGES[stage]))
+        return [spec.replace(target=target) for spec in specs]
+
+    def _rotations(self, layout: HeadLayout, op: str) -> list[KernelSpec]:
+        """Return an operation that rotates; several ranks' statistics are given to it."""
+        return [
+            KernelSpec(
+                op=op,
+                in_dtype=dtype,
+                q_cols=layout.q_cols,
+                k_cols=layout.k_cols,
+                cast_before_gamma=cast,
+                statistics="local" if layout.world_size == 1 else "given",
+                head_dim=self.head_dim,
+                rotary_dim=self.rotary_dim,
+            )
+            for dtype in self.dtypes
+            for cast in self.cast_before_gamma
+        ]
+
+    def _norms(self, layout: HeadLayout) -> list[KernelSpec]:
+        ranks = layout.world_size
         fused = "qk_rms_norm" if ranks == 1 else "row_mean_of_squares_qk"
         specs = []
         for dtype in self.dtypes:
@@ -60,17 +88,19 @@ class Model:
                         in_dtype=dtype,
                         q_cols=layout.q_cols,
                         k_cols=layout.k_cols,
-                        target=target,
                         cast_before_gamma=cast,
                     )
                     specs.append(spec)
         return specs
 
 
+#: What a pack may hold for each layer, with the operation that rotates where one does.
+STAGES = {"norm": None, "rope": "qk_rms_norm_rope", "rope-cache": "qk_rms_norm_rope_cache"}
+
 #: Models by the name that the command line knows them by.
 MODELS = {
     # MiniMax-M2 to M2.7.
-    "minimax-m2": Model(48, 8, cast_before_gamma=(True, False)),
+    "minimax-m2": Model(48, 8, rotary_dim=64, cast_before_gamma=(True, False)),
     # OLMo-2 and OLMo-3; OLMo-3 has no 1B and 13B.
     "olmo2-1b": Model(16, 16),
     "olmo2-7b": Model(32, 32),

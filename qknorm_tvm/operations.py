@@ -175,11 +175,6 @@ class Operation:
         return any(scalar.name == "epsilon" for scalar in self.scalars)
 
     @property
-    def in_place(self) -> bool:
-        """Whether every output may take the place of an input."""
-        return all(self[name].in_place_of for name in self.outputs)
-
-    @property
     def strided(self) -> tuple[str, ...]:
         """The tensors of Q's or K's columns, whose row strides a declared function takes."""
         return tuple(tensor.name for tensor in self.arguments if tensor.is_stream)

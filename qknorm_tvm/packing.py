@@ -16,7 +16,7 @@ from typing import Any
 
 from ._version import __version__
 from .call.packs import ENTRY_POINTS, INDEX, index_of
-from .models import MODELS, modules_of
+from .models import MODELS, STAGES, modules_of
 from .spec import KernelSpec
 from .targets import parse_target
 
@@ -43,7 +43,12 @@ class Plan:
     impossible: list[str]
 
 
-def plan(models: Iterable[str], ranks: Iterable[int], targets: Iterable[str]) -> Plan:
+def plan(
+    models: Iterable[str],
+    ranks: Iterable[int],
+    targets: Iterable[str],
+    stages: Iterable[str] = ("norm",),
+) -> Plan:
     """Work out what the layers of models need.
 
     Parameters
@@ -55,17 +60,22 @@ def plan(models: Iterable[str], ranks: Iterable[int], targets: Iterable[str]) ->
         says so.
     targets : iterable of str
         As `KernelSpec`'s.
+    stages : iterable of str
+        Of `qknorm_tvm.models.STAGES`: what each layer gets.
 
     Raises
     ------
     ValueError
-        A model is unknown, a target is none, or no model has a layer for any of the ranks.
+        A model or stage is unknown, a target is none, or no model has a layer for any of the ranks.
     """
     layers: list[dict[str, Any]] = []
     specs: list[KernelSpec] = []
     impossible: list[str] = []
     targets = list(dict.fromkeys(parse_target(target).text for target in targets))
-    ranks = list(dict.fromkeys(ranks))
+    ranks, stages = list(dict.fromkeys(ranks)), list(dict.fromkeys(stages))
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(f"operations must be of {', '.join(STAGES)}, got {stage!r}")
     for name in dict.fromkeys(models):
         if name not in MODELS:
             raise ValueError(f"models must be of {', '.join(MODELS)}, got {name!r}")
@@ -82,7 +92,7 @@ def plan(models: Iterable[str], ranks: Iterable[int], targets: Iterable[str]) ->
             }  # fmt: skip
             layers.append(layer)
             for target in targets:
-                specs += model.specs(count, target)
+                specs += model.specs(count, target, stages)
     if not specs:
         raise ValueError("; ".join(impossible) or "models, ranks and targets must each name one")
     return Plan(layers, modules_of(specs), impossible)

@@ -194,6 +194,11 @@ class KernelSpec:
         """The tensors that calls give, in the order of the entry point."""
         return self.operation.given(self)
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of those that are written."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.is_output)
+
     def dtype_of(self, tensor: TensorArgument) -> str:
         """Return the element type of a tensor in calls of this spec."""
         return self.operation.dtypes(
@@ -304,3 +309,35 @@ _CHOICE_FIELDS = tuple(
     if field.name not in ("op", "in_dtype", "out_dtype", "q_cols", "k_cols", "target")
 )
 _CHOICE_NAMES = {field.name for field in _CHOICE_FIELDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A field that only some operations have, as the command line offers it.
+
+    Parameters
+    ----------
+    name : str
+    default : bool, int, str or None
+    texts : tuple of str
+        What a field of text may be; ``"in_dtype"`` stands for the spec's.
+    operations : tuple of str
+        Those that have it.
+    """
+
+    name: str
+    default: bool | int | str | None
+    texts: tuple[str, ...]
+    operations: tuple[str, ...]
+
+
+#: The choices, in the order of a spec's text.
+CHOICES = tuple(
+    Choice(
+        field.name,
+        field.default,  # type: ignore[arg-type]
+        _TEXTS.get(field.name, ()),
+        tuple(name for name, op in OPERATIONS.items() if field.name in op.spec_fields),
+    )
+    for field in _CHOICE_FIELDS
+)

@@ -94,7 +94,7 @@ def _check(
     placed, requests = [], []
     for layout in layouts:
         for count in threads:
-            copy = Placed(case.spec.operation, inputs, case.spec.out_dtype, layout)
+            copy = Placed(case.spec, inputs, layout)
             placed.append((copy, f"{case.description}; {layout}, {count} threads"))
             tensors = tuple(copy.arrays[name] for name in NAMES)
             requests.append(Request("apply_qk_rms_norm", tensors, inputs.epsilon, count))

@@ -674,16 +674,16 @@ def test_cases_cover_the_layouts_columns_and_rows_promised() -> None:
 
 def test_misaligned_means_an_odd_address() -> None:
     a = generate(3, 24, 8, "bfloat16")
-    operation = OPERATIONS["apply_qk_rms_norm"]
-    placed = layouts.Placed(operation, a, "float32", "misaligned")
-    for name in operation.tensors:
+    spec = KernelSpec(out_dtype="float32")
+    placed = layouts.Placed(spec, a, "misaligned")
+    for name in spec.operation.tensors:
         assert placed.arrays[name].ctypes.data % 2 == 1, name
 
 
 @pytest.mark.parametrize("layout", [*layouts.LAYOUTS, layouts.PADDED])
 def test_looking_at_the_guards_changes_no_output(layout: str) -> None:
     a = generate(3, 24, 7, "bfloat16")
-    placed = layouts.Placed(OPERATIONS["qk_rms_norm"], a, "bfloat16", layout)
+    placed = layouts.Placed(KernelSpec(op="qk_rms_norm"), a, layout)
     for name in ("q_out", "k_out"):
         placed.arrays[name][...] = 2
     assert placed.guards_intact()

@@ -112,7 +112,7 @@ def _check(spec: KernelSpec, variant: CudaVariant, cases: list[Activations]) -> 
     for number, a in enumerate(cases):
         outputs = outputs_of(Graph("cuda"), a, spec)
         for layout in (*layouts_for(spec), PADDED):
-            placed = Placed(spec.operation, a, spec.out_dtype, layout, by_element=True)
+            placed = Placed(spec, a, layout, by_element=True)
             arrays = placed.arrays
             if not _fits(variant, arrays):
                 continue

@@ -29,7 +29,6 @@ from qknorm_tvm.check.inputs import Activations, generate
 from qknorm_tvm.check.layouts import LAYOUTS, Placed
 from qknorm_tvm.check.reference import NUMPY_DTYPES
 from qknorm_tvm.declare.statistics import LANES, STEPS
-from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.targets import host_cpu_target
 
 #: Beside `FIXED_COLUMNS`: through the module's open columns.
@@ -108,7 +107,7 @@ def test_statistics_and_fused_equal_the_reference(level: str, in_dtype: str) -> 
             outputs = apply_reference(a, wanted, in_dtype)
             for layout in LAYOUTS:
                 set_threads(1 if layout == "fused" else 0)
-                placed = Placed(OPERATIONS["qk_rms_norm"], a, in_dtype, layout)
+                placed = Placed(KernelSpec(op="qk_rms_norm", in_dtype=in_dtype), a, layout)
                 given = placed.arrays
                 qk_var = statistics(module, given["q"], given["k"])
                 assert reference.differing(qk_var, wanted) == 0, (cols, rows, layout)

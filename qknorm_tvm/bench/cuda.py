@@ -206,9 +206,11 @@ class CudaWorkload(Workload):
 
         tensors = {name: self.placed(array) for name, array in self.inputs.items()}
         for name, (shape, dtype) in self.outputs.items():
+            if name in tensors:
+                continue
             torch_dtype = ELEMENT_TYPES[dtype].torch
             tensors[name] = torch.empty(shape, dtype=torch_dtype, device=self._device)
-        for name in self.operation.strided if self._misaligned else ():
+        for name in set(self.operation.strided) & set(tensors) if self._misaligned else ():
             tensors[name] = _misaligned(tensors[name])
         return tensors
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from ..check.inputs import Activations, aligned_copy, generate
 from ..check.reference_torch import apply_qk_rms_norm as torch_apply
 from ..check.reference_torch import row_mean_of_squares_qk as torch_statistics
 from ..check.reference_torch import torch_or_none
+from ..check.rope_inputs import with_model_inputs
 from ..load.module import Module
 from ..operations import OPERATIONS, ROWS, Operation
 from ..spec import KernelSpec
@@ -64,6 +66,52 @@ def _layer(
     return _apply(q, k, torch_statistics(q, k), gamma_q, gamma_k, epsilon, dtype, cast)
 
 
+def _rope(
+    spec: KernelSpec, tensors: Mapping[str, Any], epsilon: float, dtype: Any, cast: bool
+) -> tuple[Any, ...]:
+    """Normalise and rotate in torch, operation by operation, as models do; then store."""
+    import torch
+
+    q, k = tensors["q"], tensors["k"]
+    var = tensors["qk_var"] if spec.has_given_statistics else torch_statistics(q, k)
+    norms = _apply(q, k, var, tensors["gamma_q"], tensors["gamma_k"], epsilon, dtype, cast)
+    head_dim, rotary_dim = spec.head_dim, spec.rotary_dim
+    outputs = []
+    for y in norms:
+        heads = y.unflatten(-1, (-1, head_dim))
+        if rotary_dim:
+            angles = tensors["cos_sin_cache"][tensors["positions"]].float()[:, None]
+            cos, sin = angles.chunk(2, dim=-1)
+            rotated = heads[..., :rotary_dim].float()
+            if spec.interleaved:
+                a, b = rotated[..., ::2], rotated[..., 1::2]
+                pair = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+            else:
+                a, b = rotated.chunk(2, dim=-1)
+                pair = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+            heads = torch.cat((pair.to(dtype), heads[..., rotary_dim:]), dim=-1)
+        outputs.append(heads)
+    q_out, k_out = (heads.flatten(1) for heads in outputs)
+    if not spec.operation.has_cache:
+        return q_out, k_out
+    slots = tensors["slot_mapping"]
+    caches = []
+    for tag, heads in (("k", outputs[1]), ("v", tensors["v"].unflatten(-1, (-1, head_dim)))):
+        cache = tensors[f"{tag}_cache"]
+        block_size = cache.shape[1]
+        if spec.has_scales:
+            scaled = heads.float() / tensors[f"{tag}_scale"][:, None]
+            heads = scaled.clamp(-448, 448).to(cache.dtype)
+        cache[slots // block_size, slots % block_size] = heads
+        caches.append(cache)
+    return (q_out, *([k_out] if spec.writes_k_out else []), *caches)
+
+
+def rope_inputs(spec: KernelSpec, rows: int) -> Activations:
+    """Return inputs like a model's and an engine's for a spec that rotates."""
+    return with_model_inputs(spec, random_inputs(spec, rows))
+
+
 def random_inputs(spec: KernelSpec, rows: int) -> Activations:
     """Return inputs like a model's for a spec with fixed columns."""
     assert spec.q_cols is not None
@@ -72,8 +120,14 @@ def random_inputs(spec: KernelSpec, rows: int) -> Activations:
 
 
 def bytes_of_rows(operation: Operation, tensors: Mapping[str, Any]) -> int:
-    """Return the bytes of q, k and their outputs."""
-    return sum(int(tensors[name].nbytes) for name in operation.strided)
+    """Return the bytes of q, k, v and their outputs; of caches, of what is stored."""
+    moved = sum(int(tensors[name].nbytes) for name in operation.strided if name in tensors)
+    for cache in ("k_cache", "v_cache"):
+        if cache in tensors:
+            blocks, block_size, *head = tensors[cache].shape
+            itemsize = int(tensors[cache].nbytes) // math.prod((blocks, block_size, *head))
+            moved += len(tensors["slot_mapping"]) * math.prod(head) * itemsize
+    return moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +137,9 @@ class Benchmark:
     Parameters
     ----------
     graph : callable
-        The operation in torch, unfused. Takes the inputs in the operation's order; where it
-        normalises also epsilon, the outputs' type and whether to cast before gamma.
+        The operation in torch, unfused. Takes the inputs in the operation's order, of one that
+        rotates the spec and all tensors by name; where it normalises also epsilon, the outputs'
+        type and whether to cast before gamma.
     inputs : callable
         Makes the inputs of a spec with so many rows.
     bytes : callable
@@ -124,6 +179,9 @@ BENCHMARKS = {
         cuda=(EMPTY, COPY, TWO_LAUNCHES, TORCH, TORCH_COMPILE),
         steps=("row_mean_of_squares_qk", "apply_qk_rms_norm"),
     ),
+    "qk_rms_norm_rope": Benchmark(_rope, rope_inputs),
+    # Slots of rows that repeat would be the same.
+    "qk_rms_norm_rope_cache": Benchmark(_rope, rope_inputs, unique_rows=None),
 }
 
 
@@ -133,6 +191,9 @@ def held_spec(module: Module, spec: KernelSpec) -> KernelSpec | None:
         other
         for other in module.specs
         if (other.op, other.in_dtype, other.out_dtype) == (spec.op, spec.in_dtype, spec.out_dtype)
+        and other.tensors == spec.tensors
+        and (other.head_dim, other.rotary_dim, other.interleaved)
+        == (spec.head_dim, spec.rotary_dim, spec.interleaved)
         and other.q_cols in (None, spec.q_cols)
         and other.k_cols in (None, spec.k_cols)
     ]
@@ -195,11 +256,19 @@ class Workload(abc.ABC):
         self.rows = activations.rows if rows is None else rows
         self.operation, self.benchmark = spec.operation, BENCHMARKS[spec.op]
         self.inputs = {
-            name: self._repeated(name, array) for name, array in activations.tensors.items()
+            name: self._repeated(name, array)
+            for name, array in activations.tensors.items()
+            if name != "qk_var" or "qk_var" in {tensor.name for tensor in spec.tensors}
         }
         shapes = self.operation.shapes(self.rows, activations.q_cols, activations.k_cols)
-        dtypes = self.operation.dtypes(spec.in_dtype, str(spec.out_dtype))
-        self.outputs = {name: (shapes[name], dtypes[name]) for name in self.operation.outputs}
+        shapes |= {name: array.shape for name, array in self.inputs.items()}
+        self.outputs = {
+            name: (shapes[name], spec.dtype_of(self.operation[name])) for name in spec.outputs
+        }
+        #: Tensors that torch's graph takes.
+        self.graph_tensors = tuple(
+            tensor.name for tensor in spec.tensors if not tensor.is_output or tensor.is_cache
+        )
 
     def _repeated(self, name: str, array: npt.NDArray) -> npt.NDArray:
         """Return a tensor of all rows from that of the rows that differ."""
@@ -272,10 +341,12 @@ class Workload(abc.ABC):
         """Return a module's entry point as a candidate, checked with every set of tensors."""
         function = getattr(module or self.module, self.spec.op)
         sets, exact = [self.arguments(self.spec.op, tensors) for tensors in self.sets], True
+        # Before the first call: what caches hold elsewhere must stay.
+        assert len(self.expected) == len(self.outputs)
         for tensors, arguments in zip(self.sets, sets, strict=True):
             outputs = [tensors[output] for output in self.outputs]
-            for output in outputs:
-                self.overwrite(output)
+            for output_name in self.outputs.keys() - self.inputs.keys():
+                self.overwrite(tensors[output_name])
             function(*arguments)
             exact = self.is_exact(outputs) and exact
         return Candidate(name, function, sets, exact)
@@ -296,15 +367,20 @@ class Workload(abc.ABC):
     def _graph_arguments(self, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
         import torch
 
-        inputs = tuple(tensors[name] for name in self.operation.signature)
+        inputs: tuple[Any, ...] = tuple(
+            tensors[x] for x in self.operation.signature if x in tensors
+        )
         if not self.operation.normalises:
             return inputs
+        if self.operation.rotates:
+            inputs = (self.spec, {name: tensors[name] for name in self.graph_tensors})
         dtype = getattr(torch, str(self.spec.out_dtype))
         return (*inputs, self.activations.epsilon, dtype, self.spec.cast_before_gamma)
 
     def _graph_is_exact(self, outputs: Any) -> bool | None:
         # torch sums statistics in another order.
-        return self.is_exact(outputs) if "qk_var" in self.operation.signature else None
+        given = "qk_var" in self.graph_tensors
+        return self.is_exact(outputs) if given else None
 
     def copy_sizes(self, *, apart: bool) -> list[int]:
         """Return the bytes of what copies read: as much as ours moves is read and written.
@@ -320,7 +396,15 @@ class Workload(abc.ABC):
 
     def api_call(self, tensors: Mapping[str, Any]) -> Callable[[], Any]:
         """Return a call of the Python API with outputs given."""
-        inputs = [tensors[name] for name in self.operation.signature]
-        scalars = [self.activations.epsilon] * self.operation.has_epsilon
         outputs = {self.operation[name].api_name: tensors[name] for name in self.outputs}
-        return functools.partial(getattr(api, self.spec.op), *inputs, *scalars, **outputs)
+        if self.operation.rotates:
+            spec = self.spec
+            inputs = {name: tensors.get(name) for name in self.operation.signature}
+            return functools.partial(
+                getattr(api, spec.op), **inputs, **outputs, epsilon=self.activations.epsilon,
+                head_dim=spec.head_dim, interleaved=spec.interleaved,
+                cast_before_gamma=spec.cast_before_gamma,
+            )  # fmt: skip
+        given = [tensors[name] for name in self.operation.signature]
+        scalars = [self.activations.epsilon] * self.operation.has_epsilon
+        return functools.partial(getattr(api, self.spec.op), *given, *scalars, **outputs)

@@ -12,9 +12,15 @@ from ..operations import OPERATIONS
 
 
 def call_arguments(op: str, tensors: Mapping[str, Any], epsilon: float) -> tuple[Any, ...]:
-    """Return an entry point's arguments in its order, from tensors of any framework by name."""
+    """Return an entry point's arguments in its order, from tensors of any framework by name.
+
+    Optional tensors that are not there are None.
+    """
     operation = OPERATIONS[op]
-    values = tuple(tensors[name] for name in operation.tensors)
+    values = tuple(
+        tensors.get(tensor.name) if tensor.given_if else tensors[tensor.name]
+        for tensor in operation.arguments
+    )
     return (*values, float(epsilon)) if operation.has_epsilon else values
 
 
@@ -32,5 +38,6 @@ def operation_arguments(
             name, arrays[name], writable=name in operation.outputs
         )
         for name in operation.tensors
+        if name in arrays
     }
     return (*call_arguments(op, views, epsilon), 1)

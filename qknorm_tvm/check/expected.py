@@ -18,6 +18,8 @@ from . import reference
 from .inputs import Activations
 from .reference_torch import apply_qk_rms_norm as torch_graph
 from .reference_torch import to_numpy, to_torch
+from .rope_inputs import special_rope_inputs
+from .rope_reference import rotated_and_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +66,29 @@ class Reference:
     Parameters
     ----------
     outputs : callable
-        Computes the outputs, in the order of the operation's. Memory of an output that the
-        operation leaves alone holds `qknorm_tvm.check.layouts.CANARY` in every byte.
+        Computes the outputs that calls of a spec give, in the order of the operation's. Memory of
+        an output that the operation leaves alone holds `qknorm_tvm.check.layouts.CANARY` in every
+        byte.
     extra_inputs : callable, optional
-        Makes the inputs that are no field of `Activations`, by name, from those that are.
+        Makes the inputs that are no field of `Activations`, by name, from those that are; and what
+        paged caches hold before a call.
     """
 
     outputs: Callable[[Graph, Activations, KernelSpec], tuple[npt.NDArray, ...]]
-    extra_inputs: Callable[[Activations, np.random.Generator], dict[str, npt.NDArray]] = (
-        lambda activations, rng: {}
-    )
+    extra_inputs: Callable[
+        [KernelSpec, Activations, np.random.Generator], dict[str, npt.NDArray]
+    ] = lambda spec, activations, rng: {}
 
 
 def _qk_rms_norm(graph: Graph, a: Activations, spec: KernelSpec) -> tuple[npt.NDArray, ...]:
     return graph.normalise(dataclasses.replace(a, qk_var=graph.statistics(a)), spec)
+
+
+def _rotated(graph: Graph, a: Activations, spec: KernelSpec) -> tuple[npt.NDArray, ...]:
+    if not spec.has_given_statistics:
+        a = dataclasses.replace(a, qk_var=graph.statistics(a))
+    norms = graph.normalise(a, spec)
+    return tuple(rotated_and_stored(spec, a.tensors, norms).values())
 
 
 #: How each operation is verified, by its name.
@@ -85,17 +96,19 @@ REFERENCES = {
     "apply_qk_rms_norm": Reference(Graph.normalise),
     "row_mean_of_squares_qk": Reference(lambda graph, a, spec: (graph.statistics(a),)),
     "qk_rms_norm": Reference(_qk_rms_norm),
+    "qk_rms_norm_rope": Reference(_rotated, special_rope_inputs),
+    "qk_rms_norm_rope_cache": Reference(_rotated, special_rope_inputs),
 }
 
 
 def with_extra_inputs(spec: KernelSpec, a: Activations, seed: int = 0) -> Activations:
     """Add the inputs that only the spec's operation takes."""
-    extra = REFERENCES[spec.op].extra_inputs(a, np.random.default_rng(seed))
+    extra = REFERENCES[spec.op].extra_inputs(spec, a, np.random.default_rng(seed))
     return dataclasses.replace(a, extra=extra)
 
 
 def outputs_of(graph: Graph, a: Activations, spec: KernelSpec) -> tuple[npt.NDArray, ...]:
-    """Return what a spec's outputs must be, in the order of its operation's."""
+    """Return what the outputs of a spec's calls must be, in the order of its operation's."""
     return REFERENCES[spec.op].outputs(graph, a, spec)
 
 

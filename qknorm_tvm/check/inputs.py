@@ -38,7 +38,7 @@ class Activations:
     notes : tuple of str
         What was computed or converted on the way.
     extra : mapping of str to ndarray
-        Inputs by name that only some operations take.
+        Inputs by name that only some operations take, and what paged caches hold before a call.
     """
 
     q: npt.NDArray

@@ -1,4 +1,8 @@
-"""Where a case's arrays lie: packed, sliced from a fused buffer, off by a byte, in place."""
+"""Where a case's arrays lie: packed, sliced from a fused buffer, off by a byte, in place.
+
+Paged caches lie packed with slots before heads, block by block in one buffer, or with heads before
+slots.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import ELEMENT_TYPES
-from ..operations import Operation, TensorArgument
+from ..operations import TensorArgument
 from ..spec import KernelSpec
 from .inputs import Activations
 
@@ -25,8 +29,8 @@ _LINE = 64
 
 def layouts_for(spec: KernelSpec) -> tuple[str, ...]:
     """Return the layouts that a spec allows: in place needs one element type."""
-    in_place = spec.operation.in_place and spec.in_dtype == spec.out_dtype
-    return LAYOUTS if in_place else _APART
+    in_place = any(tensor.in_place_of for tensor in spec.tensors)
+    return LAYOUTS if in_place and spec.in_dtype == spec.out_dtype else _APART
 
 
 class Placed:
@@ -35,14 +39,15 @@ class Placed:
     Attributes
     ----------
     arrays : dict of str to ndarray
-        The operation's tensors by name. Outputs that are not in place hold `CANARY` in every byte.
+        The tensors that calls of the spec give, by name. Outputs that are neither in place nor in
+        the activations hold `CANARY` in every byte.
 
     Parameters
     ----------
-    operation : Operation
+    spec : KernelSpec
+        Its columns may be open.
     original : Activations
         They are copied.
-    out_dtype : str
     layout : str
         One of `LAYOUTS`, or `PADDED`.
     by_element : bool
@@ -51,9 +56,8 @@ class Placed:
 
     def __init__(
         self,
-        operation: Operation,
+        spec: KernelSpec,
         original: Activations,
-        out_dtype: str,
         layout: str,
         *,
         by_element: bool = False,
@@ -61,30 +65,36 @@ class Placed:
         known = (*LAYOUTS, PADDED)
         if layout not in known:
             raise ValueError(f"layout must be one of {', '.join(known)}, got {layout!r}")
-        inputs = {name: original.tensors[name] for name in operation.signature}
-        shapes = operation.shapes(original.rows, original.q_cols, original.k_cols)
+        # Caches are among them: outputs that keep what they hold where nothing is stored.
+        inputs = {
+            tensor.name: original.tensors[tensor.name]
+            for tensor in spec.tensors
+            if tensor.is_cache or not tensor.is_output
+        }
+        shapes = spec.operation.shapes(original.rows, original.q_cols, original.k_cols)
         shapes |= {name: array.shape for name, array in inputs.items()}
-        dtypes = operation.dtypes(original.dtype, out_dtype)
         in_place = {
             tensor.name: tensor.in_place_of
-            for tensor in operation.arguments
+            for tensor in spec.tensors
             if tensor.in_place_of and layout.startswith("in place")
         }
-        apart = [tensor for tensor in operation.arguments if tensor.name not in in_place]
+        apart = [tensor for tensor in spec.tensors if tensor.name not in in_place]
         # What has Q's or K's columns is sliced from one memory for inputs, and one for outputs.
         groups = [
             [tensor for tensor in apart if tensor.is_stream and tensor.is_output == is_output]
             for is_output in (False, True)
         ]
-        groups += [[tensor] for tensor in apart if not tensor.is_stream]
+        groups.append([tensor for tensor in apart if tensor.is_cache])
+        groups += [[tensor] for tensor in apart if not (tensor.is_stream or tensor.is_cache)]
 
         self.arrays: dict[str, npt.NDArray] = {}
         self._memories: list[_Memory] = []
         for group in filter(None, groups):
             names = [tensor.name for tensor in group]
-            memory, arrays = _place(
+            place = _place_caches if group[0].is_cache else _place
+            memory, arrays = place(
                 [shapes[name] for name in names],
-                ELEMENT_TYPES[dtypes[names[0]]].numpy,
+                ELEMENT_TYPES[spec.dtype_of(group[0])].numpy,
                 _layout_of(group[0], layout),
                 by_element,
             )
@@ -93,7 +103,8 @@ class Placed:
         self.arrays |= {name: self.arrays[source] for name, source in in_place.items()}
         for name, array in inputs.items():
             self.arrays[name][...] = array
-        self._read_only = {name: inputs[name] for name in inputs.keys() - set(in_place.values())}
+        written = {*spec.outputs, *in_place.values()}
+        self._read_only = {name: inputs[name] for name in inputs.keys() - written}
 
     def guards_intact(self) -> bool:
         """Whether inputs that are not written, and all memory beside the arrays, are as before."""
@@ -107,15 +118,15 @@ class _Memory:
 
     def __init__(self, size: int):
         self._bytes = np.full(size, CANARY, np.uint8)
-        self._extents: list[tuple[tuple[int, int], int, tuple[int, int]]] = []
+        self._extents: list[tuple[tuple[int, ...], int, tuple[int, ...]]] = []
 
     def array(
-        self, shape: tuple[int, int], dtype: np.dtype, start: int, row_stride: int
+        self, shape: Sequence[int], dtype: np.dtype, start: int, strides: Sequence[int]
     ) -> npt.NDArray:
-        """Return an array that starts at a byte, with rows some bytes apart."""
-        rows, cols = shape
-        self._extents.append(((rows, cols * dtype.itemsize), start, (row_stride, 1)))
-        return np.ndarray(shape, dtype, self._bytes, start, (row_stride, dtype.itemsize))
+        """Return an array that starts at a byte, with strides in bytes of all but the last one."""
+        *outer, cols = shape
+        self._extents.append(((*outer, cols * dtype.itemsize), start, (*strides, 1)))
+        return np.ndarray(shape, dtype, self._bytes, start, (*strides, dtype.itemsize))
 
     def guards_intact(self) -> bool:
         """Whether all bytes outside of the arrays hold `CANARY`."""
@@ -127,7 +138,7 @@ class _Memory:
 
 def _layout_of(tensor: TensorArgument, layout: str) -> str:
     """Return where a tensor lies: without Q's or K's columns there is no projection to slice."""
-    if tensor.is_stream:
+    if tensor.is_stream or tensor.is_cache:
         return layout
     if tensor.is_output or layout not in ("misaligned", "strided", "in place, strided"):
         return "packed"
@@ -162,9 +173,38 @@ def _place(
         end = start
     memory = _Memory(end + _LINE)
     return memory, [
-        memory.array(extents, dtype, at, stride).reshape(shape)
+        memory.array(extents, dtype, at, [stride]).reshape(shape)
         for extents, at, stride, shape in zip(flat, starts, strides, shapes, strict=True)
     ]
+
+
+def _place_caches(
+    shapes: Sequence[tuple[int, ...]], dtype: np.dtype, layout: str, by_element: bool
+) -> tuple[_Memory, list[npt.NDArray]]:
+    """Return memory, and K's and V's caches in it, as engines have them."""
+    (shape,) = set(shapes)
+    blocks, block_size, heads, head_dim = shape
+    head = head_dim * dtype.itemsize
+    slot, start = heads * head, _LINE
+    if layout.endswith("strided"):
+        # Heads before slots; an element between blocks, so that they start at every alignment.
+        slot, head = head, block_size * head
+        block = heads * head + dtype.itemsize
+        apart = blocks * block + _LINE
+        end = start + 2 * apart
+    elif layout == "fused":  # a block of K, then one of V
+        apart = block_size * slot
+        block = 2 * apart
+        end = start + blocks * block
+    else:
+        if layout == "misaligned":
+            start += dtype.itemsize if by_element else 1
+        block = block_size * slot
+        apart = blocks * block + _LINE
+        end = start + 2 * apart
+    memory = _Memory(end + _LINE)
+    strides = (block, slot, head)
+    return memory, [memory.array(shape, dtype, at, strides) for at in (start, start + apart)]
 
 
 def _same_bits(left: npt.NDArray, right: npt.NDArray) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,20 +85,40 @@ def rope_reference(
     dict of str to ndarray
         The outputs that calls of the spec give, by name.
     """
-    assert spec.head_dim is not None
     var = _statistics(spec, arrays, fused)
+    norms = reference.apply_qk_rms_norm(
+        arrays["q"],
+        arrays["k"],
+        var,
+        arrays["gamma_q"],
+        arrays["gamma_k"],
+        epsilon,
+        spec.in_dtype,
+        cast_before_gamma=spec.cast_before_gamma,
+    )
+    return rotated_and_stored(spec, arrays, norms)
+
+
+def rotated_and_stored(
+    spec: KernelSpec, arrays: Mapping[str, Any], norms: Sequence[npt.NDArray]
+) -> dict[str, npt.NDArray]:
+    """Compute every output of a call from Q's and K's norms, rounded to their element type.
+
+    Parameters
+    ----------
+    spec, arrays
+        As for `rope_reference`.
+    norms : sequence of ndarray, ``[M, Nq]`` and ``[M, Nk]``
+
+    Returns
+    -------
+    dict of str to ndarray
+        The outputs that calls of the spec give, by name.
+    """
     assert spec.head_dim is not None
     head_dim, outputs = spec.head_dim, {}
-    for column, tag in enumerate("qk"):
+    for tag, norm in zip("qk", norms, strict=True):
         x = arrays[tag]
-        norm = reference.rms_norm(
-            x,
-            var[:, column],
-            arrays[f"gamma_{tag}"],
-            epsilon,
-            spec.in_dtype,
-            cast_before_gamma=spec.cast_before_gamma,
-        )
         heads = norm.reshape(len(x), x.shape[1] // head_dim, head_dim)
         if spec.rotary_dim:
             angles = arrays["cos_sin_cache"][arrays["positions"]]
@@ -111,9 +131,8 @@ def rope_reference(
             heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
             if spec.has_scales:
                 heads = to_float8(heads, arrays[f"{tag}_scale"])
-            for row, slot in enumerate(arrays["slot_mapping"]):
-                if slot >= 0:
-                    cache[slot // cache.shape[1], slot % cache.shape[1]] = heads[row]
+            slots = arrays["slot_mapping"]
+            (stored,) = np.nonzero(slots >= 0)
+            cache[np.divmod(slots[stored], cache.shape[1])] = heads[stored]
             outputs[f"{tag}_cache"] = cache
-    given = {tensor.name for tensor in spec.tensors}
-    return {name: value for name, value in outputs.items() if name in given}
+    return {name: outputs[name] for name in spec.outputs}

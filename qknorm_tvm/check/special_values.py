@@ -20,6 +20,10 @@ NAN_BITS = np.array(
     ],
     np.uint32,
 )
+#: Cosines and sines that go wrong first.
+ANGLES = np.array([0, -0.0, 1, -1, 0.7071, 2.0**-126, 2.0**-133, 3e38, np.inf, np.nan], np.float32)
+#: Scales of float8 caches: powers of two and others, ones that make all zero or all 448.
+SCALES = np.array([1, 0.5, 2.0**-9, 1 / 3, 0.01, 3, 3e-38, 1e38, 0, np.inf, np.nan], np.float32)
 #: Kinds of gamma; neighbours go to Q and to K of one case.
 GAMMAS = ("ordinary", "one", "denormal", "huge", "signed zero and inf", "NaN")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..operations import OPERATIONS
 from ..spec import OPS
 from .options import (
     Numbers,
@@ -39,7 +40,7 @@ _REPORT_MIN_TIME = 0.3
 #: Cases without a partner that --compare names; of more it says how many.
 _SHOWN_CASES = 8
 #: Options that say which specs are measured.
-_SPECS = ("ops", "shapes", "dtypes", "out_dtype", "target")
+_SPECS = ("ops", "shapes", "dtypes", "out_dtype", "target", "head_dim", "rotary_dim")
 #: Options that say where results go, not what is measured.
 _PLACES = ("csv_file", "as_json", "report", "compare", "against")
 
@@ -74,6 +75,10 @@ def _common_options(command: Callable[..., int]) -> Callable[..., int]:
               show_default=True, help="Element type; may be given several times.")  # fmt: skip
 @click.option("--out-dtype", type=dtype_choice, help="Of the outputs.  [default: dtype]")
 @click.option("--target", help="What to generate code for.  [default: this CPU's level]")
+@click.option("--head-dim", type=int, default=128, show_default=True,
+              help="Rotation: columns of a head.")  # fmt: skip
+@click.option("--rotary-dim", type=int, default=64, show_default=True,
+              help="Rotation: a head's first columns that are rotated.")  # fmt: skip
 @click.option("--config", "pairs", multiple=True, metavar="NAME=VALUE",
               help="A choice of the schedule, as for export.")  # fmt: skip
 @click.option("--misaligned", is_flag=True,
@@ -206,7 +211,7 @@ def bench(
 
 @click.command(short_help="Time the statistics, and the fused layer.")
 @_common_options
-@click.option("--op", "ops", multiple=True, type=click.Choice(OPS[1:]), default=OPS[1:],
+@click.option("--op", "ops", multiple=True, type=click.Choice(OPS[1:3]), default=OPS[1:3],
               show_default=True, help="Operation.")  # fmt: skip
 @click.option("--dtype", type=dtype_choice, default="bfloat16", show_default=True,
               help="Element type.")  # fmt: skip
@@ -239,6 +244,8 @@ def _specs(
     dtypes: Sequence[str],
     out_dtype: str | None,
     target: str | None,
+    head_dim: int = 128,
+    rotary_dim: int = 64,
 ) -> list[KernelSpec]:
     from ..spec import KernelSpec
     from .modules import target_for, with_op
@@ -255,7 +262,14 @@ def _specs(
         for dtype in dict.fromkeys(dtypes)
         for q_cols, k_cols in shapes
     ]
-    return [with_op(spec, op) for op in dict.fromkeys(ops) for spec in specs]
+    if out_dtype is not None and any(OPERATIONS[op].rotates for op in ops):
+        raise click.UsageError("--out-dtype is not for operations that rotate")
+    heads = {"head_dim": head_dim, "rotary_dim": rotary_dim, "statistics": "local"}
+    return [
+        spec.replace(op=op, **heads) if OPERATIONS[op].rotates else with_op(spec, op)
+        for op in dict.fromkeys(ops)
+        for spec in specs
+    ]
 
 
 def _measure(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ..spec import OPS
+from ..operations import OPERATIONS
+from ..spec import CHOICES, OPS
 from .options import (
     Columns,
     check_module_path,
+    choice_options,
     debug_option,
     dtype_choice,
     is_given,
     parse_config,
+    spec_choices,
 )
 
 
@@ -36,10 +40,7 @@ from .options import (
               "cuda:sm_90,... .")  # fmt: skip
 @click.option("--arch", "archs", metavar="sm_80,sm_90,...",
               help="Code for these GPUs: short for --target cuda:sm_80,sm_90,...")  # fmt: skip
-@click.option("--reproducible", is_flag=True,
-              help="CUDA: an rsqrt that gives the CPU's bits; CPUs give them always.")  # fmt: skip
-@click.option("--cast-before-gamma", is_flag=True,
-              help="Round to dtype before gamma multiplies, as MiniMax-M2 does.")  # fmt: skip
+@choice_options
 @click.option("--spec", "texts", multiple=True, metavar="TEXT",
               help="A whole spec, as inspect prints it; instead of the options above. May be "
               "given several times: the module picks one by the dtypes and columns of a "
@@ -59,10 +60,9 @@ def export(
     out_dtype: str | None,
     target: str,
     archs: str | None,
-    reproducible: bool,
-    cast_before_gamma: bool,
     texts: tuple[str, ...],
     pairs: tuple[str, ...],
+    **choices: Any,
 ) -> None:
     """Compile apply_qk_rms_norm, or the operations that --op names, and write them to OUT.so.
 
@@ -86,12 +86,14 @@ def export(
       qknorm-tvm export qk.so --config vector=16
       qknorm-tvm export qk.so \\
           --op row_mean_of_squares_qk --op apply_qk_rms_norm
+      qknorm-tvm export attention.so \\
+          --op qk_rms_norm_rope_cache --q-cols 1536 \\
+          --k-cols 256 --head-dim 128 --rotary-dim 64
       qknorm-tvm export qk.so --spec \\
           'qk_rms_norm[float16->float32, q=64, k=any]@cpu'
     """
     from ..call.compiled import compile
     from ..spec import KernelSpec
-    from .modules import with_op
 
     if archs is not None:
         if is_given(ctx, "target") and target != "cuda":
@@ -101,16 +103,18 @@ def export(
         _refuse_fields(ctx)
         specs = [KernelSpec.from_text(text) for text in texts]
     else:
-        spec = KernelSpec(
-            in_dtype=dtype,
-            out_dtype=out_dtype or dtype,
-            q_cols=q_cols,
-            k_cols=k_cols,
-            target=target,
-            reproducible=reproducible,
-            cast_before_gamma=cast_before_gamma,
-        )
-        specs = [with_op(spec, op) for op in dict.fromkeys(ops)]
+        fields = spec_choices(choices)
+        _refuse_unused(ops, fields)
+        specs = []
+        for op in dict.fromkeys(ops):
+            own = {name: x for name, x in fields.items() if name in OPERATIONS[op].spec_fields}
+            if out_dtype is not None and OPERATIONS[op].normalises:
+                own["out_dtype"] = out_dtype
+            specs.append(
+                KernelSpec(
+                    op=op, in_dtype=dtype, q_cols=q_cols, k_cols=k_cols, target=target, **own
+                )
+            )
     check_module_path(out)
     config = parse_config(pairs, specs[0].parsed_target.kind)
     start = time.perf_counter()
@@ -127,9 +131,17 @@ def export(
     printer.print(describe(out, compiled.metadata))
 
 
+def _refuse_unused(ops: tuple[str, ...], fields: dict[str, Any]) -> None:
+    """Refuse a choice that none of the operations has."""
+    for choice in CHOICES:
+        if choice.name in fields and not set(ops) & set(choice.operations):
+            option = "--" + choice.name.replace("_", "-")
+            raise click.UsageError(f"{option} is for --op {', '.join(choice.operations)}")
+
+
 def _refuse_fields(ctx: click.Context) -> None:
-    names = ("ops", "q_cols", "k_cols", "dtype", "out_dtype", "target", "archs", "reproducible")
-    for name in (*names, "cast_before_gamma"):
+    names = ("ops", "q_cols", "k_cols", "dtype", "out_dtype", "target", "archs")
+    for name in (*names, *(choice.name for choice in CHOICES)):
         if is_given(ctx, name):
             option = "--" + {"archs": "arch", "ops": "op"}.get(name, name.replace("_", "-"))
             raise click.UsageError(f"{option} and --spec exclude each other: put it into the spec")

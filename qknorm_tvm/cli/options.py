@@ -11,6 +11,7 @@ import click
 
 from ..dtypes import DTYPE_BYTES
 from ..errors import printable
+from ..spec import CHOICES
 
 F = TypeVar("F", bound=Callable[..., Any])
 _debug = False
@@ -152,6 +153,49 @@ class Names(Separated):
         if not text.strip():
             raise ValueError(text)
         return text.strip()
+
+
+#: What the options of a spec's choices say, by field; their names, types and defaults are the
+#: spec's.
+_CHOICE_HELP = {
+    "reproducible": "CUDA: an rsqrt that gives the CPU's bits; CPUs give them always.",
+    "cast_before_gamma": "Round to dtype before gamma multiplies, as MiniMax-M2 does.",
+    "statistics": "Rotation: mean squares that calls give, or computed in the launch.",
+    "head_dim": "Rotation: columns of a head.",
+    "rotary_dim": "Rotation: a head's first columns that are rotated; 0: none.",
+    "rotary_dtype": "Rotation: element type of cosines and sines.",
+    "interleaved": "Rotation: neighbouring columns with one another, as GPT-J does.",
+    "cache_dtype": "Paged cache: its element type.",
+    "writes_k_out": "Paged cache: write K to k_out too.",
+}
+
+
+def choice_options(function: F) -> F:
+    """Add an option for each field of a spec that only some operations have."""
+    for choice in reversed(CHOICES):
+        declared = f"--{choice.name.replace('_', '-')}"
+        shown: dict[str, Any] = {"help": _CHOICE_HELP[choice.name]}
+        if isinstance(choice.default, bool):
+            shown["is_flag"] = True
+        elif choice.texts:
+            texts = ["dtype" if text == "in_dtype" else text for text in choice.texts]
+            shown |= {"type": click.Choice(texts), "default": choice.default or "dtype"}
+            shown["show_default"] = True
+        else:
+            shown |= {"type": int, "default": choice.default}
+            shown["show_default"] = choice.default is not None
+        function = click.option(declared, choice.name, **shown)(function)
+    return function
+
+
+def spec_choices(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a spec that the options of `choice_options` say."""
+    values = {name: None if value == "dtype" else value for name, value in options.items()}
+    return {
+        choice.name: values[choice.name]
+        for choice in CHOICES
+        if values[choice.name] != choice.default
+    }
 
 
 def is_given(ctx: click.Context, name: str) -> bool:

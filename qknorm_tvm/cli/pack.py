@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..models import MODELS
+from ..models import MODELS, STAGES
 from .options import Names, Numbers, debug_option, echo
 
 
@@ -37,6 +37,10 @@ class Targets(Names):
               show_default=True, metavar="N,...", help="Numbers of ranks.")  # fmt: skip
 @click.option("--targets", type=Targets(), default="cpu", show_default=True, metavar="TARGET,...",
               help="As for export: cpu,cuda:sm_90 makes two modules of each.")  # fmt: skip
+@click.option("--operations", type=Names(), default="norm", show_default=True,
+              metavar="NAME,...",
+              help=f"Of {', '.join(STAGES)}: the norm and its statistics; norm and rotation in one "
+              "launch; these and the store in a paged cache.")  # fmt: skip
 @click.option("--wheel", "wheel_folder", metavar="FOLDER",
               type=click.Path(file_okay=False, path_type=Path),
               help="Write an installable wheel of it there too.")  # fmt: skip
@@ -46,6 +50,7 @@ def pack(
     models: tuple[str, ...],
     ranks: tuple[int, ...],
     targets: tuple[str, ...],
+    operations: tuple[str, ...],
     wheel_folder: Path | None,
 ) -> int:
     """Compile every module that the layers of some models need into the folder OUT.
@@ -69,7 +74,7 @@ def pack(
     from .. import packing
     from .output import console, plural, size
 
-    plan = packing.plan(models, ranks, targets)
+    plan = packing.plan(models, ranks, targets, operations)
     if not out.parent.is_dir():
         raise click.UsageError(f"{out}: the folder {out.parent} does not exist")
     if wheel_folder is not None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import click
 
+from ..operations import OPERATIONS
 from ..spec import OPS
 from ..tuning.api import COST_MODELS, ROWS
 from .options import Numbers, Shapes, debug_option, dtype_choice
+
+TUNABLE = [name for name, operation in OPERATIONS.items() if not operation.rotates]
 
 
 @click.command(short_help="Search for faster configs on this device, or on a fleet.")
@@ -18,7 +21,7 @@ from .options import Numbers, Shapes, debug_option, dtype_choice
               "LLVM name, cuda (this machine's GPU) or one architecture such as "
               "cuda:sm_90.")  # fmt: skip
 @click.option("--op", type=click.Choice(OPS), default=OPS[0], show_default=True,
-              metavar="OPERATION", help=f"One of {', '.join(OPS)}.")  # fmt: skip
+              metavar="OPERATION", help=f"One of {', '.join(TUNABLE)}.")  # fmt: skip
 @click.option("--shapes", type=Shapes(), metavar="Nq/Nk,...",
               help="Columns to tune.  [default: one rank of MiniMax-M2, OLMo-2 7B and 32B on 1, 2, "
               "4 and 8 ranks]")  # fmt: skip
@@ -69,6 +72,8 @@ def tune(
       qknorm-tvm tune --tracker 127.0.0.1:9190 --key epyc \\
           --workers 4
     """
+    if op not in TUNABLE:
+        raise click.UsageError(f"--op {op} cannot be tuned; --op must be {', '.join(TUNABLE)}")
     from ..machine import load_warning
     from ..spec import KernelSpec
     from ..targets import parse_target
