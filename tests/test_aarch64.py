@@ -189,7 +189,7 @@ def test_bits_do_not_depend_on_a_callers_mode(machine: AArch64, mode: str) -> No
     fused = [reference.rms_norm(x, var[:, i], gammas[i], 1e-6, "bfloat16")
              for i, x in enumerate((q, k))]  # fmt: skip
     for module, op in (
-        (_applying(), "apply_qk_rms_norm"),
+        (_applying("bfloat16"), "apply_qk_rms_norm"),
         (_others(), "row_mean_of_squares_qk"),
         (_others(), "qk_rms_norm"),
     ):

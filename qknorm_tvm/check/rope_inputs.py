@@ -75,6 +75,7 @@ def _paged(
 ) -> dict[str, npt.NDArray]:
     """Return caches that hold zeros, and different slots in them."""
     blocks = -(-slots // block_size) + 1
+    assert spec.head_dim is not None
     shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
     dtype = ELEMENT_TYPES[str(spec.cache_dtype)].numpy
     inputs = {"slot_mapping": aligned_copy(rng.permutation(blocks * block_size)[:slots])}

@@ -15,6 +15,7 @@
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,8 @@
 #define EXPORT __attribute__((visibility("default")))
 /* For what every call goes through: compiled for each operation, whose tensors are then known. */
 #define PER_OPERATION static inline __attribute__((always_inline))
+/* For loops over its tensors, so that nothing is decided in a call that the table decides. */
+#define UNROLLED _Pragma("GCC unroll 16")
 
 /* One tensor, normalised: data with its offset, strides always there, in elements. */
 typedef struct {
@@ -36,9 +39,9 @@ typedef struct {
   DLDevice device;
   DLDataType dtype;
   int ndim;
-  int64_t shape[QKN_MAX_DIMS], strides[QKN_MAX_DIMS];
   int64_t rows, cols; /* of two dimensions at the most: one has one row */
-  int64_t item; /* bytes of an element */
+  int64_t item;       /* bytes of an element */
+  int64_t shape[QKN_MAX_DIMS], strides[QKN_MAX_DIMS];
 } tensor;
 
 static int fail(const char* kind, const char* format, ...) {
@@ -176,6 +179,15 @@ static int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
   out->data = dl->data ? (char*)dl->data + dl->byte_offset : NULL;
   out->rows = dl->ndim == 2 ? dl->shape[0] : 1;
   out->cols = dl->ndim >= 1 ? dl->shape[dl->ndim - 1] : 1;
+  if (dl->ndim == 1 || dl->ndim == 2) {
+    out->shape[0] = dl->shape[0];
+    out->strides[0] = dl->strides ? dl->strides[0] : dl->ndim == 2 ? out->cols : 1;
+    if (dl->ndim == 2) {
+      out->shape[1] = out->cols;
+      out->strides[1] = dl->strides ? dl->strides[1] : 1;
+    }
+    return 0;
+  }
   int64_t packed = 1;
   for (int d = dl->ndim - 1; d >= 0; --d) {
     if (d >= QKN_MAX_DIMS) continue; /* refused before anything looks at it */
@@ -431,31 +443,35 @@ static int in_place(const tensor* out, const tensor* in) {
          (out->rows <= 1 || out->strides[0] == in->strides[0]);
 }
 
-/* Tensors without an element share nothing. */
-static int is_empty(const tensor* t) {
-  int empty = 0;
-  for (int d = 0; d < t->ndim; ++d) empty |= t->shape[d] == 0;
-  return !t->given || empty;
+/* Tensors without an element share nothing. Only some may have none where q has rows. */
+PER_OPERATION int is_empty(const qkn_argument* a, const tensor* t) {
+  if (a->is_optional && !t[a->which].given) return 1;
+  if (a->shape[0] == QKN_SLOTS || a->shape[0] == QKN_BLOCKS) return t[a->which].shape[0] == 0;
+  return a->shape[0] == QKN_ANY && t[a->which].shape[0] == 0;
 }
 
 PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
+  UNROLLED
   for (int o = 1; o < op->num_outputs; ++o) {
+    UNROLLED
     for (int earlier = 0; earlier < o; ++earlier) {
       int out = op->arguments[o].which, other = op->arguments[earlier].which;
-      if (is_empty(&t[out]) || is_empty(&t[other])) continue;
+      if (is_empty(&op->arguments[o], t) || is_empty(&op->arguments[earlier], t)) continue;
       if (overlap(&t[out], &t[other])) {
         return fail("ValueError", "%s must not overlap %s, got tensors that share memory",
                     qkn_names[out], qkn_names[other]);
       }
     }
   }
+  UNROLLED
   for (int o = 0; o < op->num_outputs; ++o) {
     int out = op->arguments[o].which, own = op->arguments[o].in_place_of;
-    if (is_empty(&t[out])) continue;
+    if (is_empty(&op->arguments[o], t)) continue;
+    UNROLLED
     for (int i = op->num_outputs; i < op->num_tensors; ++i) {
       int in = op->arguments[i].which;
       if (in == own && in_place(&t[out], &t[in])) continue;
-      if (is_empty(&t[in]) || !overlap(&t[out], &t[in])) continue;
+      if (is_empty(&op->arguments[i], t) || !overlap(&t[out], &t[in])) continue;
       if (in == own) {
         return fail("ValueError",
                     "%s must be %s itself (same address, strides and element size) or not overlap "
@@ -503,10 +519,12 @@ static void set_tasks(const qkn_variant* v, int64_t bytes) {
 PER_OPERATION int fits(const qkn_variant* v, const qkn_operation* op, const tensor* t, int64_t rows,
                        int64_t out_bytes) {
   if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
     if (!op->arguments[i].num_strides || !s->given) continue;
     if ((uintptr_t)s->data % (uintptr_t)v->alignment) return 0;
+    UNROLLED
     for (int d = 0; d < op->arguments[i].num_strides; ++d) {
       if (s->strides[d] % v->stride_unit) return 0;
     }
@@ -535,9 +553,11 @@ PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, co
   /* The tensors, epsilon, the number of tiles, and strides: three of each tensor at the most. */
   TVMFFIAny args[4 * NUM_TENSORS + 2], result = {.type_index = kTVMFFINone};
   int32_t used = 0;
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
     if (!s->given) continue;
+    UNROLLED
     for (int d = 0; d < op->arguments[i].ndim; ++d) {
       shape[i][d] = op->arguments[i].shape[d] == QKN_ROWS ? rows : s->shape[d];
       strides[i][d] = s->strides[d];
@@ -561,9 +581,11 @@ PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, co
     args[used++].v_float64 = epsilon;
   }
   pass_int(args, &used, rows / v->row_tile);
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
     if (!s->given) continue;
+    UNROLLED
     for (int d = 0; d < op->arguments[i].num_strides; ++d) {
       pass_int(args, &used, s->strides[d] / v->stride_unit);
     }
@@ -574,6 +596,7 @@ PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, co
 PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, int64_t rows,
                       double epsilon) {
   int64_t row_out_bytes = 0, row_bytes = 0;
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
     if (!s->given) continue;
@@ -597,6 +620,7 @@ PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, 
 #endif
     if (call_variant(chosen, op, t, done, epsilon)) return -1;
     rows -= done;
+    UNROLLED
     for (int i = 0; i < op->num_tensors; ++i) {
       tensor* s = &t[op->arguments[i].which];
       int64_t of_rows = op->arguments[i].shape[0];
@@ -751,6 +775,7 @@ PER_OPERATION int check_argument(const qkn_argument* a, const qkn_spec* spec, te
 
 PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec, uint64_t given,
                                   tensor* t) {
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const qkn_argument* a = &op->arguments[op->checked[i]];
     uint64_t bit = (uint64_t)1 << op->checked[i];
@@ -809,8 +834,10 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
                 unsupported);
   }
   if (read_flags(op, args, num_args, &bits16)) return -1;
-  memset(t, 0, sizeof t); /* those that are not given are looked at too: nothing there is chance */
+  /* Those that are not given are looked at too: nothing there is chance. Not so shapes. */
+  for (int i = 0; i < NUM_TENSORS; ++i) memset(&t[i], 0, offsetof(tensor, shape));
   uint64_t given = 0;
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     int name = op->arguments[i].which;
     if (op->arguments[i].is_optional && args[i].type_index == kTVMFFINone) continue;
@@ -821,6 +848,7 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
   for (int i = 0; bits16 && i < NUM_TENSORS; ++i) {
     if (t[i].given) t[i].dtype = stored_dtype(t[i].dtype);
   }
+  UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     int name = op->arguments[op->checked[i]].which;
     if (t[name].given && check_device(qkn_names[name], &t[name], t[Q].device)) return -1;
