@@ -88,4 +88,4 @@ def test_bench_checks_and_times(op: str, capsys: pytest.CaptureFixture[str]) -> 
     assert main(command.split()) == 0
     timings = json.loads(capsys.readouterr().out)["timings"]
     assert {row["candidate"] for row in timings} >= {"ours", "copy"}
-    assert all(row["exact"] == "yes" for row in timings if row["candidate"] == "ours")
+    assert all(row["exact"] is True for row in timings if row["candidate"] == "ours")

@@ -74,6 +74,7 @@ def _paged(
     spec: KernelSpec, slots: int, block_size: int, rng: np.random.Generator
 ) -> dict[str, npt.NDArray]:
     """Return caches that hold zeros, and different slots in them."""
+    assert spec.head_dim is not None
     blocks = -(-slots // block_size) + 1
     assert spec.head_dim is not None
     shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
