@@ -190,8 +190,8 @@ def test_bits_do_not_depend_on_a_callers_mode(machine: AArch64, mode: str) -> No
              for i, x in enumerate((q, k))]  # fmt: skip
     for module, op in (
         (_applying("bfloat16"), "apply_qk_rms_norm"),
-        (_others(), "row_mean_of_squares_qk"),
-        (_others(), "qk_rms_norm"),
+        (_others("bfloat16"), "row_mean_of_squares_qk"),
+        (_others("bfloat16"), "qk_rms_norm"),
     ):
         requests, results = [], []
         for bits in (_MODES[mode], 0, _MODES[mode], 0):

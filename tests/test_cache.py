@@ -82,6 +82,7 @@ def test_second_process_does_not_compile(folder: Path, built: bytes) -> None:
     assert _modules(folder) == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -156,6 +156,7 @@ def test_modules_loaded_and_called_at_once_share_one_pool(tmp_path: Path) -> Non
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [2, 7])
 def test_first_calls_at_the_same_moment_find_one_pool(modules: int, tmp_path: Path) -> None:
     """The same, thousands of times, and closer together than Python's threads ever are."""
@@ -178,6 +179,7 @@ def test_first_calls_at_the_same_moment_find_one_pool(modules: int, tmp_path: Pa
     assert done.stdout == "0\n", f"two pools in {done.stdout.strip()} of {rounds} processes"
 
 
+@pytest.mark.slow
 def test_threads_that_ask_for_new_specs_at_once(tmp_path: Path) -> None:
     """A spec compiled once a thread; a module of another spec; a deadlock in the compiler."""
     done = run_python(
@@ -515,6 +517,7 @@ def compute(cols):
 """
 
 
+@pytest.mark.slow
 def test_child_of_a_fork_compiles(tmp_path: Path) -> None:
     """The compiler's threads and locks, which did not come with the child."""
     run_python(
@@ -559,6 +562,7 @@ def test_a_lock_dies_with_its_process_and_not_with_its_forks(tmp_path: Path) -> 
     assert done.stdout == "locked None"
 
 
+@pytest.mark.slow
 def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:
     """A child that waits for ever for a thread that only its parent has."""
     run_python(

@@ -376,6 +376,7 @@ def test_cuda_module_without_a_gpu_says_so(cuda_module: Module) -> None:
     assert (case.q_out.view(np.uint8) == 0xA5).all()
 
 
+@pytest.mark.slow
 def test_cuda_module_is_inspected_and_not_verified_without_a_gpu(
     for_gpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

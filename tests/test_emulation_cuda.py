@@ -201,6 +201,7 @@ def test_the_order_does_not_depend_on_the_config(op: str, vector: int) -> None:
         assert _check(spec, variant, _cases(spec, 1800, 520, 4)[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("in_dtype", "out_dtype", "cast_before_gamma"),
     [("bfloat16", "float32", True), pytest.param("float32", "float16", False, marks=_SLOW)],

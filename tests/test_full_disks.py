@@ -188,6 +188,7 @@ def test_without_files_in_memory_a_folder_that_runs_code_is_looked_for(
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 def test_read_only_prefilled_cache_serves(folders: tuple[Path, Path]) -> None:
     """A container's image: what it holds is compiled anew, or another spec cannot be."""
     env = _environment(folders)
@@ -342,6 +343,7 @@ assert module.module.active_level
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [True, False], ids=["in memory", "without files in memory"])
 @pytest.mark.parametrize("limit", [64, 4096, 16384, 32768])
 def test_no_space_for_what_is_compiled_is_an_exception(

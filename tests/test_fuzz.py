@@ -453,6 +453,7 @@ def run_guarded(progress: str, first: str, count: str, *paths: str) -> None:
     print(modules["open"].active_level, *guarded.done.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "level"),
     [(OWN, OWN), *(pytest.param("cpu", level, marks=pytest.mark.slow) for level in LEVELS)],

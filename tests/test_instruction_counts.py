@@ -268,6 +268,7 @@ def _params(keys: Iterable[tuple[str, ...]]) -> list[Any]:
     return [pytest.param(*key, marks=() if _default(*key[:2]) else slow) for key in keys]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "level", "dtype"), _params(PER_ELEMENT))
 def test_instructions_of_an_element(op: str, level: str, dtype: str) -> None:
     """Code that got slower: a conversion that is a call, scalar code, vectors of half the width."""

@@ -319,6 +319,7 @@ def test_caches_side_by_side_in_one_buffer_do_not_overlap() -> None:
 # ---- modules -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_module_of_several_specs_serves_by_what_is_given() -> None:
     """A spec taken for another of the same columns: wrong strides, a tensor that is not there."""
     specs = [CACHE.replace(target="cpu"), CACHE.replace(target="cpu", rotary_dim=0)]

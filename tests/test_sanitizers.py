@@ -134,6 +134,7 @@ _ADDRESS = "address,undefined"
 _ADDRESS_OPTIONS = {"UBSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "abort_on_error=0"}
 
 
+@pytest.mark.slow
 def test_address_sanitizer_finds_nothing_in_one_kind_of_call() -> None:
     """The next test in seconds: the generated code, which takes the time, is not watched here."""
     driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, _FIXED[0])

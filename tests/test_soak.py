@@ -157,12 +157,14 @@ def _bfloat16() -> Path:
     return compiled("fast", KernelSpec(in_dtype="bfloat16", q_cols=33, k_cols=5))
 
 
+@pytest.mark.slow
 def test_raw_calls_with_new_tensors_shapes_and_errors() -> None:
     """A descriptor, a shape or an error object leaked a call; a thread for each setting."""
     done = run_python(_RAW, str(open_columns()), str(12_000 * _TIMES), timeout=900)
     print(done.stdout)
 
 
+@pytest.mark.slow
 def test_raw_calls_alone() -> None:
     """The same in the calls that cost nothing else."""
     done = run_python(_FAST, str(_bfloat16()), str(150_000 * _TIMES), timeout=900)

@@ -230,6 +230,7 @@ def test_error_is_at_most_that_of_torch(in_dtype: str) -> None:
         assert (worst["ours"] <= worst["torch"] + 2.0**-24).all(), (cols, worst)
 
 
+@pytest.mark.slow
 def test_api_takes_what_apply_takes() -> None:
     a = generate(5, 192, 64, "bfloat16", seed=2)
     qk_var = qknorm_tvm.row_mean_of_squares_qk(a.q, a.k)

@@ -90,6 +90,7 @@ def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
     assert (copy / records.RECORDS).read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cost_model", "trials"), [("random", 12), pytest.param("xgb", 28, marks=pytest.mark.slow)]
 )
@@ -195,6 +196,7 @@ def _strided(rows: int) -> Case:
     return case
 
 
+@pytest.mark.slow
 def test_records_are_for_their_device_and_level_and_a_user_comes_first(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +272,7 @@ def test_the_other_operations_are_tuned_the_same_way(op: str, tmp_path: Path) ->
 # ---- candidates that fail -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_candidates_that_are_not_exact_fail_and_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_a_record_is_for_its_rows_and_layouts(use: Path, op: str) -> None:
     assert next(source for _, source, _ in cuda_buckets(spec, mine)) == "user"
 
 
+@pytest.mark.slow
 def test_the_build_uses_records_and_inspect_says_so(
     use: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def shape_case(spec: KernelSpec, rows: int = 17) -> cases.Case:
     return cases.shape_case(spec, rows, spec.q_cols, spec.k_cols)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [NORM, STORE], ids=["rope", "cache"])
 def test_every_case_is_exact(spec: KernelSpec) -> None:
     report = verification.Report()

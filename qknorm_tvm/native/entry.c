@@ -163,7 +163,7 @@ static int same_dtype(DLDataType a, DLDataType b) {
 /* Bytes from a tensor's first row to its last: more than any machine has. */
 static const int64_t kMaxSpan = (int64_t)1 << 58;
 
-static int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
+static __attribute__((noinline)) int read_tensor(const char* name, const TVMFFIAny* value, tensor* out) {
   const DLTensor* dl = NULL;
   if (value->type_index == kTVMFFITensor) {
     dl = (const DLTensor*)((const char*)value->v_obj + sizeof(TVMFFIObject));
@@ -451,10 +451,8 @@ PER_OPERATION int is_empty(const qkn_argument* a, const tensor* t) {
 }
 
 PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
-  UNROLLED
   for (int o = 1; o < op->num_outputs; ++o) {
-    UNROLLED
-    for (int earlier = 0; earlier < o; ++earlier) {
+      for (int earlier = 0; earlier < o; ++earlier) {
       int out = op->arguments[o].which, other = op->arguments[earlier].which;
       if (is_empty(&op->arguments[o], t) || is_empty(&op->arguments[earlier], t)) continue;
       if (overlap(&t[out], &t[other])) {
@@ -463,12 +461,10 @@ PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
       }
     }
   }
-  UNROLLED
   for (int o = 0; o < op->num_outputs; ++o) {
     int out = op->arguments[o].which, own = op->arguments[o].in_place_of;
     if (is_empty(&op->arguments[o], t)) continue;
-    UNROLLED
-    for (int i = op->num_outputs; i < op->num_tensors; ++i) {
+      for (int i = op->num_outputs; i < op->num_tensors; ++i) {
       int in = op->arguments[i].which;
       if (in == own && in_place(&t[out], &t[in])) continue;
       if (is_empty(&op->arguments[i], t) || !overlap(&t[out], &t[in])) continue;
@@ -835,6 +831,7 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
   }
   if (read_flags(op, args, num_args, &bits16)) return -1;
   /* Those that are not given are looked at too: nothing there is chance. Not so shapes. */
+  UNROLLED
   for (int i = 0; i < NUM_TENSORS; ++i) memset(&t[i], 0, offsetof(tensor, shape));
   uint64_t given = 0;
   UNROLLED
