@@ -13,7 +13,10 @@ from qknorm_tvm.load.module_file import read_metadata
 
 
 @pytest.fixture(
-    scope="module", params=["statistics-few", pytest.param("statistics", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) for name in ("statistics-few", "statistics")
+    ],
 )
 def built(request: pytest.FixtureRequest) -> Built:
     return cuda_code.built(request.param)
