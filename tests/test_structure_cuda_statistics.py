@@ -6,10 +6,11 @@ import re
 
 import cuda_code
 import pytest
-from cuda_code import FUSED, OPERATIONS, Built, needs_nvcc, used
+from cuda_code import FUSED, Built, needs_nvcc, used
 
 from qknorm_tvm import KernelSpec, compile
 from qknorm_tvm.load.module_file import read_metadata
+from qknorm_tvm.operations import OPERATIONS
 
 
 @pytest.fixture(
