@@ -182,7 +182,7 @@ class KernelSpec:
     @property
     def has_given_statistics(self) -> bool:
         """Whether calls give `qk_var` to an operation that could compute it."""
-        return self.statistics == "given"
+        return self.operation.rotates and self.statistics == "given"
 
     @property
     def has_scales(self) -> bool:

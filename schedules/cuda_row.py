@@ -322,10 +322,6 @@ class _Thread:
     def rows(self) -> int:
         return self.config.rows
 
-    @property
-    def has_given_statistics(self) -> bool:
-        return _has_given_statistics(self.spec)
-
     def row(self, i: Any) -> Any:
         return self.tile * self.rows + i
 
@@ -398,7 +394,7 @@ def _cache_index(t: _Thread, i: Any, operand: _Operand, column: Any, e: Any) -> 
 def _scale_index(operand: _Operand, column: Any) -> Any:
     """Return the index of a column's scale: its head's, or the only one."""
     head = tirx.floordiv(column, T.int64(operand.head_dim))
-    return tirx.min(head, operand.scales.shape[0] - 1)
+    return steps.scale_index(head, operand.scales)
 
 
 def _operands(spec: KernelSpec, params: dict[str, Any], wanted: int) -> tuple[_Operand, ...]:
@@ -426,7 +422,7 @@ def _operands(spec: KernelSpec, params: dict[str, Any], wanted: int) -> tuple[_O
             scales=params.get(f"{tag}_scale"),
             head_dim=spec.head_dim,
             rotation=None,
-            is_summed=tag != "v" and not _has_given_statistics(spec),
+            is_summed=tag != "v" and not spec.has_given_statistics,
             warps=warps[index],
             parts=parts,
             in_rounds=partition is None,
@@ -443,10 +439,6 @@ def _operands(spec: KernelSpec, params: dict[str, Any], wanted: int) -> tuple[_O
         )
         operands.append(operand)
     return tuple(operands)
-
-
-def _has_given_statistics(spec: KernelSpec) -> bool:
-    return spec.operation.rotates and spec.has_given_statistics
 
 
 # ---- stages ------------------------------------------------------------------------------------
@@ -588,7 +580,7 @@ def _load(t, operand):
         _load_positions(t)
     if operand.is_cached:
         _load_slots(t)
-    if operand.is_normalised and t.has_given_statistics:
+    if operand.is_normalised and t.spec.has_given_statistics:
         _load_variances(t, operand)
     if not operand.in_rounds:
         _load_x(t, operand, T.int64(0), None)
@@ -722,7 +714,7 @@ def _write_means(t, operand):
 def _roots(t, operand):
     epsilon = T.meta_var(t.params["epsilon"])
     for i in _unrolled(t.rows):
-        if t.has_given_statistics:
+        if t.spec.has_given_statistics:
             t.rs[i] = steps.inverse_root(t.variance[i], epsilon, reproducible=t.spec.reproducible)
         else:
             _sum_slots(t, operand, i)
@@ -730,17 +722,12 @@ def _roots(t, operand):
             t.rs[i] = steps.inverse_root(variance, epsilon, reproducible=t.spec.reproducible)
 
 
-def _normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
-    scaled = steps.scaled(steps.widened(x), rs, steps.type_before_gamma(spec))
-    return steps.rounded(steps.weighted(scaled, gamma), spec.out_dtype)
-
-
 @T.inline
 def _normalise(t):
     for i in _unrolled(t.rows):
         for j in _unrolled(t.parts):
             for e in _unrolled(VECTOR):
-                t.out[i, j, e] = _normalised(t.spec, t.x[i, j, e], t.rs[i], t.gamma[j, e])
+                t.out[i, j, e] = steps.normalised(t.spec, t.x[i, j, e], t.rs[i], t.gamma[j, e])
 
 
 def _rotated(t: _Thread, rotation: _Rotation, i: Any, j: Any, e: Any, column: Any) -> Any:
@@ -770,7 +757,7 @@ def _rotate(t, operand):
                 if rotation.in_vector:
                     t.partner[i, j, e] = t.out[i, j, rotation.partner_in_vector(e)]
                 if rotation.reads_partners:
-                    t.partner[i, j, e] = _normalised(
+                    t.partner[i, j, e] = steps.normalised(
                         t.spec, t.partner[i, j, e], t.rs[i], t.partner_gamma[j, e]
                     )
             if operand.aligned:

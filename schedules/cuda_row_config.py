@@ -59,8 +59,8 @@ _GENERAL_COLUMNS = 4
 _MANY_VECTORS = 320 * 1024
 
 
-#: Kernels of what rotates, by whether blocks share a row, and whether rows are long: name, from how
-#: many rows on it is chosen, and fields.
+#: Kernels of what rotates, by whether statistics are given, so that blocks may share a row, and
+#: whether rows are long: name, from how many rows on it is chosen, and fields.
 _ROTATING: dict[tuple[bool, bool], list[tuple[str, int, dict[str, int]]]] = {
     (True, False): [
         ("prefill", 2048, {"columns": 2, "threads": 1024}),
@@ -123,11 +123,6 @@ def check_row_fits(spec: KernelSpec) -> None:
         )
 
 
-def splits_rows(spec: KernelSpec) -> bool:
-    """Return whether blocks may share a row: nothing is added up over it."""
-    return spec.operation.rotates and spec.has_given_statistics
-
-
 def stride_unit(spec: KernelSpec) -> int:
     """Return the elements to whose multiples row strides are aligned with every access."""
     narrowest = min(spec.in_bytes, spec.out_bytes) if spec.operation.normalises else spec.in_bytes
@@ -177,7 +172,7 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
         return _aligned(spec, name, CudaConfig(**choices), min_rows)
 
     if spec.operation.rotates:
-        choices = _ROTATING[splits_rows(spec), is_long]
+        choices = _ROTATING[spec.has_given_statistics, is_long]
         return [
             variant(name, min_rows, dependent_launch=after, **fields)
             for name, min_rows, fields in choices

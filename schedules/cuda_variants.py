@@ -18,7 +18,7 @@ def fields_used(spec: KernelSpec) -> tuple[str, ...]:
     unused: tuple[str, ...] = ()
     if spec.op != "apply_qk_rms_norm":
         unused = ("threads", "grid_order")  # the order of summation fixes them
-        if cuda_row_config.splits_rows(spec):
+        if spec.has_given_statistics:  # nothing is added up over a row, which blocks may share
             unused = ("grid_order",)
     if not spec.operation.normalises:
         unused += ("streaming_stores",)

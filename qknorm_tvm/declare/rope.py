@@ -37,17 +37,11 @@ def pair_columns(spec: KernelSpec, pair: Any) -> tuple[Any, Any]:
     return pair, pair + spec.rotary_dim // 2
 
 
-def normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
-    """Return one element of the norm, rounded to the operands' type."""
-    scaled = steps.scaled(steps.widened(x), rs, steps.type_before_gamma(spec))
-    return steps.rounded(steps.weighted(scaled, gamma), spec.in_dtype)
-
-
 def stored(spec: KernelSpec, x: Any, scales: Any, head: Any) -> Any:
     """Return an element as its cache holds it; `scales` has one number, or one for each head."""
     if spec.cache_dtype is None or not spec.has_scales:
         return x
-    scale = scales[tirx.min(head, scales.shape[0] - 1)]
+    scale = scales[steps.scale_index(head, scales)]
     return steps.rounded(steps.divided_by_scale(steps.widened(x), scale), spec.cache_dtype)
 
 
@@ -76,7 +70,7 @@ def _heads(tag: str, spec: KernelSpec, given: dict[str, Any]) -> Callable[..., A
     cache, scales = given.get(f"{tag}_cache"), given.get(f"{tag}_scale")
 
     def y(rs, row, column):
-        return normalised(spec, x[row, column], rs[row], gamma[column])
+        return steps.normalised(spec, x[row, column], rs[row], gamma[column])
 
     def rotated(rs, row, head, pair):
         a, b = (

@@ -60,6 +60,17 @@ def rounded(x: Any, dtype: str) -> Any:
     return T.Cast(dtype, x)
 
 
+def normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
+    """Return an element of the norm, from that of q or k, in the outputs' type."""
+    scaled_x = scaled(widened(x), rs, type_before_gamma(spec))
+    return rounded(weighted(scaled_x, gamma), spec.out_dtype)
+
+
+def scale_index(head: Any, scales: Any) -> Any:
+    """Return the index of a head's scale: there is one for each, or a single one."""
+    return T.min(head, scales.shape[0] - 1)
+
+
 def rotated(own: Any, partner: Any, cosine: Any, sine: Any) -> Any:
     """Return the first of a rotated pair, or with minus the sine the second, float32.
 

@@ -669,9 +669,7 @@ static int read_epsilon(const TVMFFIAny* value, double* epsilon) {
 }
 
 /* Whether a spec's choices are those that a call's tensors show. */
-PER_OPERATION int chosen(const qkn_operation* op, const qkn_spec* s, const tensor* t,
-                         uint64_t given) {
-  (void)op;
+static int has_choices(const qkn_spec* s, const tensor* t, uint64_t given) {
   if (s->given != given) return 0;
   if (t[COS_SIN_CACHE].given && (!same_dtype(s->rotary_dtype, t[COS_SIN_CACHE].dtype) ||
                                  s->rotary_dim != t[COS_SIN_CACHE].cols)) {
@@ -694,7 +692,7 @@ PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found)
     by_type = i;
     if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
       by_cols = i;
-      if (!chosen(&qkn_operations[op], s, t, given)) continue;
+      if (!has_choices(s, t, given)) continue;
       *found = i;
       return 0;
     }
