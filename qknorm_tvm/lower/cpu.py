@@ -178,7 +178,16 @@ def lower(
     `STREAM_ALIGNMENT` bytes, or to a vector where that is less.
 
     No check of an argument is generated: the module's entry point has made them all.
+
+    LLVM takes every pointer to be free of aliases (``tirx.noalias``), although an output may be an
+    input all the same. That is sound, because what is stored at an element is computed of loads of
+    that element, or of its pair's before either is stored: no order that LLVM may choose gives
+    another result. Without it gamma would be read again for every row of a tile: 2,024 instructions
+    instead of 1,931 in the functions for bfloat16, 1536/256, x86-64-v4.
     """
+    mod = tvm.IRModule(
+        {name: func.with_attr("tirx.noalias", True) for name, func in mod.functions.items()}
+    )
     with tvm.transform.PassContext(config={"s_tir.LoopPartition": {"partition_const_loop": True}}):
         return tvm.transform.Sequential(
             [

@@ -1,13 +1,14 @@
 """Lowering of a scheduled function to one CUDA kernel: what schedule primitives cannot say.
 
-`schedules.cuda` leaves a loop over tiles of rows, in it one loop over threads for Q and one for K,
-and in each a nest of small loops in which a thread loads, computes and stores. TensorIR has no
-primitive that makes two loops share one range of threads, that moves a statement ahead of its
-neighbours' loops, or that inserts an instruction. `join_operands` does these:
+In: from `schedules.cuda`, a loop over tiles of rows, in it one loop over threads for Q and one for
+K, and in each what a thread does: load, compute and store, by parts of its columns. Out: one loop
+over the grid. TensorIR has no primitive that makes two loops share one range of threads, that
+distributes a loop over the statements in it, or that inserts an instruction. `join_operands` does
+these:
 
-1. *Distribute*: every load of a thread comes before its first store, for all of its rows and
-   vectors. Nothing else keeps several loads in flight: outputs may be the inputs themselves, so
-   the compiler may not move a load over a store.
+1. *Distribute*: every load of a thread comes before its first store, for all parts of its columns.
+   Nothing else keeps several loads in flight: outputs may be the inputs themselves, so the compiler
+   may not move a load over a store.
 2. *Join*: the threads of Q and then those of K become one range, cut into blocks of the kernel.
 3. *Wait*: for programmatic dependent launch, a thread waits for the previous kernel before its
    first load, and lets the next one start where the config says.
@@ -35,29 +36,13 @@ from .substitution import substitute
 
 
 def _compact(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Shrink the buffers in registers to what one thread needs, by TVM's own passes.
-
-    Predicates are set aside for that, since TVM bounds by them what a buffer holds, and a bound
-    that depends on the number of rows cannot be in registers.
-    """
-    predicates: dict[str, tirx.Expr] = {}
-
-    def set_aside(realize: SBlockRealize) -> SBlockRealize:
-        predicates[realize.block.name_hint] = realize.predicate
-        return SBlockRealize(realize.iter_values, tirx.IntImm("bool", 1), realize.block)
-
-    def restore(realize: SBlockRealize) -> SBlockRealize:
-        predicate = predicates.get(realize.block.name_hint, realize.predicate)
-        return SBlockRealize(realize.iter_values, predicate, realize.block)
-
-    func = func.with_body(tvm_ffi.structural_map(func.body, (SBlockRealize, set_aside)))
+    """Shrink the buffers in registers to what one thread needs, by TVM's own passes."""
     passes = [
         s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
         s_tir.transform.ConvertBlocksToOpaque(),
         s_tir.transform.CompactBufferAllocation(),
     ]
-    func = tvm.transform.Sequential(passes)(tvm.IRModule({"main": func}))["main"]
-    return func.with_body(tvm_ffi.structural_map(func.body, (SBlockRealize, restore)))
+    return tvm.transform.Sequential(passes)(tvm.IRModule({"main": func}))["main"]
 
 
 def _in_stages(thread: tirx.For) -> tuple[dict[str, tirx.Stmt], list[tirx.Buffer]]:
