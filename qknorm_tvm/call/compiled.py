@@ -181,6 +181,9 @@ def compile(
         "versions": versions(),
         "requires": {"apache-tvm-ffi": ">=0.1.11", "system": "Linux, glibc"},
     }
+    from ..build.tuned import log_folders
+
+    log_folders()  # warns of one that is none, also where the target or a config needs no records
     if kind == "cuda":
         from ..build.cuda import build
     else:
