@@ -189,7 +189,7 @@ def _check_shape(argument: TensorArgument, tensors: dict[str, Tensor], head_dim:
 
 
 def _check_spec(operation: Operation, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
-    """Raise for what no spec of an operation that rotates may have, as the Python API does."""
+    """Raise, as the Python API does, where a rotating operation has no spec for such tensors."""
     q, k, choices = tensors["q"], tensors["k"], {}
     if operation.has_cache:
         scales = tensors.get("k_scale"), tensors.get("v_scale")
@@ -281,7 +281,7 @@ def _register(
 
 
 def _returned(operation: Operation) -> tuple[str, ...]:
-    """Return the outputs that are new where none is given: no cache, and none that may be left."""
+    """Return the outputs that are allocated where none is given: no caches, no optional ones."""
     return tuple(
         name
         for name in operation.outputs
@@ -290,7 +290,7 @@ def _returned(operation: Operation) -> tuple[str, ...]:
 
 
 def _in_place(operation: Operation) -> dict[str, str]:
-    """Return the inputs that outputs take the place of in an operation's form in place."""
+    """Return, by output, the input that it overwrites in an operation's in-place form."""
     return {name: operation[name].in_place_of or "" for name in _returned(operation)}
 
 
@@ -300,7 +300,7 @@ def _default(parameter: inspect.Parameter) -> str:
 
 
 def _register_forms(operation: Operation) -> None:
-    """Register an operation that returns its outputs, is given them, and works in place."""
+    """Register an operation with new outputs, with given ones (``_out``), and in place (``_``)."""
     function = getattr(api, operation.name)
     inputs, returned = operation.signature, _returned(operation)
     alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
@@ -413,10 +413,11 @@ def _are_given(
 
 
 def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
-    """Return the caller of an operator, with the signature of the Python API's function.
+    """Return the function around an operator, with the signature of the Python API's.
 
-    Less what torch knows, the stream, and what waits for a GPU; in place, without outputs. Its
-    source is made here from the table of operations: torch.compile traces it like any other.
+    It has no `stream`, which torch knows, and no `validate`; the in-place form has no outputs
+    either. Its source is made here from the table of operations, so that torch.compile traces it
+    like any other.
     """
     operation = OPERATIONS[function.__name__]
     written = {

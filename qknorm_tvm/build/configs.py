@@ -56,7 +56,7 @@ MOST_TASK_BYTES = 1 << 18
 
 
 def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
-    """Return from how many rows on each measured row count speaks.
+    """Return, for each measured row count, the smallest number of rows that uses its outcome.
 
     The border between two measured counts lies half way between them on a logarithmic scale; the
     smallest speaks for all below it too.
@@ -69,7 +69,7 @@ def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
 
 
 def bucket_ends(rows: int, measured: Sequence[int]) -> tuple[int, int]:
-    """Return the smallest and the largest row count that a measured one speaks for.
+    """Return the smallest and the largest number of rows that use a measured row count's outcome.
 
     The bucket of the most rows has no end: it stands for twice as many.
     """
@@ -79,7 +79,7 @@ def bucket_ends(rows: int, measured: Sequence[int]) -> tuple[int, int]:
 
 
 def merge(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Return buckets from the largest `min_rows` on, neighbours of one config as one."""
+    """Return buckets by descending `min_rows`; neighbours with equal configs become one."""
     merged: list[Bucket] = []
     for bucket in sorted(buckets, key=lambda bucket: bucket.min_rows):
         if merged and (merged[-1].config, merged[-1].source) == (bucket.config, bucket.source):
@@ -141,7 +141,7 @@ def cuda_default(spec: KernelSpec, rows: int) -> CudaConfig:
 
 
 def cpu_record_config(record: Mapping[str, Any]) -> cpu_config.CpuConfig:
-    """Return a record's config with a task size that also suits fewer rows than were measured.
+    """Return a record's config, its task size limited for calls of fewer rows than were measured.
 
     A large task left calls at the lower end of a bucket to one thread that ran on two before:
     1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.

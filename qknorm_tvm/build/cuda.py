@@ -203,7 +203,7 @@ def find_nvcc() -> Path:
 
 
 def ptx_arch(archs: Sequence[str]) -> str | None:
-    """Return the architecture whose PTX serves GPUs to come: the first that waits, or the first.
+    """Return the architecture whose PTX later GPUs run: the oldest from sm_90 on, or the oldest.
 
     Code for older ones would run on a new GPU too, but without programmatic dependent launch.
     """
