@@ -64,7 +64,7 @@ class CudaConfig:
     ----------
     threads : int
         Threads of a block; a multiple of 32 from 32 to 1024. The columns of Q and then those of K
-        are dealt out to the threads of as many blocks as a row needs.
+        are partitioned among the threads of as many blocks as a row needs.
     vector : int
         Neighbouring columns that a thread handles together: 1, 2, 4 or 8. They are read and
         written in accesses of up to 16 bytes, as far as the declared alignment allows.

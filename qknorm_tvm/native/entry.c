@@ -679,7 +679,7 @@ static int has_choices(const qkn_spec* s, const tensor* t, uint64_t given) {
                                s->head_dim == t[K_CACHE].cols);
 }
 
-PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found) {
+PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* index) {
   char in_type[64], out_type[64];
   int of_op = 0, by_type = -1, by_cols = -1, last = 0, has_out = t[Q_OUT].given;
   for (int i = 0; i < QKN_NUM_SPECS; ++i) {
@@ -693,12 +693,12 @@ PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found)
     if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
       by_cols = i;
       if (!has_choices(s, t, given)) continue;
-      *found = i;
+      *index = i;
       return 0;
     }
   }
   if (of_op == 1) { /* its own check will say what does not fit */
-    *found = last;
+    *index = last;
     return 0;
   }
   if (by_cols >= 0) {
