@@ -393,13 +393,13 @@ _DOCUMENTATION = """{summary}: ``torch.ops`` form.
     """
 
 
-def _are_given(
+def _check_given(
     operation: Operation, outputs: dict[str, Tensor | None], dtype: torch.dtype | None
-) -> bool:
-    """Return whether outputs are given; raise where some are missing, or contradict `out_dtype`."""
+) -> None:
+    """Refuse outputs of which some are missing, or that contradict `out_dtype`."""
     returned = _returned(operation)
-    given = [name for name, tensor in outputs.items() if tensor is not None]
-    if given and any(outputs[name] is None for name in returned):
+    if any(outputs[name] is None for name in returned):
+        given = [name for name, tensor in outputs.items() if tensor is not None]
         both = "both or neither" if len(returned) > 1 else f"with {given[0]}"
         wanted = " and ".join(returned)
         raise ValueError(f"{wanted} must be given {both}, got {given[0]} alone")
@@ -409,7 +409,6 @@ def _are_given(
             f"{returned[0]} must be {_dtype_name(dtype)} like out_dtype, got "
             f"{_dtype_name(first.dtype)}"
         )
-    return bool(given)
 
 
 def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
@@ -417,7 +416,17 @@ def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
 
     It has no `stream`, which torch knows, and no `validate`; the in-place form has no outputs
     either. Its source is made here from the table of operations, so that torch.compile traces it
-    like any other.
+    like any other; ``qk_rms_norm`` is::
+
+        def qk_rms_norm(q, k, gamma_q, gamma_k, epsilon=1e-06, *, q_out=None, k_out=None,
+                        out_dtype=None, cast_before_gamma=False):
+            if q_out is not None or k_out is not None:
+                check_given(operation, {'q_out': q_out, 'k_out': k_out}, out_dtype)
+                out(q, k, gamma_q, gamma_k, epsilon, q_out=q_out, k_out=k_out,
+                    cast_before_gamma=cast_before_gamma)
+                return q_out, k_out
+            return new(q, k, gamma_q, gamma_k, epsilon, out_dtype=out_dtype,
+                       cast_before_gamma=cast_before_gamma)
     """
     operation = OPERATIONS[function.__name__]
     written = {
@@ -441,14 +450,15 @@ def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
     if form:
         body = f"in_place({', '.join([*positional, *options])})"
     else:
-        body = f"""if are_given(operation, {{{given}}}, {dtype}):
+        body = f"""if {" or ".join(f"{own} is not None" for own in written.values())}:
+            check_given(operation, {{{given}}}, {dtype})
             out({", ".join([*positional, *to_given, *options])})
             return {", ".join(written.values())}
         return new({", ".join([*positional, *to_new, *options])}){left}"""
     name = operation.name + form
     # Closed over, not global: torch.compile knows a global by its name and the module's.
     source = f"""
-def make(operation, are_given, new, out, in_place):
+def make(operation, check_given, new, out, in_place):
     def {name}{inspect.Signature(list(parameters.values()))}:
         {body}
     return {name}
@@ -456,7 +466,7 @@ def make(operation, are_given, new, out, in_place):
     names: dict[str, Any] = {"__name__": __name__}
     exec(source, names)
     operators = [getattr(torch.ops.qknorm_tvm, operation.name + end) for end in ("", "_out", form)]
-    made = names["make"](operation, _are_given, *(operator.default for operator in operators))
+    made = names["make"](operation, _check_given, *(operator.default for operator in operators))
     made.__qualname__ = name
     summary = (inspect.getdoc(function) or "").partition(".\n")[0]
     made.__doc__ = _DOCUMENTATION.format(
