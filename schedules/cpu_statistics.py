@@ -2,9 +2,9 @@
 
 Strategy. A row is read once, from left to right, a vector of all `LANES` columns a step, each added
 to partial sums that stay in registers, and these to totals after each block; then the lanes are
-added in halves. The declaration
-fixes the order, so there is nothing to choose: no vector width, no tile of rows. Rows are short and
-independent, and the processor starts on the next while the last additions of one are under way.
+added in halves. The declaration fixes the order, so there is nothing to choose: no vector width, no
+tile of rows. Rows are short and independent, and the processor starts on the next while the last
+additions of one are under way.
 
 bfloat16 is read as 32-bit words, whose halves are the even and the odd columns of a step; their
 partial sums are kept apart (the loop annotated with `PARITY`), which is what makes neighbouring
@@ -61,7 +61,8 @@ def schedule_mean(sch: Schedule, tag: str, row: Any, *, pairs: bool) -> None:
     step = _vectors(sch, partial, pairs=pairs)
     if pairs:
         sch.annotate(sch.get_loops(partial)[-2], PARITY, 1)
-    # `lowering.split_blocks` takes the last, partial block apart: the others run without a test.
+    # `lower.cpu_statistics.split_blocks` takes the last, partial block apart: the others run
+    # without a test.
     sch.annotate(block, BLOCKS, tag)
     sch.annotate(step, STEP, 1)
     for reduced, loop in ((lanes, block), (partial, step)):
