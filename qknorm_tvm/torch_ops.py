@@ -28,7 +28,7 @@ Python to run in: their kernels are Python functions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -294,26 +294,22 @@ def _in_place(operation: Operation) -> dict[str, str]:
     return {name: operation[name].in_place_of or "" for name in _returned(operation)}
 
 
-def _default(parameter: inspect.Parameter) -> str:
-    is_required = parameter.default is inspect.Parameter.empty
-    return "" if is_required else f"={parameter.default}"
+def _flags(operation: Operation, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Return, for a schema, the Python function's parameters that are fields of a spec."""
+    flags = []
+    for name, parameter in parameters.items():
+        if name in operation.spec_fields and name != "out_dtype":
+            is_required = parameter.default is inspect.Parameter.empty
+            default = "" if is_required else f"={parameter.default}"
+            flags.append(f"{parameter.annotation} {name}{default}")
+    return flags
 
 
 def _register_forms(operation: Operation) -> None:
     """Register an operation with new outputs, with given ones (``_out``), and in place (``_``)."""
     function = getattr(api, operation.name)
     inputs, returned = operation.signature, _returned(operation)
-    alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
-    caches = [f"Tensor({alias[name]}!) {name}" for name in operation.outputs
-              if operation[name].is_cache]  # fmt: skip
     parameters = inspect.signature(function).parameters
-    # The Python function's choices that are fields of a spec: those have the types of a schema.
-    flags = [
-        f"{parameter.annotation} {name}{_default(parameter)}"
-        for name, parameter in parameters.items()
-        if name in operation.spec_fields and name != "out_dtype"
-    ]
-    scalars = [f"float {scalar.name}={scalar.default}" for scalar in operation.scalars]
     # The function's own names, in case their order is another.
     positional = list(parameters)[: len(inputs)] == list(inputs)
     keywords = {name: operation[name].api_name for name in operation.outputs}
@@ -325,47 +321,48 @@ def _register_forms(operation: Operation) -> None:
             return function(*args, **options)
         return function(**dict(zip(order, args, strict=False)), **options)
 
-    def schema(mutable: dict[str, str], keyword_only: Sequence[str], results: str) -> str:
-        kinds = {name: "Tensor?" if operation[name].given_if else "Tensor" for name in inputs}
-        tensors = [f"{kinds[name]} {name}" for name in inputs]
-        tensors = [
-            f"Tensor({mutable[name]}!) {name}" if name in mutable else text
-            for name, text in zip(inputs, tensors, strict=True)
-        ]
+    def tensor(name: str, alias: str | None = None, default: str = "") -> str:
+        written = f"({alias}!)" if alias else ""
+        optional = "?" if operation[name].given_if else ""
+        return f"Tensor{written}{optional} {name}{default}"
+
+    def schema(keyword_only: Sequence[str], results: str, written: Mapping[str, str]) -> str:
+        tensors = [tensor(name, written.get(name)) for name in inputs]
+        scalars = [f"float {scalar.name}={scalar.default}" for scalar in operation.scalars]
         options = ["*", *keyword_only] if keyword_only else []
         return f"({', '.join([*tensors, *scalars, *options])}) -> {results}"
+
+    alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
+    caches = [tensor(name, alias[name]) for name in operation.outputs if operation[name].is_cache]
+    dtype = ["ScalarType? out_dtype=None"] if "out_dtype" in operation.spec_fields else []
+    flags = _flags(operation, parameters)
 
     def run(*args: Any, **options: Any) -> Any:
         results = call(args, options)
         return results[0] if len(returned) == 1 and isinstance(results, tuple) else results
 
-    dtype = ["ScalarType? out_dtype=None"] if "out_dtype" in operation.spec_fields else []
     results = ", ".join("Tensor" for _ in returned)
     results = f"({results})" if len(returned) > 1 else results
-    _register(operation, "", schema({}, [*caches, *dtype, *flags], results), run)
-
-    given = [
-        f"Tensor({alias[name]}!)? {name}=None"
-        if operation[name].given_if
-        else f"Tensor({alias[name]}!) {name}"
-        for name in operation.outputs
-    ]
+    _register(operation, "", schema([*caches, *dtype, *flags], results, {}), run)
 
     def write(*args: Any, **options: Any) -> None:
         call(args, options)
 
-    _register(operation, "_out", schema({}, [*given, *flags], "()"), write)
+    given = [
+        tensor(name, alias[name], "=None" if operation[name].given_if else "")
+        for name in operation.outputs
+    ]
+    _register(operation, "_out", schema([*given, *flags], "()", {}), write)
     if not all(operation[name].in_place_of for name in returned):
         return
     places = {name: inputs.index(own) for name, own in _in_place(operation).items()}
-    mutable = {own: alias[name] for name, own in _in_place(operation).items()}
+    overwritten = {own: alias[name] for name, own in _in_place(operation).items()}
 
     def write_in_place(*args: Any, **options: Any) -> None:
         call(args, {name: args[place] for name, place in places.items()} | options)
 
-    _register(
-        operation, "_", schema(mutable, [*caches, *flags], "()"), write_in_place, in_place=True
-    )
+    text = schema([*caches, *flags], "()", overwritten)
+    _register(operation, "_", text, write_in_place, in_place=True)
 
 
 for _operation in OPERATIONS.values():

@@ -205,26 +205,37 @@ def compile(
         del directory
 
 
+def _config_type(kind: str) -> type[Config]:
+    """Return the config's class for a kind of target."""
+    if kind == "cuda":
+        from ..schedules.cuda_config import CudaConfig
+
+        return CudaConfig
+    from ..schedules.cpu_config import CpuConfig
+
+    return CpuConfig
+
+
 def _changes(specs: Sequence[KernelSpec], kind: str, changes: Mapping[Any, Any]) -> list[Config]:
     """Return for each spec the given fields that make a difference to it."""
     if kind == "cuda":
-        from ..schedules.cuda_config import CudaConfig as Wanted
         from ..schedules.cuda_variants import fields_used
     else:
-        from ..schedules.cpu_config import CpuConfig as Wanted  # type: ignore[assignment]
         from ..schedules.cpu_config import fields_used
-    names = [field.name for field in dataclasses.fields(Wanted)]
+    config_type = _config_type(kind)
+    names = [field.name for field in dataclasses.fields(config_type)]
     for name in changes:
         if name not in names:
             raise ValueError(
-                f"config must have fields of {Wanted.__name__}, {', '.join(names)}, got {name!r}"
+                f"config must have fields of {config_type.__name__}, {', '.join(names)}, got "
+                f"{name!r}"
             )
         if not any(name in fields_used(spec) for spec in specs):
             raise ValueError(
                 f"config must not have {name} for {' and '.join(spec.text for spec in specs)}, "
                 f"whose code does not depend on it, got {changes[name]!r}"
             )
-    Wanted(**changes)  # its ranges, before time is spent
+    config_type(**changes)  # its ranges, before time is spent
     return [
         {name: value for name, value in changes.items() if name in fields_used(spec)} or None
         for spec in specs
@@ -232,13 +243,10 @@ def _changes(specs: Sequence[KernelSpec], kind: str, changes: Mapping[Any, Any])
 
 
 def _check_configs(kind: str, configs: Sequence[Config]) -> None:
-    if kind == "cuda":
-        from ..schedules.cuda_config import CudaConfig as Wanted
-    else:
-        from ..schedules.cpu_config import CpuConfig as Wanted  # type: ignore[assignment]
+    config_type = _config_type(kind)
     for config in configs:
-        if config is not None and not isinstance(config, Wanted):
+        if config is not None and not isinstance(config, config_type):
             raise TypeError(
-                f"config must be a {Wanted.__name__} for a {kind} target, got "
+                f"config must be a {config_type.__name__} for a {kind} target, got "
                 f"{type(config).__name__}"
             )
