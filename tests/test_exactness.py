@@ -65,8 +65,8 @@ def main_level(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def open_module(level: str) -> Module:
-    return load(open_columns(level))
+def open_module(main_level: str) -> Module:
+    return load(open_columns(main_level))
 
 
 @pytest.fixture(scope="module")
@@ -389,27 +389,43 @@ CONFIGS = (
 CONFIG_PAIRINGS = (("bfloat16", "bfloat16"), ("float32", "bfloat16"))
 
 
-@pytest.fixture(scope="module", params=levels(OWN))
-def config_module(request: pytest.FixtureRequest) -> Module:
-    needs_level(request.param)
+#: Of these a default run takes one that is narrow, one of many rows, and one that is wide.
+FEW_CONFIGS = (2, 4, 7)
+
+
+def _few(pairing: tuple[str, str], index: int) -> bool:
+    return index in FEW_CONFIGS and pairing == CONFIG_PAIRINGS[index % 2]
+
+
+@pytest.mark.parametrize(
+    ("pairing", "index"),
+    [
+        pytest.param(
+            pairing,
+            index,
+            marks=() if _few(pairing, index) else pytest.mark.slow,
+            id=f"{'-'.join(pairing)}-vector{CONFIGS[index].vector}",
+        )
+        for pairing in CONFIG_PAIRINGS
+        for index in range(len(CONFIGS))
+    ],
+)
+def test_every_config_is_exact(main_level: str, pairing: tuple[str, str], index: int) -> None:
+    """A field of the config that changes results."""
+    # Two files a level: that of a default run is small. Columns tell a file's specs apart.
+    few = _few(pairing, index)
     specs = {
         spec: config
-        for pairing, (index, config) in itertools.product(CONFIG_PAIRINGS, enumerate(CONFIGS))
-        for spec in specs_of([pairing], [(160 + index, 64)], request.param)
+        for each, (i, config) in itertools.product(CONFIG_PAIRINGS, enumerate(CONFIGS))
+        for spec in specs_of([each], [(160 + i, 64)], main_level)
+        if _few(each, i) is few
     }
-    return load(compiled(f"configs-{request.param}", *specs, config=specs))
-
-
-@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"vector{CONFIGS[i].vector}")
-@pytest.mark.parametrize(("in_dtype", "out_dtype"), CONFIG_PAIRINGS)
-def test_every_config_is_exact(
-    config_module: Module, in_dtype: str, out_dtype: str, index: int
-) -> None:
-    """A field of the config that changes results."""
+    name = f"{'few' if few else 'other'}-configs-{main_level}"
+    module = load(compiled(name, *specs, config=specs))
     for rows in (1, 2, 7, 33):
-        check_exact(config_module, make_case(rows, 160 + index, 64, in_dtype, out_dtype))
-    values = _float32_sweep() if in_dtype == "float32" else all_patterns(in_dtype)
-    check_exact(config_module, _special_case(values[::23], 160 + index, 64, out_dtype, index))
+        check_exact(module, make_case(rows, 160 + index, 64, *pairing))
+    values = _float32_sweep() if pairing[0] == "float32" else all_patterns(pairing[0])
+    check_exact(module, _special_case(values[::23], 160 + index, 64, pairing[1], index))
 
 
 STREAM_PAIRINGS = (
