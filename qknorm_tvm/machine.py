@@ -64,10 +64,10 @@ def load_warning() -> str:
 
 def library_versions() -> dict[str, str]:
     """Return versions of what a measurement depends on; torch's says when it is not installed."""
-    found = {"qknorm-tvm": __version__, "python": platform.python_version()}
+    versions = {"qknorm-tvm": __version__, "python": platform.python_version()}
     for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "torch"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -72,7 +72,6 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-Pair = tuple[Tensor, Tensor]
 
 #: Tensors that may have no dimension, for one of a single element.
 _SCALES = {
@@ -295,6 +294,11 @@ def _in_place(operation: Operation) -> dict[str, str]:
     return {name: operation[name].in_place_of or "" for name in _returned(operation)}
 
 
+def _default(parameter: inspect.Parameter) -> str:
+    is_required = parameter.default is inspect.Parameter.empty
+    return "" if is_required else f"={parameter.default}"
+
+
 def _register_forms(operation: Operation) -> None:
     """Register an operation that returns its outputs, is given them, and works in place."""
     function = getattr(api, operation.name)
@@ -302,12 +306,16 @@ def _register_forms(operation: Operation) -> None:
     alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
     caches = [f"Tensor({alias[name]}!) {name}" for name in operation.outputs
               if operation[name].is_cache]  # fmt: skip
-    fields = {"head_dim": "int head_dim", "interleaved": "bool interleaved=False",
-              "cast_before_gamma": "bool cast_before_gamma=False"}  # fmt: skip
-    flags = [text for field, text in fields.items() if field in operation.spec_fields]
+    parameters = inspect.signature(function).parameters
+    # The Python function's choices that are fields of a spec: those have the types of a schema.
+    flags = [
+        f"{parameter.annotation} {name}{_default(parameter)}"
+        for name, parameter in parameters.items()
+        if name in operation.spec_fields and name != "out_dtype"
+    ]
     scalars = [f"float {scalar.name}={scalar.default}" for scalar in operation.scalars]
     # The function's own names, in case their order is another.
-    positional = list(inspect.signature(function).parameters)[: len(inputs)] == list(inputs)
+    positional = list(parameters)[: len(inputs)] == list(inputs)
     keywords = {name: operation[name].api_name for name in operation.outputs}
     order = (*inputs, *(scalar.name for scalar in operation.scalars))
 
@@ -366,344 +374,109 @@ for _operation in OPERATIONS.values():
 
 # ---- for callers ------------------------------------------------------------------------------
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _both(q_out: Tensor | None, k_out: Tensor | None, out_dtype: torch.dtype | None) -> bool:
-    """Return whether outputs are given; raise where only one is, or they contradict `out_dtype`."""
-    if (q_out is None) != (k_out is None):
-        given = "k_out" if q_out is None else "q_out"
-        raise ValueError(f"q_out and k_out must be given both or neither, got {given} alone")
-    if q_out is None:
-        return False
-    if out_dtype is not None and q_out.dtype != out_dtype:
+_DOCUMENTATION = """{summary}: ``torch.ops`` form.
+
+    Takes what `qknorm_tvm.{name}` takes, {less}: torch tensors, on the CPU or one CUDA device.
+    Returns {returns}.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong, or requires grad under grad mode.
+
+    See Also
+    --------
+    qknorm_tvm.{name} : the definition, and the same without torch's dispatcher.
+    """
+
+
+def _check_given(
+    operation: Operation, outputs: dict[str, Tensor | None], dtype: torch.dtype | None
+) -> bool:
+    """Return whether outputs are given; raise where some are missing, or contradict `out_dtype`."""
+    returned = _returned(operation)
+    given = [name for name, tensor in outputs.items() if tensor is not None]
+    missing = [name for name in returned if name not in given]
+    if given and missing:
+        wanted = " and ".join(returned)
+        both = "both or neither" if len(returned) > 1 else f"with {given[0]}"
+        raise ValueError(f"{wanted} must be given {both}, got {given[0]} alone")
+    first = outputs[returned[0]]  # the module compares the others
+    if first is not None and dtype is not None and first.dtype != dtype:
         raise TypeError(
-            f"q_out must be {_dtype_name(out_dtype)} like out_dtype, got {_dtype_name(q_out.dtype)}"
+            f"{returned[0]} must be {_dtype_name(dtype)} like out_dtype, got "
+            f"{_dtype_name(first.dtype)}"
         )
-    return True
+    return bool(given)
 
 
-def row_mean_of_squares_qk(q: Tensor, k: Tensor, *, qk_var_out: Tensor | None = None) -> Tensor:
-    """Compute the mean of squares of every row of Q and of K: ``torch.ops`` form.
+def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
+    """Return the caller of an operator, with the signature of the Python API's function.
 
-    Parameters
-    ----------
-    q, k : torch.Tensor, ``[M, Nq]`` and ``[M, Nk]``, bfloat16, float16 or float32
-        On the CPU or one CUDA device. Rows may be strided, columns must be contiguous.
-    qk_var_out : torch.Tensor, ``[M, 2]``, float32, optional
-        Where to write.
-
-    Returns
-    -------
-    torch.Tensor, ``[M, 2]``, float32
-        Column 0: of q's rows, column 1: of k's.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.row_mean_of_squares_qk : the definition, and the same without torch's dispatcher.
+    Less what torch knows, the stream, and what waits for a GPU; in place, without outputs.
     """
-    if qk_var_out is None:
-        return torch.ops.qknorm_tvm.row_mean_of_squares_qk.default(q, k)
-    torch.ops.qknorm_tvm.row_mean_of_squares_qk_out.default(q, k, qk_var=qk_var_out)
-    return qk_var_out
+    operation = OPERATIONS[function.__name__]
+    written = {
+        name: operation[name].api_name for name in operation.outputs if not operation[name].is_cache
+    }
+    positional = (*operation.signature, *(scalar.name for scalar in operation.scalars))
+    operators = torch.ops.qknorm_tvm
+    new, out = (getattr(operators, operation.name + end).default for end in ("", "_out"))
+    has_optional = len(written) > len(_returned(operation))
 
+    def call(values: dict[str, Any]) -> Any:
+        outputs = {name: values.pop(own) for name, own in written.items()}
+        is_given = _check_given(operation, outputs, values.get("out_dtype"))
+        args = [values.pop(name) for name in positional]
+        if not is_given:
+            results = new(*args, **values)
+            return (results, None) if has_optional else results
+        values.pop("out_dtype", None)
+        out(*args, **outputs, **values)
+        return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
 
-def apply_qk_rms_norm(
-    q: Tensor,
-    k: Tensor,
-    qk_var: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    cast_before_gamma: bool = False,
-) -> Pair:
-    """Normalise Q and K by given mean squares, in one launch: ``torch.ops`` form.
+    def call_in_place(values: dict[str, Any]) -> None:
+        args = [values.pop(name) for name in positional]
+        in_place(*args, **values)
 
-    Parameters
-    ----------
-    q, k : torch.Tensor, ``[M, Nq]`` and ``[M, Nk]``, bfloat16, float16 or float32
-        On the CPU or one CUDA device. Rows may be strided, columns must be contiguous.
-    qk_var : torch.Tensor, ``[M, 2]``, float32
-    gamma_q, gamma_k : torch.Tensor, ``[Nq]`` and ``[Nk]``, float32
-    epsilon : float
-    q_out, k_out : torch.Tensor, optional
-        Where to write, both or neither; q and k themselves are allowed.
-    out_dtype : torch.dtype, optional
-        Element type of new outputs; by default q's.
-    cast_before_gamma : bool
-        Round to q's type before the multiplication by gamma too, as MiniMax-M2 does.
-
-    Returns
-    -------
-    (q_out, k_out)
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.apply_qk_rms_norm : the definition, and the same without torch's dispatcher.
-    """
-    if _both(q_out, k_out, out_dtype):
-        torch.ops.qknorm_tvm.apply_qk_rms_norm_out.default(
-            q, k, qk_var, gamma_q, gamma_k, epsilon,
-            q_out=q_out, k_out=k_out, cast_before_gamma=cast_before_gamma,
-        )  # fmt: skip
-        return q_out, k_out  # type: ignore[return-value]  # both are given
-    return torch.ops.qknorm_tvm.apply_qk_rms_norm.default(
-        q, k, qk_var, gamma_q, gamma_k, epsilon,
-        out_dtype=out_dtype, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-
-
-def apply_qk_rms_norm_(
-    q: Tensor,
-    k: Tensor,
-    qk_var: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Normalise Q and K by given mean squares, in place; see `apply_qk_rms_norm`."""
-    torch.ops.qknorm_tvm.apply_qk_rms_norm_.default(
-        q, k, qk_var, gamma_q, gamma_k, epsilon, cast_before_gamma=cast_before_gamma
+    parameters = dict(inspect.signature(function).parameters)
+    dropped = ["stream", "validate"]
+    if form:
+        in_place = getattr(operators, operation.name + form).default
+        dropped += [*written.values(), "out_dtype"]
+    parameters = {
+        name: parameter.replace(annotation=inspect.Parameter.empty)
+        for name, parameter in parameters.items()
+        if name not in dropped
+    }
+    # Spelt out, so that Python itself says what is wrong with a call's arguments.
+    values = ", ".join(f"{name!r}: {name}" for name in parameters)
+    source = (
+        f"def {operation.name}{form}{inspect.Signature(list(parameters.values()))}:\n"
+        f"    return call({{{values}}})\n"
     )
-
-
-def qk_rms_norm(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    cast_before_gamma: bool = False,
-) -> Pair:
-    """Normalise Q and K by the mean squares of their own rows, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k, gamma_q, gamma_k, epsilon, q_out, k_out, out_dtype, cast_before_gamma
-        As for `apply_qk_rms_norm`.
-
-    Returns
-    -------
-    (q_out, k_out)
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.qk_rms_norm : the definition, and the same without torch's dispatcher.
-    """
-    if _both(q_out, k_out, out_dtype):
-        torch.ops.qknorm_tvm.qk_rms_norm_out.default(
-            q, k, gamma_q, gamma_k, epsilon,
-            q_out=q_out, k_out=k_out, cast_before_gamma=cast_before_gamma,
-        )  # fmt: skip
-        return q_out, k_out  # type: ignore[return-value]  # both are given
-    return torch.ops.qknorm_tvm.qk_rms_norm.default(
-        q, k, gamma_q, gamma_k, epsilon, out_dtype=out_dtype, cast_before_gamma=cast_before_gamma
+    names: dict[str, Any] = {"__name__": __name__, "call": call_in_place if form else call}
+    exec(source, names)
+    made = names[operation.name + form]
+    summary = inspect.getdoc(function).partition(".\n")[0]  # type: ignore[union-attr]
+    made.__doc__ = _DOCUMENTATION.format(
+        summary=f"{summary}, in place" if form else summary,
+        name=operation.name,
+        less="but no outputs and no stream" if form else "but no stream",
+        returns="nothing" if form else "the same",
     )
+    return made
 
 
-def qk_rms_norm_(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Normalise Q and K by the mean squares of their own rows, in place; see `qk_rms_norm`."""
-    torch.ops.qknorm_tvm.qk_rms_norm_.default(
-        q, k, gamma_q, gamma_k, epsilon, cast_before_gamma=cast_before_gamma
-    )
-
-
-def qk_rms_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> Pair:
-    """Normalise Q and K and rotate their heads, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k, gamma_q, gamma_k, epsilon, cast_before_gamma
-        As for `apply_qk_rms_norm`.
-    positions, cos_sin_cache, head_dim, interleaved, qk_var
-        As for `qknorm_tvm.qk_rms_norm_rope`.
-    q_out, k_out : torch.Tensor, optional
-        Where to write, both or neither; q and k themselves are allowed.
-
-    Returns
-    -------
-    (q_out, k_out)
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.qk_rms_norm_rope : the definition, and the same without torch's dispatcher.
-    """
-    args = (q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon)
-    options = {
-        "head_dim": head_dim, "interleaved": interleaved, "cast_before_gamma": cast_before_gamma
-    }  # fmt: skip
-    if _both(q_out, k_out, None):
-        torch.ops.qknorm_tvm.qk_rms_norm_rope_out.default(
-            *args, q_out=q_out, k_out=k_out, **options
-        )
-        return q_out, k_out  # type: ignore[return-value]  # both are given
-    return torch.ops.qknorm_tvm.qk_rms_norm_rope.default(*args, **options)
-
-
-def qk_rms_norm_rope_(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Normalise Q and K and rotate their heads, in place; see `qk_rms_norm_rope`."""
-    torch.ops.qknorm_tvm.qk_rms_norm_rope_.default(
-        q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon,
-        head_dim=head_dim, interleaved=interleaved, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-
-
-def qk_rms_norm_rope_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Normalise Q and K, rotate, and store K and V, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k, gamma_q, gamma_k, epsilon, cast_before_gamma
-        As for `apply_qk_rms_norm`.
-    v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping, head_dim, interleaved, qk_var
-        As for `qknorm_tvm.qk_rms_norm_rope_cache`. The caches are written.
-    k_scale, v_scale : torch.Tensor, ``[1]`` or ``[kv_heads]``, float32, optional
-        For caches of float8, and only for those.
-    q_out : torch.Tensor, optional
-        Where to write Q; q itself is allowed.
-    k_out : torch.Tensor, optional
-        With `q_out` only: where to write K as well; k itself is allowed.
-
-    Returns
-    -------
-    (q_out, k_out)
-        `k_out` is None where none is given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.qk_rms_norm_rope_cache : the definition, and the same without torch's dispatcher.
-    """
-    if k_out is not None and q_out is None:
-        raise ValueError("q_out must be given with k_out, got k_out alone")
-    args = (
-        q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping, qk_var, k_scale,
-        v_scale, epsilon,
-    )  # fmt: skip
-    options = {
-        "k_cache": k_cache, "v_cache": v_cache, "head_dim": head_dim,
-        "interleaved": interleaved, "cast_before_gamma": cast_before_gamma,
-    }  # fmt: skip
-    if q_out is None:
-        return torch.ops.qknorm_tvm.qk_rms_norm_rope_cache.default(*args, **options), None
-    torch.ops.qknorm_tvm.qk_rms_norm_rope_cache_out.default(
-        *args, q_out=q_out, k_out=k_out, **options
-    )
-    return q_out, k_out
-
-
-def qk_rms_norm_rope_cache_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Write Q in place, and K and V to the caches; see `qk_rms_norm_rope_cache`."""
-    torch.ops.qknorm_tvm.qk_rms_norm_rope_cache_.default(
-        q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping, qk_var, k_scale,
-        v_scale, epsilon, k_cache=k_cache, v_cache=v_cache, head_dim=head_dim,
-        interleaved=interleaved, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
+row_mean_of_squares_qk = _function(api.row_mean_of_squares_qk)
+apply_qk_rms_norm = _function(api.apply_qk_rms_norm)
+qk_rms_norm = _function(api.qk_rms_norm)
+qk_rms_norm_rope = _function(api.qk_rms_norm_rope)
+qk_rms_norm_rope_cache = _function(api.qk_rms_norm_rope_cache)
+apply_qk_rms_norm_ = _function(api.apply_qk_rms_norm, "_")
+qk_rms_norm_ = _function(api.qk_rms_norm, "_")
+qk_rms_norm_rope_ = _function(api.qk_rms_norm_rope, "_")
+qk_rms_norm_rope_cache_ = _function(api.qk_rms_norm_rope_cache, "_")

@@ -198,12 +198,12 @@ def _schedule_statistics(sch: Schedule, dtypes: Mapping[str, str], *, row_tile: 
 
 
 def _blocks(sch: Schedule) -> list[Any]:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, found.append))
-    return found
+    blocks: list[Any] = []
+    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, blocks.append))
+    return blocks
 
 
 def _element_type(sch: Schedule, name: str) -> str:
     """Return the element type of a parameter."""
-    params = {str(one.name): one for one in sch.mod["main"].params}
+    params = {str(param.name): param for param in sch.mod["main"].params}
     return str(params[name].dtype)

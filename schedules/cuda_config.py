@@ -199,7 +199,7 @@ def _aligned_variants(spec: KernelSpec, vector: int) -> list[CudaVariant]:
         ]
     # A block a row is a small block: many rows need several in one.
     rows = 2 if vectors >= 96 else 4
-    found = [
+    variants = [
         variant(
             "prefill",
             max(_stream_rows(spec), _MANY_BLOCKS),
@@ -209,8 +209,8 @@ def _aligned_variants(spec: KernelSpec, vector: int) -> list[CudaVariant]:
         variant("resident", _MANY_BLOCKS, threads=block, rows=rows, streaming_stores=True),
     ]
     if vectors > 128:
-        found += [variant("wave", _ceil_div(_WAVE_VECTORS, vectors), threads=block), batch]
-    return [*found, variant("decode", 1, threads=min(block, 128))]
+        variants += [variant("wave", _ceil_div(_WAVE_VECTORS, vectors), threads=block), batch]
+    return [*variants, variant("decode", 1, threads=min(block, 128))]
 
 
 def _general_variants(spec: KernelSpec) -> list[CudaVariant]:

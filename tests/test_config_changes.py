@@ -34,7 +34,7 @@ def _cpu_code(spec: KernelSpec, config: CpuConfig) -> tuple:
     """Return the machine code of a spec, and what the entry point is told of it."""
     variants = cpu.variants_of(spec, config, "f")
     module = cpu.generate("x86-64-v3", [(spec, config, variant) for variant in variants])
-    return module.inspect_source("asm"), tuple(dataclasses.astuple(one) for one in variants)
+    return module.inspect_source("asm"), tuple(dataclasses.astuple(variant) for variant in variants)
 
 
 @pytest.mark.parametrize("field", CPU_OTHER)

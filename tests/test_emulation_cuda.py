@@ -221,7 +221,7 @@ def test_other_outputs(in_dtype: str, out_dtype: str, cast_before_gamma: bool) -
 def test_a_difference_would_be_seen() -> None:
     """A comparison that compares nothing: sums in the CPU's order are others."""
     a = generate(64, 1536, 256, "bfloat16", seed=2)
-    orders = [reference.row_mean_of_squares_qk(a.q, a.k, order=one) for one in ("cpu", "cuda")]
+    orders = [reference.row_mean_of_squares_qk(a.q, a.k, order=order) for order in ("cpu", "cuda")]
     assert reference.differing(*orders) > 0
     assert NUMPY_DTYPES["float32"] == orders[0].dtype
 

@@ -73,7 +73,7 @@ def _run_mounted(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code, as `run_python` does, with file systems mounted for it alone."""
     code = 'import sys\nsys.modules["torch"] = None\n' + textwrap.dedent(code)
-    script = " && ".join([*(f"mount {one}" for one in mounts), 'exec "$@"'])
+    script = " && ".join([*(f"mount {mount}" for mount in mounts), 'exec "$@"'])
     command = [*_unshare(), "sh", "-c", script, "sh", sys.executable, "-c", code, *args]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False
@@ -227,7 +227,7 @@ def _call(monkeypatch: pytest.MonkeyPatch, *columns: int) -> list[str]:
             )
             for got, want in zip(outputs, case.expected(), strict=True):
                 assert reference.differing(got, want) == 0
-    return [str(one.message) for one in caught if one.category is RuntimeWarning]
+    return [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS])

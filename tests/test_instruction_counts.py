@@ -178,9 +178,9 @@ def _driver() -> Path:
 
 def _events(path: Path) -> int:
     """Return what a dump of callgrind counted."""
-    found = re.search(r"^(?:totals|summary): (\d+)$", path.read_text(), re.MULTILINE)
-    assert found, f"{path.name} holds no total"
-    return int(found[1])
+    total = re.search(r"^(?:totals|summary): (\d+)$", path.read_text(), re.MULTILINE)
+    assert total, f"{path.name} holds no total"
+    return int(total[1])
 
 
 @functools.cache
@@ -260,8 +260,8 @@ def check(what: str, count: float, wanted: float, slack: float, unit: str) -> No
 @pytest.mark.parametrize(("op", "level", "dtype"), PER_ELEMENT)
 def test_instructions_of_an_element(op: str, level: str, dtype: str) -> None:
     """Code that got slower: a conversion that is a call, scalar code, vectors of half the width."""
-    found = counted(op, level).per_element(dtype)
-    for m, count, wanted in zip(ROWS, found, PER_ELEMENT[op, level, dtype], strict=True):
+    counts = counted(op, level).per_element(dtype)
+    for m, count, wanted in zip(ROWS, counts, PER_ELEMENT[op, level, dtype], strict=True):
         what = f"{op}, {level} {dtype}, M = {m}"
         check(what, count, wanted, ELEMENT_SLACK, "instructions an element")
 

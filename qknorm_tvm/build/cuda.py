@@ -193,9 +193,9 @@ def find_nvcc() -> Path:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home and (Path(home) / "bin" / "nvcc").is_file():
         return Path(home) / "bin" / "nvcc"
-    found = shutil.which("nvcc")
-    if found:
-        return Path(found)
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return Path(on_path)
     for folder in sys.path:
         for candidate in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc")):
             return candidate

@@ -465,9 +465,9 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
     for name, given in (("q_out", q_out), ("k_out", k_out)):
         if given is None:
             continue
-        found = adapter_of(name, given).dtype(given)
-        if dtype is not None and found != dtype:
-            raise TypeError(f"{name} must be {dtype} like out_dtype, got {found}")
+        own = adapter_of(name, given).dtype(given)
+        if dtype is not None and own != dtype:
+            raise TypeError(f"{name} must be {dtype} like out_dtype, got {own}")
     given = q_out if q_out is not None else k_out
     if dtype is None:
         source = q if given is None else given

@@ -281,7 +281,7 @@ def module_for(spec: KernelSpec) -> Module:
         with _lock:
             module = _loaded.get(spec)
             if module is None:
-                given = next((one for one in _given if _holds(one, spec)), None)
+                given = next((module for module in _given if _holds(module, spec)), None)
                 module = given or packs.module_for(spec) or _load_or_build(spec)
                 _loaded[spec] = module
     return module
