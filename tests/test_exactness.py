@@ -45,9 +45,10 @@ from qknorm_tvm.schedules.cpu_config import CpuConfig
 
 #: Q of whole vectors, K of a vector at most and a rest.
 MIXED = (1024, 31)
-#: The awkward sizes of Q and K at each width, and the model's own.
-COLUMNS = ((1, 7), (31, 32), (33, 257), (1537, 1536), (8192, 1), (1536, 256))
-FLOAT32_COLUMNS = ((33, 257), (1537, 1536))
+#: The awkward sizes of Q and K at each width, and the model's own: a default run's, and more.
+COLUMNS = ((1, 7), (33, 257), (1536, 256))
+MORE_COLUMNS = ((31, 32), (1537, 1536), (8192, 1))
+FLOAT32_COLUMNS, MORE_FLOAT32_COLUMNS = ((33, 257),), ((1537, 1536),)
 ROWS = (0, 1, 2, 3, 4, 5, 17, 513)
 
 
@@ -77,12 +78,21 @@ def pairing_module(level: str) -> Module:
 
 @pytest.fixture(scope="module")
 def column_module(main_level: str) -> Module:
-    """Every column pair, fixed."""
+    """Column pairs, fixed."""
     specs = [
         *specs_of([("bfloat16", "bfloat16")], COLUMNS, main_level),
         *specs_of([("float32", "float32")], FLOAT32_COLUMNS, main_level),
     ]
     return load(compiled(f"columns-{main_level}", *specs))
+
+
+@pytest.fixture(scope="module")
+def more_columns_module(main_level: str) -> Module:
+    specs = [
+        *specs_of([("bfloat16", "bfloat16")], MORE_COLUMNS, main_level),
+        *specs_of([("float32", "float32")], MORE_FLOAT32_COLUMNS, main_level),
+    ]
+    return load(compiled(f"more-columns-{main_level}", *specs))
 
 
 def _special_case(
@@ -218,6 +228,19 @@ def test_fixed_columns(
 ) -> None:
     """A tile, panel or tail that is skipped or done twice at some size."""
     check_exact(column_module, make_case(rows, q_cols, k_cols, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("dtype", "q_cols", "k_cols"),
+    [("bfloat16", *pair) for pair in MORE_COLUMNS]
+    + [("float32", *pair) for pair in MORE_FLOAT32_COLUMNS],
+)
+def test_more_fixed_columns(
+    more_columns_module: Module, dtype: str, q_cols: int, k_cols: int, rows: int
+) -> None:
+    check_exact(more_columns_module, make_case(rows, q_cols, k_cols, dtype))
 
 
 @pytest.mark.parametrize("rows", ROWS)
