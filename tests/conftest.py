@@ -35,8 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # The same code on every machine: no records of the one at hand.
         os.environ["QKNORM_TVM_TUNING_LOGS"] = ""
         os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
-        if config.option.markexpr == "not slow" and "CC" not in os.environ and shutil.which("gcc"):
-            config.stash[_compiler] = os.environ["CC"] = quick_compiler(folder)
+        if "CC" not in os.environ and shutil.which("gcc"):
+            level = "-O0" if config.option.markexpr == "not slow" else "-O3"
+            config.stash[_compiler] = os.environ["CC"] = quick_compiler(folder, level)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -48,15 +49,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             os.environ.pop("CC", None)
 
 
-def quick_compiler(folder: str) -> str:
-    """Write a C compiler that does not optimise and compiles each file once; returns its path.
+def quick_compiler(folder: str, level: str) -> str:
+    """Write a C compiler that compiles each file once for all tests; returns its path.
 
     The entry point is the larger part of what a small module takes to compile, and most tests are
-    of other parts. Where slow tests run, all modules are compiled as they are shipped.
+    of other parts: a run without the slow ones does not optimise it. In the others it is as it is
+    shipped.
     """
     path = os.path.join(folder, "quick-gcc")
     with open(path, "w") as file:
-        file.write(_QUICK_COMPILER)
+        file.write(_QUICK_COMPILER.replace("LEVEL", level))
     os.chmod(path, 0o700)
     return path
 
@@ -65,7 +67,7 @@ def quick_compiler(folder: str) -> str:
 _QUICK_COMPILER = """#!/bin/sh
 for argument do
     shift
-    [ "$argument" = -O3 ] && argument=-O0
+    [ "$argument" = -O3 ] && argument=LEVEL
     set -- "$@" "$argument"
     [ "$last" = -o ] && object=$argument
     case $argument in *.c) source=$argument ;; esac
