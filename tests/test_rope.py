@@ -128,6 +128,7 @@ def test_in_place() -> None:
     assert differing(given["k_cache"], expected["k_cache"]) == 0
 
 
+@pytest.mark.slow
 def test_k_out_and_k_in_place() -> None:
     spec = CACHE.replace(writes_k_out=True)
     given = arguments()
@@ -145,6 +146,7 @@ def test_without_a_rotation() -> None:
     check(spec, arguments() | {"positions": None, "cos_sin_cache": None})
 
 
+@pytest.mark.slow
 def test_given_statistics_float16_and_float32_angles() -> None:
     spec = CACHE.replace(
         in_dtype="float16", out_dtype=None, cache_dtype=None, rotary_dtype="float32",
