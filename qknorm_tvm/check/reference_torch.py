@@ -6,8 +6,9 @@ import functools
 import importlib.util
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+
+from ..dtypes import ELEMENT_TYPES
 
 
 @functools.lru_cache(maxsize=1)
@@ -24,19 +25,20 @@ def to_torch(array: npt.NDArray) -> Any:
     """Return a tensor on the memory of a packed, aligned NumPy array."""
     import torch
 
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    element = ELEMENT_TYPES.get(array.dtype.name)
+    if element is None or element.storage is None:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(element.storage)).view(element.torch)
 
 
 def to_numpy(tensor: Any) -> npt.NDArray:
-    """Return a NumPy array on the memory of a CPU tensor, bfloat16 as ml_dtypes'."""
-    import ml_dtypes
+    """Return a NumPy array on the memory of a CPU tensor, of ml_dtypes' type where it needs one."""
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    element = ELEMENT_TYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if element is None or element.storage is None:
+        return tensor.numpy()
+    return tensor.view(getattr(torch, element.storage)).numpy().view(element.numpy)
 
 
 def apply_qk_rms_norm(
