@@ -139,7 +139,9 @@ class CpuTarget(Target):
                 widest = max(8, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
                 widths = [8, 16, 32, 64]
             options["vector"] = [width for width in widths if 8 <= width <= min(128, widest)]
-            tiles = [tile for tile in (1, 2, 4, 8, 16) if tile <= rows]
+            # Rows of a head and its partners fill the registers sooner, and take long to compile.
+            most = min(rows, 8 if spec.operation.rotates else 16)
+            tiles = [tile for tile in (1, 2, 4, 8, 16) if tile <= most]
             # A tile that no call fills is the code for single rows.
             options["row_tile"] = tiles[base.row_tile > rows :]
         if "rounding" in used:
