@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_rope
 from support import OWN
 
 from qknorm_tvm import KernelSpec, packing, tuning
+from qknorm_tvm.bench.harness import workload_of_rows
+from qknorm_tvm.bench.workload import BENCHMARKS
+from qknorm_tvm.call import cache
 from qknorm_tvm.cli import main
 from qknorm_tvm.cli import options as cli_options
 from qknorm_tvm.load.module_file import read_metadata
@@ -151,3 +156,22 @@ def test_bench_checks_and_times(op: str, capsys: pytest.CaptureFixture[str]) -> 
     timings = json.loads(capsys.readouterr().out)["timings"]
     assert {row["candidate"] for row in timings} >= {"ours", "copy"}
     assert all(row["exact"] is True for row in timings if row["candidate"] == "ours")
+
+
+@pytest.mark.parametrize("spec", [test_rope.CACHE, test_rope.FLOAT8_CACHE])
+def test_bench_of_repeated_rows_checks_every_slot(
+    spec: KernelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that repeat and share a slot; a cache always at one address, or taken as it was left."""
+    entry = dataclasses.replace(BENCHMARKS[spec.op], unique_rows=20)
+    monkeypatch.setitem(BENCHMARKS, spec.op, entry)
+    work = workload_of_rows(spec, cache.module_for(spec), 50)
+    assert work.activations.rows == 20
+    assert len(set(work.inputs["slot_mapping"].tolist())) == 50
+    for name in ("k_cache", "v_cache"):
+        assert len({tensors[name].ctypes.data % 4096 for tensors in work.sets}) == 8
+    assert work.ours().exact
+    (*_, last) = work.sets
+    assert work.is_exact([last[name] for name in work.outputs])
+    last["k_cache"][work.inputs["slot_mapping"][45] // 16] *= -1
+    assert not work.is_exact([last[name] for name in work.outputs])
