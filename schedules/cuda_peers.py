@@ -20,8 +20,8 @@ many rows each:
    order. So every block of a launch that may run does get to run.
 2. A launch may run once the one before it on its stream has ended. It lets its dependents start
    only after the sums of its block's last row have come (``after_loads``: they are what it loads
-   last). By then all its blocks, and those of the other ranks' same launch, run and need no room. So
-   of a stream at most one launch holds room while it waits for other ranks, and (1) counts it.
+   last). By then all its blocks, and those of the other ranks' same launch, run and need no room.
+   So of a stream at most one launch holds room while it waits for other ranks, and (1) counts it.
    Dependents that start at once would pile up, each holding room that another rank of this GPU
    needs for the launch that they all wait for.
 3. Take the first launch that has not ended on some rank, and in it the first tile that waits for

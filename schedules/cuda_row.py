@@ -59,7 +59,6 @@ from tvm.script import tirx as T
 from qknorm_tvm.declare import steps
 from qknorm_tvm.declare.parsing import parses_script
 from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
-
 from qknorm_tvm.peers import FAILURE, TURNS
 
 from . import cuda_device, cuda_peers
@@ -967,8 +966,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
     rows, parts, in_rounds = config.rows, last.parts, last.in_rounds
     threads = WARP * (ROUND_WARPS if in_rounds else sum(operand.warps for operand in operands))
     sums_of_row = sum(operand.sums for operand in operands)
-    adds_rows, rotates = sums_of_row > 0, rotation is not None
-    waits_for_warps = adds_rows or (rotation is not None and rotation.reads_partners)
+    waits_for_warps = sums_of_row > 0 or (rotation is not None and rotation.reads_partners)
     angle_parts = parts if rotation is not None and CHUNK % rotation.head_dim else 1
     tiles = tirx.floordiv(total_rows + (rows - 1), T.int64(rows))
     # Warps that wait for no other may be those of several blocks.

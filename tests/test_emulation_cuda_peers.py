@@ -48,7 +48,9 @@ class Ranks:
 
     def __init__(self, count: int, max_rows: int, timeout: float = 0):
         self.count, self.max_rows = count, max_rows
-        self.slots = [_shared((peers.slot_count(max_rows, count),), np.uint32) for _ in range(count)]
+        self.slots = [
+            _shared((peers.slot_count(max_rows, count),), np.uint32) for _ in range(count)
+        ]
         self.states = [_shared((peers.TURNS + max_rows,), np.int64) for _ in range(count)]
         self.reports = [_shared((1,), np.int64) for _ in range(count)]
         self.addresses = np.array([slots.ctypes.data for slots in self.slots], np.int64)
@@ -251,7 +253,9 @@ def test_replicated_heads() -> None:
     _check(shards, 3)
     for a, b in ((0, 1), (2, 3)):
         same = reference.differing(shards[a].arrays["k_out"], shards[b].arrays["k_out"])
-        assert (same == 0) == bool((shards[a].arrays["gamma_k"] == shards[b].arrays["gamma_k"]).all())
+        assert (same == 0) == bool(
+            (shards[a].arrays["gamma_k"] == shards[b].arrays["gamma_k"]).all()
+        )
 
 
 def test_a_rank_that_does_not_come() -> None:

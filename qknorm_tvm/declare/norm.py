@@ -172,7 +172,7 @@ def declare(
 @parses_script
 def _declared(given: _Parameters) -> tirx.PrimFunc:
     """Declare once: parsing TVMScript takes longer than scheduling and LLVM together."""
-    promises = {
+    promises: dict[str, Any] = {
         "row_tile": given.row_tile, "stride_unit": given.stride_unit, "alignment": given.alignment
     }  # fmt: skip
     if given.spec.has_peers:

@@ -14,9 +14,11 @@ from ..call.arrays import canonical_dtype
 from ..call.torch_autograd import count_writes
 from ..call.torch_overlap import check_overlap
 from ..operations import OPERATIONS
+from . import one_launch
 from .arguments import Call, Checked, check_no_derivative, dtype_name
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
+from .workspace import PeerWorkspace
 
 
 def qk_rms_norm(
@@ -37,6 +39,7 @@ def qk_rms_norm(
     k_out: torch.Tensor | None = None,
     out_dtype: Any = None,
     validate: bool = False,
+    workspace: PeerWorkspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise this rank's columns of Q and K by the mean squares of the whole rows.
 
@@ -47,7 +50,8 @@ def qk_rms_norm(
         k_out = cast((cast(k, f32) * rsqrt(qk_var[:, 1] + epsilon)) * gamma_k, out_dtype)
 
     in two launches with one all-reduce of ``float32 [M, 2]`` between them; in one launch and
-    without communication where the group has one rank. Given the reduced statistics the outputs
+    without communication where the group has one rank; in one launch with a `workspace`, by which
+    the ranks exchange their sums within it. Given the reduced statistics the outputs
     equal the unfused float32 graph bit for bit, and copies of a KV head on several ranks come out
     the same. Everything runs on torch's current stream.
 
@@ -92,6 +96,9 @@ def qk_rms_norm(
         gives the outputs their values back. If a rank differs, or cannot go on, *every* rank raises
         the same ``ValueError``. Costs round trips, a second launch and, on GPUs, a
         synchronisation: for the first call and for tests. The same on every rank.
+    workspace : PeerWorkspace, optional
+        Of the same ranks, on q's GPU: one launch, whose sums are added in the order of ranks. M is
+        at most its `max_rows`. Given on every rank or on none.
 
     Returns
     -------
@@ -109,26 +116,289 @@ def qk_rms_norm(
         compute nonsense or, with unequal rows over gloo, be aborted.
     BuildError
         The code had to be compiled and could not be.
+    PeerError
+        An earlier launch of `workspace` has given up waiting for a rank.
     """
     call = Call(
         q, k, gamma_q, gamma_k, epsilon, q_out, k_out, out_dtype, layout,
-        q_cols_total, k_cols_total, k_replicas, statistics, cast_before_gamma,
+        q_cols_total, k_cols_total, k_replicas, statistics, cast_before_gamma, workspace, group,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _trace(call, group, validate)
-    members = _members(group, layout)
-    if validate and members.world_size > 1:
-        checked, qk_var = _check_together(call, members)
+    new_q, new_k = _layer(call, Norm(), validate)
+    assert new_k is not None
+    return (
+        new_q.view(q.shape) if q_out is None else q_out,
+        new_k.view(k.shape) if k_out is None else k_out,
+    )
+
+
+def qk_rms_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gamma_q: torch.Tensor,
+    gamma_k: torch.Tensor,
+    positions: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    epsilon: float = 1e-6,
+    group: Any = None,
+    q_cols_total: int | None = None,
+    k_cols_total: int | None = None,
+    k_replicas: int = 1,
+    layout: HeadLayout | None = None,
+    statistics: str = "fused",
+    cast_before_gamma: bool = False,
+    q_out: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
+    validate: bool = False,
+    workspace: PeerWorkspace | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise this rank's columns as `qk_rms_norm` does, and rotate their heads, in its launches.
+
+    Parameters
+    ----------
+    positions, cos_sin_cache, head_dim, interleaved
+        As for `qknorm_tvm.qk_rms_norm_rope`; q and k have two dimensions.
+    q, k, gamma_q, gamma_k, epsilon
+        As for `qk_rms_norm`, and so are all others.
+
+    Returns
+    -------
+    (q_out, k_out)
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError, BuildError, PeerError
+        As `qk_rms_norm`.
+    """
+    call = Call(
+        q, k, gamma_q, gamma_k, epsilon, q_out, k_out, None, layout, q_cols_total, k_cols_total,
+        k_replicas, statistics, cast_before_gamma, workspace, group,
+    )  # fmt: skip
+    rotation = Rotation(positions, cos_sin_cache, head_dim, interleaved)
+    outputs = _layer(call, rotation, validate)
+    assert outputs[1] is not None
+    return outputs[0], outputs[1]
+
+
+def qk_rms_norm_rope_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gamma_q: torch.Tensor,
+    gamma_k: torch.Tensor,
+    positions: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    epsilon: float = 1e-6,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    group: Any = None,
+    q_cols_total: int | None = None,
+    k_cols_total: int | None = None,
+    k_replicas: int = 1,
+    layout: HeadLayout | None = None,
+    statistics: str = "fused",
+    cast_before_gamma: bool = False,
+    q_out: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
+    validate: bool = False,
+    workspace: PeerWorkspace | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Normalise and rotate as `qk_rms_norm_rope`, and store K and V in this rank's paged cache.
+
+    Parameters
+    ----------
+    v, k_cache, v_cache, slot_mapping, k_scale, v_scale
+        As for `qknorm_tvm.qk_rms_norm_rope_cache`: of this rank's heads.
+    q, k, gamma_q, gamma_k, positions, cos_sin_cache, head_dim, interleaved, epsilon
+        As for `qk_rms_norm_rope`, and so are all others.
+
+    Returns
+    -------
+    (q_out, k_out)
+        `k_out` is None where none is given.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError, BuildError, PeerError
+        As `qk_rms_norm`.
+    """
+    call = Call(
+        q, k, gamma_q, gamma_k, epsilon, q_out, k_out, None, layout, q_cols_total, k_cols_total,
+        k_replicas, statistics, cast_before_gamma, workspace, group,
+    )  # fmt: skip
+    store = Store(
+        positions, cos_sin_cache, head_dim, interleaved, v, k_cache, v_cache, slot_mapping,
+        k_scale, v_scale,
+    )  # fmt: skip
+    return _layer(call, store, validate)
+
+
+# ---- what follows the statistics --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """The last step of a layer that only normalises; `Rotation` and `Store` do more."""
+
+    op = "qk_rms_norm"
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors that only this step takes, by name."""
+        return {}
+
+    @property
+    def trial(self) -> Norm:
+        """The same step, storing nothing."""
+        return self
+
+    def choices(self, call: Call, checked: Checked) -> dict[str, Any]:
+        """Return the fields of the step's `KernelSpec` that q, k and q_out do not show."""
+        return {"cast_before_gamma": call.cast_before_gamma}
+
+    def new_outputs(self, checked: Checked) -> dict[str, torch.Tensor]:
+        """Return the outputs that are not given."""
+        given, new = checked.outputs, {}
+        other = next(iter(given.values())).dtype if given else checked.q.dtype
+        dtype = getattr(torch, checked.out_dtype) if checked.out_dtype else other
+        for name, x in (("q_out", checked.q), ("k_out", checked.k)):
+            if name not in given:
+                new[name] = torch.empty(x.shape, dtype=dtype, device=x.device)
+        return new
+
+    def apply(
+        self, call: Call, checked: Checked, qk_var: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run it on statistics, or by itself where there are none."""
+        scales = (call.gamma_q, call.gamma_k, call.epsilon)
+        options = {"out_dtype": checked.out_dtype, "cast_before_gamma": call.cast_before_gamma}
+        options |= checked.outputs
+        if qk_var is None:
+            return api.qk_rms_norm(checked.q, checked.k, *scales, **options)
+        return api.apply_qk_rms_norm(checked.q, checked.k, qk_var, *scales, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation(Norm):
+    """Norm, then rotation."""
+
+    positions: Any
+    cos_sin_cache: Any
+    head_dim: Any
+    interleaved: Any
+
+    op = "qk_rms_norm_rope"
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        return {"positions": self.positions, "cos_sin_cache": self.cos_sin_cache}
+
+    def choices(self, call: Call, checked: Checked) -> dict[str, Any]:
+        rotation = api.rotation_fields(
+            self.positions, self.cos_sin_cache, self.head_dim, self.interleaved
+        )
+        return {"cast_before_gamma": call.cast_before_gamma, **rotation}
+
+    def apply(
+        self, call: Call, checked: Checked, qk_var: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return api.qk_rms_norm_rope(
+            checked.q, checked.k, call.gamma_q, call.gamma_k, self.positions, self.cos_sin_cache,
+            **self._options(call, checked, qk_var),
+        )  # fmt: skip
+
+    def _options(self, call: Call, checked: Checked, qk_var: torch.Tensor | None) -> dict[str, Any]:
+        options = {"head_dim": self.head_dim, "interleaved": self.interleaved}
+        options |= {"epsilon": call.epsilon, "cast_before_gamma": call.cast_before_gamma}
+        return options | {"qk_var": qk_var} | checked.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Store(Rotation):
+    """Norm, rotation, and the store into a paged cache."""
+
+    v: Any
+    k_cache: Any
+    v_cache: Any
+    slot_mapping: Any
+    k_scale: Any
+    v_scale: Any
+
+    op = "qk_rms_norm_rope_cache"
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        scales = {n: None if s is None else api.as_list(s) for n, s in scales.items()}
+        caches = {"v": self.v, "k_cache": self.k_cache, "v_cache": self.v_cache}
+        return super().tensors | caches | {"slot_mapping": self.slot_mapping} | scales
+
+    @property
+    def trial(self) -> Store:
+        return dataclasses.replace(self, slot_mapping=self.slot_mapping[:0])
+
+    def choices(self, call: Call, checked: Checked) -> dict[str, Any]:
+        dtype = api.cache_dtype_of(checked.q, self.k_cache, self.k_scale, self.v_scale)
+        stores = {"cache_dtype": dtype, "writes_k_out": "k_out" in checked.outputs}
+        return super().choices(call, checked) | stores
+
+    def new_outputs(self, checked: Checked) -> dict[str, torch.Tensor]:
+        new = super().new_outputs(checked)
+        new.pop("k_out", None)
+        return new
+
+    def apply(
+        self, call: Call, checked: Checked, qk_var: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return api.qk_rms_norm_rope_cache(
+            checked.q, checked.k, self.v, call.gamma_q, call.gamma_k, self.positions,
+            self.cos_sin_cache, self.k_cache, self.v_cache, self.slot_mapping,
+            k_scale=self.k_scale, v_scale=self.v_scale, **self._options(call, checked, qk_var),
+        )  # fmt: skip
+
+
+def _layer(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a layer: in one launch with a workspace, else by statistics, all-reduce and last step."""
+    workspace = call.workspace
+    if workspace is not None and not isinstance(workspace, PeerWorkspace):
+        raise TypeError(f"workspace must be a PeerWorkspace, got {type(workspace).__name__}")
+    members = _members(call.group, call.layout) if workspace is None else workspace.members
+    if validate and members.world_size > 1 and dist.is_initialized():
+        checked, qk_var = _check_together(call, members, last)
     else:
         checked = call.check(members)
-        qk_var = _local_statistics(call, checked, members)
+        qk_var = None if workspace else _local_statistics(call, checked, members)
+    if workspace is not None:
+        return _one_launch(call, checked, members, last)
     if qk_var is not None:
         _reduce(qk_var, members, *checked.weights)
-    outputs = _normalise(call, checked, qk_var)
-    return (
-        outputs[0].view(q.shape) if q_out is None else q_out,
-        outputs[1].view(k.shape) if k_out is None else k_out,
+    return last.apply(call, checked, qk_var)
+
+
+def _one_launch(
+    call: Call, checked: Checked, members: Members, last: Norm
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    choices = last.choices(call, checked)
+    outputs = checked.outputs | last.new_outputs(checked)
+    tensors = {
+        "q": checked.q, "k": checked.k, "gamma_q": call.gamma_q, "gamma_k": call.gamma_k,
+        **last.tensors, **outputs,
+    }  # fmt: skip
+    check_no_derivative({n: x for n, x in last.tensors.items() if isinstance(x, torch.Tensor)})
+    one_launch.launch(
+        call.workspace, last.op, tensors, call.epsilon, call.divisors(members), **choices
     )
+    return outputs["q_out"], outputs.get("k_out")
 
 
 def _members(group: Any, layout: Any) -> Members:
@@ -138,7 +408,9 @@ def _members(group: Any, layout: Any) -> Members:
     return members_of(group, may_be_alone=alone)
 
 
-def _check_together(call: Call, members: Members) -> tuple[Checked, torch.Tensor | None]:
+def _check_together(
+    call: Call, members: Members, last: Norm
+) -> tuple[Checked, torch.Tensor | None]:
     """Check this rank's call, and that of all others; return the local statistics too."""
     failure = None
     try:
@@ -146,7 +418,7 @@ def _check_together(call: Call, members: Members) -> tuple[Checked, torch.Tensor
         qk_var = _local_statistics(call, checked, members)
         # Only the last step knows its code, and which memory may overlap.
         before = {name: out.clone() for name, out in checked.outputs.items()}
-        _normalise(call, checked, qk_var)
+        last.trial.apply(call, checked, qk_var)
         for name, out in checked.outputs.items():
             out.copy_(before[name])
         report = call.report(checked)
@@ -165,17 +437,6 @@ def _local_statistics(call: Call, checked: Checked, members: Members) -> torch.T
     if members.world_size == 1:
         return None
     return api.row_mean_of_squares_qk(checked.q, checked.k)
-
-
-def _normalise(
-    call: Call, checked: Checked, qk_var: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = (call.gamma_q, call.gamma_k, call.epsilon)
-    options = {"out_dtype": checked.out_dtype, "cast_before_gamma": call.cast_before_gamma}
-    options |= checked.outputs
-    if qk_var is None:
-        return api.qk_rms_norm(checked.q, checked.k, *scales, **options)
-    return api.apply_qk_rms_norm(checked.q, checked.k, qk_var, *scales, **options)
 
 
 # ---- the all-reduce ---------------------------------------------------------------------------
