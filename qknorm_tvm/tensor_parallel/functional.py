@@ -18,7 +18,7 @@ from . import one_launch
 from .arguments import Call, Checked, check_no_derivative, dtype_name
 from .group import Members, Report, disagreement, exchange, members_of
 from .layout import HeadLayout
-from .workspace import PeerWorkspace
+from .workspace import AUTO_ROWS, PeerWorkspace, automatic_workspace, workspace_of
 
 
 def qk_rms_norm(
@@ -39,7 +39,7 @@ def qk_rms_norm(
     k_out: torch.Tensor | None = None,
     out_dtype: Any = None,
     validate: bool = False,
-    workspace: PeerWorkspace | None = None,
+    workspace: PeerWorkspace | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise this rank's columns of Q and K by the mean squares of the whole rows.
 
@@ -96,9 +96,12 @@ def qk_rms_norm(
         gives the outputs their values back. If a rank differs, or cannot go on, *every* rank raises
         the same ``ValueError``. Costs round trips, a second launch and, on GPUs, a
         synchronisation: for the first call and for tests. The same on every rank.
-    workspace : PeerWorkspace, optional
+    workspace : PeerWorkspace or "auto", optional
         Of the same ranks, on q's GPU: one launch, whose sums are added in the order of ranks. M is
-        at most its `max_rows`. Given on every rank or on none.
+        at most its `max_rows`. ``"auto"``: one that the group's ranks make at the first call, where
+        they can and the launch is the faster way: on CUDA with several ranks, fused statistics and
+        up to `workspace.AUTO_ROWS` rows; otherwise three steps, whose all-reduce adds in the
+        backend's order. The same on every rank.
 
     Returns
     -------
@@ -124,7 +127,9 @@ def qk_rms_norm(
         q_cols_total, k_cols_total, k_replicas, statistics, cast_before_gamma, workspace, group,
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        return _trace(call, group, validate)
+        new_q, new_k = _trace(call, Norm(), validate)
+        assert new_k is not None
+        return new_q, new_k
     new_q, new_k = _layer(call, Norm(), validate)
     assert new_k is not None
     return (
@@ -154,7 +159,7 @@ def qk_rms_norm_rope(
     q_out: torch.Tensor | None = None,
     k_out: torch.Tensor | None = None,
     validate: bool = False,
-    workspace: PeerWorkspace | None = None,
+    workspace: PeerWorkspace | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise this rank's columns as `qk_rms_norm` does, and rotate their heads, in its launches.
 
@@ -179,9 +184,10 @@ def qk_rms_norm_rope(
         k_replicas, statistics, cast_before_gamma, workspace, group,
     )  # fmt: skip
     rotation = Rotation(positions, cos_sin_cache, head_dim, interleaved)
-    outputs = _layer(call, rotation, validate)
-    assert outputs[1] is not None
-    return outputs[0], outputs[1]
+    run = _trace if torch.compiler.is_compiling() else _layer
+    new_q, new_k = run(call, rotation, validate)
+    assert new_k is not None
+    return new_q, new_k
 
 
 def qk_rms_norm_rope_cache(
@@ -211,7 +217,7 @@ def qk_rms_norm_rope_cache(
     q_out: torch.Tensor | None = None,
     k_out: torch.Tensor | None = None,
     validate: bool = False,
-    workspace: PeerWorkspace | None = None,
+    workspace: PeerWorkspace | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Normalise and rotate as `qk_rms_norm_rope`, and store K and V in this rank's paged cache.
 
@@ -240,7 +246,8 @@ def qk_rms_norm_rope_cache(
         positions, cos_sin_cache, head_dim, interleaved, v, k_cache, v_cache, slot_mapping,
         k_scale, v_scale,
     )  # fmt: skip
-    return _layer(call, store, validate)
+    run = _trace if torch.compiler.is_compiling() else _layer
+    return run(call, store, validate)
 
 
 # ---- what follows the statistics --------------------------------------------------------------
@@ -369,9 +376,8 @@ class Store(Rotation):
 
 def _layer(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a layer: in one launch with a workspace, else by statistics, all-reduce and last step."""
-    workspace = call.workspace
-    if workspace is not None and not isinstance(workspace, PeerWorkspace):
-        raise TypeError(f"workspace must be a PeerWorkspace, got {type(workspace).__name__}")
+    workspace = _workspace(call)
+    call = dataclasses.replace(call, workspace=workspace)
     members = _members(call.group, call.layout) if workspace is None else workspace.members
     if validate and members.world_size > 1 and dist.is_initialized():
         checked, qk_var = _check_together(call, members, last)
@@ -383,6 +389,20 @@ def _layer(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.
     if qk_var is not None:
         _reduce(qk_var, members, *checked.weights)
     return last.apply(call, checked, qk_var)
+
+
+def _workspace(call: Call) -> PeerWorkspace | None:
+    """Return the workspace of a call, if it has one."""
+    given, q = call.workspace, call.q
+    if given is None or isinstance(given, PeerWorkspace):
+        return given
+    if not isinstance(given, str) or given != "auto":
+        raise TypeError(f"workspace must be a PeerWorkspace, 'auto' or None, got {given!r}")
+    suits = isinstance(q, torch.Tensor) and q.is_cuda and call.statistics == "fused"
+    if not suits or q.shape[:-1].numel() > AUTO_ROWS:
+        return None
+    members = _members(call.group, call.layout)
+    return automatic_workspace(call.group, q.device) if members.world_size > 1 else None
 
 
 def _one_launch(
@@ -543,24 +563,28 @@ def _check_statistics(qk_var: Any, members: Members) -> None:
 
 # ---- in a graph of torch.compile ----------------------------------------------------------------
 
-_OPERATOR = "tensor_parallel_qk_rms_norm"
-_library = torch.library.Library("qknorm_tvm", "FRAGMENT")
-_library.define(
-    f"{_OPERATOR}(Tensor q, Tensor k, Tensor gamma_q, Tensor gamma_k, float epsilon, *, "
-    "Tensor(a!) q_out, Tensor(b!) k_out, ScalarType? out_dtype, str group_name, int[]? layout, "
-    "int? q_cols_total, int? k_cols_total, int k_replicas, str statistics, bool cast_before_gamma, "
-    "bool validate) -> ()",
-    tags=(
-        torch.Tag.pt2_compliant_tag,
-        # Compilers may lay intermediate tensors out anew, column by column too, but not for this.
-        getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
-    ),
+_COMMON = (
+    "ScalarType? out_dtype, str group_name, int[]? layout, int? q_cols_total, int? k_cols_total, "
+    "int k_replicas, str statistics, bool cast_before_gamma, bool validate, str workspace"
 )
+_HEADS = "Tensor? positions, Tensor? cos_sin_cache, int head_dim, bool interleaved"
+#: What the operator of each last step takes besides q, k, gamma_q, gamma_k and epsilon.
+_SCHEMAS = {
+    Norm: "Tensor(a!) q_out, Tensor(b!) k_out",
+    Rotation: f"Tensor(a!) q_out, Tensor(b!) k_out, {_HEADS}",
+    Store: (
+        f"Tensor(a!) q_out, Tensor(b!)? k_out, Tensor(c!) k_cache, Tensor(d!) v_cache, {_HEADS}, "
+        "Tensor v, Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale"
+    ),
+}
+_library = torch.library.Library("qknorm_tvm", "FRAGMENT")
+_LAYOUT_FIELDS = tuple(field.name for field in dataclasses.fields(HeadLayout))
 
 
-def _trace(call: Call, group: Any, validate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _trace(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Put the whole layer into the graph as one operator, which checks its arguments itself."""
-    outputs = []
+    outputs: list[torch.Tensor | None] = []
+    dtype = None
     for x, out, other in ((call.q, call.q_out, call.k_out), (call.k, call.k_out, call.q_out)):
         dtype = call.out_dtype
         if dtype is None:
@@ -569,46 +593,77 @@ def _trace(call: Call, group: Any, validate: bool) -> tuple[torch.Tensor, torch.
             dtype = getattr(torch, canonical_dtype("out_dtype", dtype))
         # Packed row by row: empty_like would keep a slice's row stride.
         outputs.append(x.new_empty(x.shape, dtype=dtype) if out is None else out)
+    if call.k_out is None and isinstance(last, Store):
+        outputs[1] = None
     heads = call.layout
     if heads is not None:
         heads = [getattr(heads, name) for name in _LAYOUT_FIELDS]
-    torch.ops.qknorm_tvm.tensor_parallel_qk_rms_norm.default(
+    fields = {field.name: getattr(last, field.name) for field in dataclasses.fields(last)}
+    workspace = call.workspace
+    if isinstance(workspace, PeerWorkspace):
+        workspace = str(workspace.handle)
+    operator = getattr(torch.ops.qknorm_tvm, f"tensor_parallel_{last.op}").default
+    operator(
         call.q, call.k, call.gamma_q, call.gamma_k, call.epsilon, q_out=outputs[0],
         k_out=outputs[1], out_dtype=None if call.out_dtype is None else dtype,
-        group_name="" if group is None else group.group_name, layout=heads,
+        group_name="" if call.group is None else call.group.group_name, layout=heads,
         q_cols_total=call.q_cols_total, k_cols_total=call.k_cols_total,
         k_replicas=call.k_replicas, statistics=call.statistics,
-        cast_before_gamma=call.cast_before_gamma, validate=validate,
+        cast_before_gamma=call.cast_before_gamma, validate=validate, workspace=workspace or "",
+        **fields,
     )  # fmt: skip
+    assert outputs[0] is not None
     return outputs[0], outputs[1]
 
 
-_LAYOUT_FIELDS = tuple(field.name for field in dataclasses.fields(HeadLayout))
-
-
-def _group_and_layout(group_name: Any, layout: list[int] | None) -> tuple[Any, HeadLayout | None]:
+def _call_of(
+    step: type[Norm], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Call, Norm, bool]:
+    """Return an operator's call, its last step, and whether it asks the other ranks."""
+    last = step(**{field.name: options.pop(field.name) for field in dataclasses.fields(step)})
+    group_name, layout = options.pop("group_name"), options["layout"]
+    workspace, validate = options["workspace"], options.pop("validate")
     # Groups are found as the operators of torch's functional collectives find theirs.
-    group = _resolve_process_group(group_name) if group_name else None
-    return group, None if layout is None else HeadLayout(*layout)
+    options["group"] = _resolve_process_group(group_name) if group_name else None
+    options["layout"] = None if layout is None else HeadLayout(*layout)
+    options["workspace"] = (
+        workspace_of(int(workspace)) if workspace.isdecimal() else workspace or None
+    )
+    call = Call(*arguments, **options)
+    return call, last, validate
 
 
-def _operator(*arguments: Any, group_name: str, layout: list[int] | None, **options: Any) -> None:
-    group, heads = _group_and_layout(group_name, layout)
-    qk_rms_norm(*arguments, group=group, layout=heads, **options)
+def _register(step: type[Norm]) -> None:
+    """Register the operator of layers that end with a step."""
+    name = f"tensor_parallel_{step.op}"
+    _library.define(
+        f"{name}(Tensor q, Tensor k, Tensor gamma_q, Tensor gamma_k, float epsilon, *, "
+        f"{_SCHEMAS[step]}, {_COMMON}) -> ()",
+        tags=(
+            torch.Tag.pt2_compliant_tag,
+            # Compilers may lay intermediate tensors out anew, column by column too, but not for
+            # this.
+            getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+        ),
+    )
+
+    def operator(*arguments: Any, **options: Any) -> None:
+        _layer(*_call_of(step, arguments, options))
+
+    def fake(*arguments: Any, **options: Any) -> None:
+        call, last, _ = _call_of(step, arguments, options)
+        # Nothing of a workspace is asked for: its own check is at run time.
+        call = dataclasses.replace(call, workspace=None)
+        checked = call.check(_members(call.group, call.layout))
+        tensors = {"q": checked.q, "k": checked.k, "gamma_q": call.gamma_q}
+        tensors |= {"gamma_k": call.gamma_k, **last.tensors, **checked.outputs}
+        given = {n: x for n, x in tensors.items() if isinstance(x, torch.Tensor)}
+        check_overlap(OPERATIONS[step.op], given)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, operator, key)
+    torch.library.register_fake(f"qknorm_tvm::{name}", fake, lib=_library)
 
 
-def _fake(
-    q: Any, k: Any, gamma_q: Any, gamma_k: Any, epsilon: float,
-    *, group_name: str, layout: list[int] | None, validate: bool, **options: Any,
-) -> None:  # fmt: skip
-    group, heads = _group_and_layout(group_name, layout)
-    call = Call(q, k, gamma_q, gamma_k, epsilon, layout=heads, **options)
-    checked = call.check(_members(group, heads))
-    tensors = {"q": checked.q, "k": checked.k, "gamma_q": gamma_q, "gamma_k": gamma_k}
-    tensors |= checked.outputs
-    check_overlap(OPERATIONS["qk_rms_norm"], tensors)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl(_OPERATOR, _operator, _key)
-torch.library.register_fake(f"qknorm_tvm::{_OPERATOR}", _fake, lib=_library)
+for _step in _SCHEMAS:
+    _register(_step)

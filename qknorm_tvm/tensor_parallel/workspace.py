@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import itertools
 import socket
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .. import peers
-from ..errors import PeerError
+from ..errors import PeerError, warn_caller
 from .group import Members, members_of
 from .layout import check_int
 
@@ -30,6 +33,11 @@ class _Place:
     error: str = ""
 
 
+#: Workspaces that live, by what a graph of torch.compile knows them by.
+_handles = itertools.count(1)
+_by_handle: weakref.WeakValueDictionary[int, PeerWorkspace] = weakref.WeakValueDictionary()
+
+
 class PeerWorkspace:
     """Slots in every rank's memory, by which one launch does what else takes an all-reduce.
 
@@ -37,6 +45,10 @@ class PeerWorkspace:
     Several layers may share one, and streams: a launch waits for the one before it, wherever that
     was queued, except while a graph is captured, where the order is the caller's affair, as it is
     between replays. All ranks make the same launches, in the same order, with as many rows each.
+
+    It lives as long as somebody refers to it, and must outlive the graphs that captured its
+    launches. Any user may be the last: a launch of another rank writes to this rank's memory only
+    if this rank makes that launch too.
 
     Where every rank has a GPU of its own the memory is that of
     ``torch.distributed._symmetric_memory``; where all ranks share one, of CUDA IPC. Ranks that
@@ -58,6 +70,8 @@ class PeerWorkspace:
     ----------
     rank, world_size, max_rows : int
     device : torch.device
+    handle : int
+        By which `workspace_of` finds it in this process.
 
     Raises
     ------
@@ -155,8 +169,9 @@ class PeerWorkspace:
         self._share = share
         self._timeout = timeout
         self._stream: Any = None
-        self._users = 0
         self._lock = threading.Lock()
+        self.handle = next(_handles)
+        _by_handle[self.handle] = self
         # Pinned: the GPU writes to it, and the host looks without waiting for the GPU.
         self._report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._reported = ctypes.c_int64.from_address(self._report.data_ptr())
@@ -221,19 +236,9 @@ class PeerWorkspace:
             torch.cuda.synchronize(self.device)
             self._memory = self._state = self._peers = None
 
-    def acquire(self) -> PeerWorkspace:
-        """Count one more user, such as a layer; returns the workspace."""
-        with self._lock:
-            self._check_open()
-            self._users += 1
-        return self
-
-    def release(self) -> None:
-        """Count a user less; the last one closes the workspace."""
-        with self._lock:
-            self._users -= 1
-            last = self._users == 0
-        if last:
+    def __del__(self) -> None:
+        # While the interpreter ends, torch may be gone already.
+        with contextlib.suppress(Exception):
             self.close()
 
     @property
@@ -280,6 +285,49 @@ class PeerWorkspace:
             raise ValueError(
                 f"q must have at most {self.max_rows} rows, the workspace's max_rows, got {rows}"
             )
+
+
+def workspace_of(handle: int) -> PeerWorkspace:
+    """Return the workspace of a handle that lives in this process.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    workspace = _by_handle.get(handle)
+    if workspace is None:
+        raise ValueError(f"workspace must live, got handle {handle} of one that does not")
+    return workspace
+
+
+# ---- those that are made where they are wanted ------------------------------------------------
+
+#: Rows up to which one launch is faster than three steps, see docs/tensor-parallel.md.
+AUTO_ROWS = 512
+#: A group, and its workspace or None where its ranks cannot have one; by its name and device.
+_automatic: dict[tuple[str, torch.device], tuple[Any, PeerWorkspace | None]] = {}
+
+
+def automatic_workspace(group: Any, device: torch.device) -> PeerWorkspace | None:
+    """Return a group's own workspace for launches of up to `AUTO_ROWS` rows.
+
+    It is made at the first call, by all ranks together, and kept as long as the process. Where the
+    ranks cannot reach one another's memory a warning says why, once, and there is none.
+    """
+    group = _resolved(group)
+    key = (group.group_name, device)
+    made_for, workspace = _automatic.get(key, (None, None))
+    if made_for is not group:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # it takes a synchronisation; the graph has three steps
+        try:
+            workspace = PeerWorkspace(group, AUTO_ROWS, device=device)
+        except PeerError as error:
+            workspace = None
+            warn_caller(f"the layer takes three steps instead of one launch: {error}")
+        _automatic[key] = group, workspace
+    return workspace
 
 
 def _resolved(group: Any) -> Any:

@@ -231,7 +231,9 @@ def test_errors() -> None:
         ranks[0].call(statistics="torch")
     with pytest.raises(ValueError, match="q must be on cuda:0 like workspace, got cpu"):
         tp.qk_rms_norm(q.cpu(), k.cpu(), *(g.cpu() for g in gammas), workspace=ranks[0].workspace)
-    with pytest.raises(TypeError, match="workspace must be a PeerWorkspace, got str"):
+    with pytest.raises(
+        TypeError, match="workspace must be a PeerWorkspace, 'auto' or None, got 'one'"
+    ):
         tp.qk_rms_norm(q, k, *gammas, workspace="one")
     ranks[0].workspace.close()
     ranks[0].workspace.close()
