@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from cuda_emulation import Kernel
+from test_emulation_cuda_rope import _rotated, _stored
 
 from qknorm_tvm import KernelSpec, peers
 from qknorm_tvm.build import cuda as build_cuda
@@ -27,7 +28,6 @@ from qknorm_tvm.check.inputs import generate
 from qknorm_tvm.check.reference import NUMPY_DTYPES
 from qknorm_tvm.schedules.cuda_config import CudaVariant
 from qknorm_tvm.schedules.cuda_variants import default_variants
-from test_emulation_cuda_rope import _rotated, _stored
 
 EPSILON = 1e-6
 POSITIONS, BLOCKS, BLOCK_SIZE = 40, 5, 4
