@@ -203,7 +203,7 @@ class Blocks:
         return len(range(block, self.rows, self.blocks))
 
     def begun(self, state, rank: int, launch: int, row: int) -> bool:
-        at, (now, following) = state[rank]
+        at, (now, _) = state[rank]
         if launch != at:
             return launch < at
         progress = now[row % self.blocks]

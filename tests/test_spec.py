@@ -229,9 +229,9 @@ def test_statistics_of_peers() -> None:
     names = [tensor.name for tensor in peers.tensors if tensor not in local.tensors]
     assert names == ["peers", "peer_state"]
     assert local.replace(op="apply_qk_rms_norm").statistics is None
-    with pytest.raises(ValueError, match="^q_cols must be given for statistics='peers', got None"):
+    with pytest.raises(ValueError, match=r"^q_cols must be given for statistics='peers', got None"):
         peers.replace(q_cols=None)
-    with pytest.raises(ValueError, match="^statistics must be one of local, peers, got 'given'"):
+    with pytest.raises(ValueError, match=r"^statistics must be one of local, peers, got 'given'"):
         local.replace(statistics="given")
-    with pytest.raises(ValueError, match="^statistics must be local for target 'cpu'"):
+    with pytest.raises(ValueError, match=r"^statistics must be local for target 'cpu'"):
         peers.replace(target="cpu")

@@ -14,7 +14,7 @@ def kernels(request: pytest.FixtureRequest) -> Built:
 
 
 def test_one_kernel_a_call(kernels: Built) -> None:
-    """A launch that became several; denormals that are lost; q, k, v or gamma read piece by piece."""
+    """A launch that became several; lost denormals; q, k, v or gamma read piece by piece."""
     ptx = kernels.ptx()
     assert len(ptx) == len(kernels.kernels())
     for name, (spec, variant) in kernels.kernels().items():
