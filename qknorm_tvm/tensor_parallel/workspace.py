@@ -227,13 +227,17 @@ class PeerWorkspace:
     def close(self) -> None:
         """Wait for this rank's launches, then give the memory back; a second time does nothing.
 
+        For those of graphs that were replayed on other streams the caller waits.
+
         Every rank may do so once it has made its launches: none writes to another's memory after
         the other's last launch has ended.
         """
         with self._lock:
             if self._state is None:
                 return
-            torch.cuda.synchronize(self.device)
+            # Not the whole device: another rank of this process may not have been called yet.
+            if self._stream is not None:
+                self._stream.synchronize()
             self._memory = self._state = self._peers = None
 
     def __del__(self) -> None:
@@ -393,7 +397,7 @@ def _unreachable(places: Sequence[_Place], own: _Place, device: Any) -> str | No
 def _empty_slots(max_rows: int, ranks: int, device: torch.device, make: Any = None) -> torch.Tensor:
     make = make or torch.empty
     slots = make(peers.slot_count(max_rows, ranks), dtype=torch.float32, device=device)
-    slots.fill_(-0.0)
+    slots.view(torch.int32).fill_(peers.EMPTY - (1 << 32))
     torch.cuda.synchronize(device)  # before another rank knows of it
     return slots
 
