@@ -20,6 +20,7 @@ from ..call import api, cache
 from ..call.arrays import adapter_of
 from ..call.packs import ENVIRONMENT
 from ..errors import QKNormError
+from ..spec import KernelSpec
 from .engines import say, statistics
 
 Tensor = torch.Tensor
@@ -63,6 +64,11 @@ class AttentionNorm:
     interleaved: bool = False
 
     @property
+    def is_local(self) -> bool:
+        """Whether the launch that normalises computes the statistics itself."""
+        return self.ranks == 1 and self.statistics == "fused"
+
+    @property
     def rotates(self) -> bool:
         """Whether the rotation is fused."""
         return self.head_dim != 0
@@ -104,7 +110,7 @@ class AttentionNorm:
         """
         if self.statistics == "torch":
             return self._mean_squares_by_torch(q, k)
-        if self.ranks == 1:
+        if self.is_local:
             return None
         return self._over_ranks(torch_ops.row_mean_of_squares_qk(q, k))
 
@@ -124,7 +130,7 @@ class AttentionNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One type of attention layer of an engine, as its plugin sees it.
+    """One attention layer of an engine, as its plugin sees it.
 
     Parameters
     ----------
@@ -139,7 +145,8 @@ class Layer:
     q_cols, k_cols : int
         Of this rank.
     agree : callable
-        Told whether this rank can go on; returns whether all can.
+        Told whether this rank can go on; returns whether all of them can. Ranks replace a layer
+        together: one alone would wait for statistics that the others never send.
     """
 
     engine: str
@@ -150,6 +157,54 @@ class Layer:
     q_cols: int
     k_cols: int
     agree: Callable[[bool], bool] = bool
+
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Write a line about this type of layer to the engine's log, once."""
+        say(self.engine, f"{self.name}: {text}", level)
+
+    def inputs(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return Q and K with random numbers."""
+        generator = torch.Generator().manual_seed(0)
+        q, k = (
+            torch.randn((rows, cols), generator=generator, dtype=torch.float32, device="cpu")
+            for cols in (self.q_cols, self.k_cols)
+        )
+        return q.to(self.device, self.dtype), k.to(self.device, self.dtype)
+
+    def gammas(self) -> tuple[Tensor, Tensor]:
+        """Return scales of one."""
+        place: dict[str, Any] = {"device": self.device, "dtype": torch.float32}
+        return torch.ones(self.q_cols, **place), torch.ones(self.k_cols, **place)
+
+
+def agree_over(group: Any) -> Callable[[bool], bool]:
+    """Return a `Layer.agree` for an engine's group of ranks, None where there is one rank.
+
+    Parameters
+    ----------
+    group : object or None
+        With `world_size` and `cpu_group`, as vLLM and SGLang have it.
+    """
+
+    def agree(ok: bool) -> bool:
+        if group is None or group.world_size == 1:
+            return ok
+        answer = torch.tensor([int(ok)], dtype=torch.int32, device="cpu")
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+        return bool(answer.item())
+
+    return agree
+
+
+def widen(norm: Any) -> None:
+    """Turn a norm's weight into float32, which is exact, before a checkpoint is loaded into it.
+
+    So it is converted once, and again only where an engine loads new weights.
+    """
+    narrow = norm.weight
+    wide = torch.nn.Parameter(narrow.data.float(), requires_grad=False)
+    wide.__dict__.update(narrow.__dict__)  # engines keep how a weight is loaded there
+    norm.weight = wide
 
 
 def norm_for(
@@ -174,144 +229,125 @@ def norm_for(
     epsilon, cast_before_gamma, ranks, all_reduce, gather
         As `AttentionNorm`'s.
     rotary : object, optional
-        The layer's rotary embedding, with the attributes of vLLM's: `head_size`, `rotary_dim`,
-        `is_neox_style` and `cos_sin_cache`. None where its class is another.
+        The layer's rotary embedding where its class is the contract's, with the attributes of
+        vLLM's: `head_size`, `rotary_dim`, `is_neox_style` and `cos_sin_cache`.
     rotate : callable, optional
-        The engine's kernel of `rotary`, ``(positions, q, k) -> (q, k)``.
+        The engine's kernel of `rotary`, ``(positions, q, k) -> (q, k)``, which may write in place.
     """
-    if layer.device.type not in ("cpu", "cuda"):
-        reason = f"tensors on {layer.device.type}"
-        _say(layer, f"keeps the engine's own norms: {reason}", logging.WARNING)
-        return None
     norm = AttentionNorm(epsilon, cast_before_gamma, ranks, all_reduce, statistics(), gather)
-    if not _agreed(layer, norm):
-        return None
-    rotation, without = None, "the rotary embedding is of another class"
+    rotation, left = None, "of another class than the contract's"
     if rotary is not None and rotate is not None:
-        rotation = dataclasses.replace(
-            norm, head_dim=rotary.head_size, interleaved=not rotary.is_neox_style
-        )
-        without = _why_not_rotate(layer, norm, rotation, rotary, rotate)
-    rotates = layer.agree(rotation is not None and not without)
-    done = "and the rotation in one launch" if rotates else f"the rotation is the model's: {without}"
-    if rotary is None and rotate is None:
-        done = "the rotation is the model's"
+        rotation, left = _rotation(layer, norm, rotary)
+    refusal = _refusal(layer, norm, rotation, rotary)
+    if not layer.agree(not refusal):
+        refusal = refusal or "another rank cannot go on"
+        layer.say(f"the engine's own norms are kept: {refusal}", logging.WARNING)
+        return None
+    if rotation is not None:
+        assert rotate is not None, "with a rotary embedding"
+        left = _difference(layer, norm, rotation, rotary, rotate)
+    if not layer.agree(not left):
+        rotation, left = None, left or "of another kind on another rank"
     form = f"{ranks} rank{'s' if ranks > 1 else ''}, statistics {norm.statistics}"
-    _say(layer, f"{layer.replaces} replaced by qknorm_tvm's kernels ({form}); {done}")
-    return rotation if rotates else norm
+    done = "norms and rotation in one launch" if rotation else f"the model rotates: {left}"
+    layer.say(f"{layer.replaces} replaced by qknorm_tvm's kernels ({form}); {done}")
+    return rotation or norm
 
 
-def _say(layer: Layer, text: str, level: int = logging.INFO) -> None:
-    say(layer.engine, f"{layer.name}: {text}", level)
+def _rotation(layer: Layer, norm: AttentionNorm, rotary: Any) -> tuple[AttentionNorm | None, str]:
+    """Return the form of a norm that rotates, or None and why there is none."""
+    table, heads = rotary.cos_sin_cache, rotary.head_size
+    if table.device != layer.device or table.dim() != 2 or table.shape[1] != rotary.rotary_dim:
+        return None, f"its cosines and sines are {tuple(table.shape)} on {table.device}"
+    if layer.q_cols % heads or layer.k_cols % heads:
+        return None, f"its heads have {heads} columns"
+    return dataclasses.replace(norm, head_dim=heads, interleaved=not rotary.is_neox_style), ""
 
 
-def _inputs(layer: Layer, rows: int = 33) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    q, k = (
-        torch.randn((rows, cols), generator=generator, dtype=torch.float32, device="cpu")
-        for cols in (layer.q_cols, layer.k_cols)
-    )
-    place = {"device": layer.device, "dtype": layer.dtype}
-    return q.to(**place), k.to(**place)  # type: ignore[call-overload]
-
-
-def _ones(layer: Layer) -> tuple[Tensor, Tensor]:
-    place: dict[str, Any] = {"device": layer.device, "dtype": torch.float32}
-    return torch.ones(layer.q_cols, **place), torch.ones(layer.k_cols, **place)
-
-
-#: What has been tried, by layer and norm: models have dozens of equal layers.
-_tried: dict[tuple[Any, ...], bool] = {}
-
-
-def _agreed(layer: Layer, norm: AttentionNorm) -> bool:
-    """Return whether every rank has what a norm calls."""
-    key = (layer.engine, layer.name, layer.dtype, layer.device, layer.q_cols, layer.k_cols,
-           norm.epsilon, norm.cast_before_gamma, norm.ranks, norm.statistics)  # fmt: skip
-    if key not in _tried:
-        _tried[key] = layer.agree(_works(layer, norm))
-        if not _tried[key]:
-            # A rank that could go on must not wait for statistics that the others never send.
-            _say(layer, "keeps the engine's own norms", logging.WARNING)
-    return _tried[key]
-
-
-def _works(layer: Layer, norm: AttentionNorm) -> bool:
-    # Alone, without the all-reduce: another rank may not come this far.
-    alone = dataclasses.replace(norm, ranks=1, gather=None)
-    needed = ["qk_rms_norm"]
-    if norm.ranks > 1 or norm.statistics == "torch":
-        needed = ["apply_qk_rms_norm"]
-    if norm.ranks > 1 and norm.statistics == "fused":
-        needed.append("row_mean_of_squares_qk")
-    missing = _missing(layer, needed, cast_before_gamma=norm.cast_before_gamma)
+def _refusal(layer: Layer, norm: AttentionNorm, rotation: AttentionNorm | None, rotary: Any) -> str:
+    """Return why a norm cannot be used, or ``""``."""
+    if layer.device.type not in ("cpu", "cuda"):
+        return f"its weights are on {layer.device.type}"
+    missing = [spec for spec in _specs(layer, norm, None) if not _has_module(spec)]
+    if missing and rotation is not None:
+        missing += [spec for spec in _specs(layer, rotation, rotary) if not _has_module(spec)]
     if missing:
-        _say(layer, missing, logging.WARNING)
-        return False
-    q, k = _inputs(layer)
+        return _how_to_make(missing)
     try:
-        with torch.no_grad():
-            if needed != ["qk_rms_norm"]:
-                alone = dataclasses.replace(alone, statistics="torch")
-            alone(q, k, *_ones(layer))
-    except (QKNormError, RuntimeError, ValueError, TypeError) as error:
-        _say(layer, f"{type(error).__name__}: {error}", logging.WARNING)
-        return False
-    return True
+        _alone(norm)(*layer.inputs(rows=2), *layer.gammas())
+    except _FAILURES as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
-def _why_not_rotate(
+def _difference(
     layer: Layer,
     norm: AttentionNorm,
     rotation: AttentionNorm,
     rotary: Any,
     rotate: Callable[..., tuple[Tensor, Tensor]],
 ) -> str:
-    """Return why a rotation is left to the model, or ``""`` where fused it gives the same bits."""
-    table = rotary.cos_sin_cache
-    if table.device != layer.device or table.shape[-1] != rotary.rotary_dim:
-        return f"its cosines are {tuple(table.shape)} on {table.device}"
-    local = norm.ranks == 1 and norm.statistics == "fused"
-    fields = api.rotation_fields(table, table, rotary.head_size, rotation.interleaved)
-    missing = _missing(
-        layer, ["qk_rms_norm_rope"], cast_before_gamma=norm.cast_before_gamma,
-        statistics="local" if local else "given", **fields,
-    )  # fmt: skip
+    """Return why a rotation is not fused, or ``""`` where fused it gives the engine's own bits."""
+    missing = [spec for spec in _specs(layer, rotation, rotary) if not _has_module(spec)]
     if missing:
-        return missing
-    q, k = _inputs(layer)
+        return _how_to_make(missing)
+    table, gammas = rotary.cos_sin_cache, layer.gammas()
+    q, k = layer.inputs(rows=33)
     positions = torch.linspace(0, len(table) - 1, len(q), device=layer.device).long()
-    unfused, fused = (
-        dataclasses.replace(each, ranks=1, gather=None, statistics="fused" if local else "torch")
-        for each in (norm, rotation)
-    )
     try:
-        with torch.no_grad():
-            gammas = _ones(layer)
-            expected = rotate(positions, *unfused(q, k, *gammas))
-            got = fused(q, k, *gammas, positions, table)
-    except (QKNormError, RuntimeError, ValueError, TypeError) as error:
+        expected = rotate(positions, *_alone(norm)(q, k, *gammas))
+        fused = _alone(rotation)(q, k, *gammas, positions, table)
+    except _FAILURES as error:
         return f"{type(error).__name__}: {error}"
-    same = all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
-    return "" if same else f"fused it rounds otherwise than {type(rotary).__name__}"
+    same = all(torch.equal(one, other) for one, other in zip(expected, fused, strict=True))
+    return "" if same else f"the bits of {type(rotary).__name__} are not those of the contract"
 
 
-def _missing(layer: Layer, operations: list[str], **choices: Any) -> str:
-    """Say which specs there is no module for, and what makes them; ``""`` where all are there."""
-    q, k = _inputs(layer, rows=1)
+#: What a trial may raise: it is told, and the engine goes on with its own code.
+_FAILURES = (QKNormError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def _alone(norm: AttentionNorm) -> AttentionNorm:
+    """Return a norm that needs the same modules but no other rank."""
+    kind = "fused" if norm.is_local else "torch"
+    return dataclasses.replace(norm, ranks=1, gather=None, statistics=kind)
+
+
+# ---- modules ------------------------------------------------------------------------------------
+
+
+def _specs(layer: Layer, norm: AttentionNorm, rotary: Any) -> list[KernelSpec]:
+    """Return what a norm calls."""
+    q, k = layer.inputs(rows=1)
+    choices: dict[str, Any] = {"cast_before_gamma": norm.cast_before_gamma}
+    if norm.rotates:
+        op = "qk_rms_norm_rope"
+        choices["statistics"] = "local" if norm.is_local else "given"
+        table = rotary.cos_sin_cache
+        choices |= api.rotation_fields(table, table, norm.head_dim, norm.interleaved)
+    else:
+        op = "qk_rms_norm" if norm.is_local else "apply_qk_rms_norm"
+    calls = [(op, choices)]
+    if norm.ranks > 1 and norm.statistics == "fused":
+        calls.append(("row_mean_of_squares_qk", {}))
     target = adapter_of("q", q).target(q)
-    missing = []
-    for op in operations:
-        fields = {} if op == "row_mean_of_squares_qk" else choices
-        spec = api.spec_of(op, target, q=q, k=k, **fields)
-        try:
-            cache.module_for(spec)
-        except (QKNormError, OSError):  # says how to make this one; all are named below
-            missing.append(spec)
-    if not missing:
-        return ""
-    wanted = " ".join(f"--spec '{spec.text}'" for spec in missing)
+    return [api.spec_of(op, target, q=q, k=k, **fields) for op, fields in calls]
+
+
+@functools.lru_cache(maxsize=64)
+def _has_module(spec: KernelSpec) -> bool:
+    """Return whether there is a module for a spec, or it can be made; models have many layers."""
+    try:
+        cache.module_for(spec)
+    except (QKNormError, OSError):  # they say how to make this one; all are told together
+        return False
+    return True
+
+
+def _how_to_make(missing: list[KernelSpec]) -> str:
+    specs = list(dict.fromkeys(spec.text for spec in missing))
+    options = " ".join(f"--spec '{spec}'" for spec in specs)
     return (
-        f"there is no module for {', '.join(spec.text for spec in missing)}; make it where TVM is, "
-        f"`qknorm-tvm export qk.so {wanted}`, and name its folder in {ENVIRONMENT}"
+        f"there is no module for {', '.join(specs)}; make it where TVM is, "
+        f"`qknorm-tvm export qk.so {options}`, and name its folder in {ENVIRONMENT}"
     )

@@ -1,4 +1,4 @@
-"""The attention layers of vLLM that `qknorm_tvm.integrations.vllm` changes; needs torch and vLLM."""
+"""The attention layers of vLLM that `qknorm_tvm.integrations.vllm` changes; needs both."""
 
 from __future__ import annotations
 
@@ -9,45 +9,23 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
 from ..tensor_parallel import HeadLayout
-from .engine_norm import AttentionNorm, Layer, norm_for
+from .engine_norm import AttentionNorm, Layer, agree_over, norm_for, widen
 from .engines import say
 
 #: Where a layer, or its norm of Q, keeps its `AttentionNorm`. Classes that are changed have it too.
 _MARK = "_qknorm_tvm"
 
 
-def _tensor_parallel() -> dict[str, Any]:
-    """Return what `norm_for` is told of vLLM's tensor-parallel ranks."""
-    from vllm.distributed import (
-        get_tensor_model_parallel_world_size,
-        tensor_model_parallel_all_reduce,
-    )
+def _name_in_caches(config: Any, name: str, norm: AttentionNorm) -> None:
+    """Have vLLM's caches of compiled graphs tell a layer that is changed from one that is not.
 
-    return {
-        "ranks": get_tensor_model_parallel_world_size(),
-        "all_reduce": tensor_model_parallel_all_reduce,
-    }
-
-
-def _agree(ok: bool) -> bool:
-    """Return whether every tensor-parallel rank says yes: they replace a layer together or not."""
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
-    if group.world_size == 1:
-        return ok
-    answer = torch.tensor([int(ok)], dtype=torch.int32, device="cpu")
-    torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return bool(answer.item())
-
-
-def _widen(norm: torch.nn.Module) -> None:
-    """Turn a norm's weight into float32: exact, and checkpoints are then loaded into that."""
-    narrow = norm.weight
-    wide = torch.nn.Parameter(narrow.data.float(), requires_grad=False)
-    wide.__dict__.update(narrow.__dict__)  # vLLM keeps how a weight is loaded there
-    norm.weight = wide
+    Their keys know vLLM's own settings and sources: a graph without these kernels would be loaded
+    in place of one with them, and the other way round.
+    """
+    key = f"{__version__}, statistics {norm.statistics}, rotates {norm.rotates}"
+    config.additional_config[f"qknorm_tvm {name}"] = key
 
 
 # ---- MiniMax-M2 ---------------------------------------------------------------------------------
@@ -59,7 +37,6 @@ def change_minimax_m2(module: ModuleType) -> None:
     if _MARK in attention.__dict__:
         return
     setattr(attention, _MARK, None)
-    setattr(norms, _MARK, None)
     own_init, own_forward = attention.__init__, attention.forward
     own_forward_qkv = norms.forward_qkv
 
@@ -85,7 +62,7 @@ def change_minimax_m2(module: ModuleType) -> None:
     def forward_qkv(
         q_norm: Any, k_norm: Any, qkv: torch.Tensor, q_size: int, kv_size: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        norm: AttentionNorm | None = q_norm._qknorm_tvm
+        norm: AttentionNorm | None = getattr(q_norm, _MARK, None)
         if norm is None:
             return own_forward_qkv(q_norm, k_norm, qkv, q_size, kv_size)
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
@@ -97,6 +74,8 @@ def change_minimax_m2(module: ModuleType) -> None:
 
 
 def _prepare_minimax_m2(attention: Any, *, may_rotate: bool) -> None:
+    from vllm.config import get_current_vllm_config
+    from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     q_norm, k_norm = attention.q_norm, attention.k_norm
@@ -105,22 +84,25 @@ def _prepare_minimax_m2(attention: Any, *, may_rotate: bool) -> None:
     norm = norm_for(
         Layer(
             "vllm", type(attention).__name__, "MiniMaxText01RMSNormTP.forward_qkv",
-            torch.get_default_dtype(), device, attention.q_size, attention.kv_size, _agree,
+            torch.get_default_dtype(), device, attention.q_size, attention.kv_size,
+            agree_over(get_tp_group()),
         ),
         epsilon=q_norm.variance_epsilon,
         cast_before_gamma=False,
+        ranks=q_norm.tp_world,
+        all_reduce=tensor_model_parallel_all_reduce,
         rotary=rotary if rotates else None,
         rotate=getattr(rotary, f"forward_{device.type}", None) if rotates else None,
-        **_tensor_parallel(),
     )  # fmt: skip
     if norm is None:
         return
-    _widen(q_norm)
-    _widen(k_norm)
+    _name_in_caches(get_current_vllm_config(), type(attention).__name__, norm)
+    widen(q_norm)
+    widen(k_norm)
     setattr(attention if norm.rotates else q_norm, _MARK, norm)
 
 
-# ---- OLMo on the transformers backend -------------------------------------------------------------
+# ---- OLMo on the transformers backend -----------------------------------------------------------
 
 
 def change_transformers_backend(module: ModuleType) -> None:
@@ -140,30 +122,34 @@ def change_transformers_backend(module: ModuleType) -> None:
                 "Olmo2Attention",
                 "Olmo3Attention",
             ):
-                _prepare_olmo(attention, has_lora=self.vllm_config.lora_config is not None)
+                _prepare_olmo(attention, self.vllm_config)
 
     base.__init__ = init
 
 
-def _prepare_olmo(attention: Any, *, has_lora: bool) -> None:
+def _prepare_olmo(attention: Any, config: Any) -> None:
     """Have ``qkv_proj`` return Q and K normalised, and both norms what they are given.
 
     vLLM has rewritten the forward to ``q, k, v = qkv_proj(x).split(...)``, and ``q_norm(q)``,
     ``k_norm(k)`` after it. So both are at hand together, and no line of the forward is needed
     twice.
     """
-    from vllm.distributed import tensor_model_parallel_all_gather
+    from vllm.distributed import (
+        get_tp_group,
+        tensor_model_parallel_all_gather,
+        tensor_model_parallel_all_reduce,
+    )
     from vllm.model_executor.layers.linear import QKVParallelLinear
     from vllm.model_executor.models.transformers.fusers.rms_norm import TPAwareRMSNorm
 
     name, q_norm, k_norm = type(attention).__name__, attention.q_norm, attention.k_norm
-    projection = getattr(attention, "qkv_proj", None)
+    projection: Any = getattr(attention, "qkv_proj", None)
     reason = ""
     if type(projection) is not QKVParallelLinear:
         reason = "vLLM has not joined its projections"
     elif {type(q_norm), type(k_norm)} != {TPAwareRMSNorm}:
         reason = f"its norms are {type(q_norm).__name__}, not TPAwareRMSNorm"
-    elif has_lora:
+    elif config.lora_config is not None:
         reason = "LoRA replaces the projection after which they run"
     if reason:
         say("vllm", f"{name} keeps the engine's own norms: {reason}", logging.WARNING)
@@ -176,16 +162,18 @@ def _prepare_olmo(attention: Any, *, has_lora: bool) -> None:
     norm = norm_for(
         Layer(
             "vllm", name, "q_norm and k_norm (TPAwareRMSNorm)",
-            dtype, q_norm.weight.device, heads.q_cols, heads.k_cols, _agree,
+            dtype, q_norm.weight.device, heads.q_cols, heads.k_cols, agree_over(get_tp_group()),
         ),
         epsilon=q_norm.variance_epsilon,
         # vLLM's RMSNorm rounds to the type of its weight first.
         cast_before_gamma=q_norm.weight.dtype != torch.float32,
+        ranks=projection.tp_size,
+        all_reduce=tensor_model_parallel_all_reduce,
         gather=tensor_model_parallel_all_gather,
-        **_tensor_parallel(),
     )  # fmt: skip
     if norm is None:
         return
+    _name_in_caches(config, name, norm)
     widths = [heads.q_cols, heads.k_cols, heads.k_cols]
     q_part, k_part = heads.q_slice, heads.k_slice
 
@@ -197,7 +185,7 @@ def _prepare_olmo(attention: Any, *, has_lora: bool) -> None:
         return _Split(widths, (q_out.view(q.shape), k_out.view(k.shape), v))
 
     for each in (q_norm, k_norm):
-        _widen(each)
+        widen(each)
         each.forward = _as_it_came
     projection.forward = MethodType(project, projection)
 
