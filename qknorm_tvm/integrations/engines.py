@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-#: Versions of each engine that the plugins have been run with: from the first, below the second.
+#: Versions of each engine that the plugins may change: from the first, below the second.
 TESTED = {
-    "vllm": ((0, 32, 0), (0, 33, 0)),
+    # Run with 0.32.0; in 0.33.0 the files that are changed, or whose classes are, are the same.
+    "vllm": ((0, 32, 0), (0, 34, 0)),
     "sglang": ((0, 5, 23), (0, 5, 24)),
 }
 #: ``0`` leaves every engine as it is.
@@ -83,32 +84,47 @@ def _release(version: str) -> tuple[int, ...]:
 
 # ---- changing modules when they are imported ----------------------------------------------------
 
+Change = Callable[[ModuleType], None]
 
-def when_imported(changes: Mapping[str, Callable[[ModuleType], None]]) -> None:
-    """Call a function with each of some modules: now if it is imported, or once it is.
+
+def when_imported(engine: str, changes: Mapping[str, Change]) -> None:
+    """Call a function with each of some of an engine's modules, once it is imported, or now.
 
     A plugin runs before an engine has chosen its model: importing all models then would cost every
-    process of the engine seconds, and touch devices too early.
+    process of the engine seconds, and touch devices too early. Where a module is not what the
+    function expects, the engine goes on without the change, and a line says so.
     """
     later = {}
     for name, change in changes.items():
+        guarded = _guarded(engine, change)
         if name in sys.modules:
-            change(sys.modules[name])
+            guarded(sys.modules[name])
         else:
-            later[name] = change
+            later[name] = guarded
     if later:
         sys.meta_path.insert(0, _Finder(later))
+
+
+def _guarded(engine: str, change: Change) -> Change:
+    def guarded(module: ModuleType) -> None:
+        try:
+            change(module)
+        except (AttributeError, ImportError) as error:
+            leave(engine, f"{module.__name__} is not as expected: {error}")
+
+    return guarded
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds modules as the finders after it do, and has a function called when one has run."""
 
-    def __init__(self, changes: dict[str, Callable[[ModuleType], None]]):
+    def __init__(self, changes: dict[str, Change]):
         self.changes = changes
 
     def find_spec(
         self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec that the other finders have, with a loader that calls the function."""
         change = self.changes.pop(fullname, None)
         if change is None:
             return None
@@ -119,17 +135,15 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, change: Callable[[ModuleType], None]):
-        self.loader, self.change = loader, change
+    """Runs a module by its own loader, and a function after it; then the module is the loader's."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)  # such as get_source, which torch's compiler asks for
+    def __init__(self, loader: Any, change: Change):
+        self.loader, self.change = loader, change
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module is its own loader's: nothing of this one is left behind.
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

@@ -31,9 +31,8 @@ def register() -> None:
     """Replace SGLang's QK-norms where this version of it is known."""
     if engines.may_change("sglang"):
         hooks = {f"{_MODELS}.minimax_m2": "minimax_m2_hooks", f"{_MODELS}.olmo2": "olmo2_hooks"}
-        engines.when_imported(
-            {module: functools.partial(_hook, hooks=name) for module, name in hooks.items()}
-        )
+        changes = {module: functools.partial(_hook, hooks=name) for module, name in hooks.items()}
+        engines.when_imported("sglang", changes)
 
 
 def _hook(module: ModuleType, hooks: str) -> None:

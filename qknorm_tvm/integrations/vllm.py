@@ -24,11 +24,13 @@ from . import engines
 def register() -> None:
     """Replace vLLM's QK-norms where this version of it is known."""
     if engines.may_change("vllm"):
+        models = "vllm.model_executor.models"
         engines.when_imported(
+            "vllm",
             {
-                "vllm.model_executor.models.minimax_m2": _change_minimax_m2,
-                "vllm.model_executor.models.transformers.base": _change_transformers_backend,
-            }
+                f"{models}.minimax_m2": _change_minimax_m2,
+                f"{models}.transformers.base": _change_transformers_backend,
+            },
         )
 
 
