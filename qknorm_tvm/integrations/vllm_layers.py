@@ -18,6 +18,18 @@ from .engines import say
 _MARK = "_qknorm_tvm"
 
 
+def _keep(name: str, reason: str) -> None:
+    say("vllm", f"{name}: the engine's own norms are kept: {reason}", logging.WARNING)
+
+
+def _has_key(config: Any) -> bool:
+    """Return whether `_name_in_caches` can do its work: platforms may have made it an object."""
+    return isinstance(config.additional_config, dict)
+
+
+_NO_KEY = "additional_config is no dict, and must name them in vLLM's caches of compiled graphs"
+
+
 def _name_in_caches(config: Any, name: str, norm: AttentionNorm) -> None:
     """Have vLLM's caches of compiled graphs tell a layer that is changed from one that is not.
 
@@ -78,6 +90,10 @@ def _prepare_minimax_m2(attention: Any, *, may_rotate: bool) -> None:
     from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
+    config = get_current_vllm_config()
+    if not _has_key(config):
+        _keep(type(attention).__name__, _NO_KEY)
+        return
     q_norm, k_norm = attention.q_norm, attention.k_norm
     rotary, device = attention.rotary_emb, q_norm.weight.device
     rotates = may_rotate and type(rotary) is RotaryEmbedding
@@ -96,7 +112,7 @@ def _prepare_minimax_m2(attention: Any, *, may_rotate: bool) -> None:
     )  # fmt: skip
     if norm is None:
         return
-    _name_in_caches(get_current_vllm_config(), type(attention).__name__, norm)
+    _name_in_caches(config, type(attention).__name__, norm)
     widen(q_norm)
     widen(k_norm)
     setattr(attention if norm.rotates else q_norm, _MARK, norm)
@@ -150,9 +166,11 @@ def _prepare_olmo(attention: Any, config: Any) -> None:
     elif {type(q_norm), type(k_norm)} != {TPAwareRMSNorm}:
         reason = f"its norms are {type(q_norm).__name__}, not TPAwareRMSNorm"
     elif config.lora_config is not None:
-        reason = "LoRA replaces the projection after which they run"
+        reason = "LoRA replaces the projection that they follow"
+    elif not _has_key(config):
+        reason = _NO_KEY
     if reason:
-        say("vllm", f"{name} keeps the engine's own norms: {reason}", logging.WARNING)
+        _keep(name, reason)
         return
     heads = HeadLayout(
         projection.total_num_heads, projection.total_num_kv_heads, projection.head_size,
