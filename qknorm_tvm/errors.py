@@ -35,6 +35,13 @@ class TuningError(QKNormError):
     """Tuning cannot start or go on, or a log is not usable; the message says what to do."""
 
 
+class PeerError(QKNormError):
+    """Ranks cannot reach one another's memory, or one of them did not come; the message says which.
+
+    After the latter the workspace is of no more use: the ranks no longer agree where they are.
+    """
+
+
 #: Packages whose frames lie between a caller and a warning: this one, and torch's operators.
 _NOT_THE_CALLER = ("qknorm_tvm", "torch")
 

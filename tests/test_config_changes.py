@@ -63,7 +63,9 @@ def _cuda_code(spec: KernelSpec, config: CudaConfig) -> str:
 
 
 @pytest.mark.parametrize("field", CUDA_OTHER)
-@pytest.mark.parametrize("spec", CUDA_SPECS, ids=str)
+@pytest.mark.parametrize(
+    "spec", [CUDA_SPECS[0], pytest.param(CUDA_SPECS[1], marks=pytest.mark.slow)], ids=str
+)
 def test_cuda_fields_that_count_are_those_that_change_code(spec: KernelSpec, field: str) -> None:
     changed = dataclasses.replace(CUDA_BASE, **{field: CUDA_OTHER[field]})
     differs = _cuda_code(spec, CUDA_BASE) != _cuda_code(spec, changed)

@@ -386,6 +386,7 @@ def test_cuda_module_is_inspected_and_not_verified_without_a_gpu(
     assert "is for cuda:sm_90, not for --device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_cuda_module_does_not_serve_arrays_on_the_cpu(for_gpus: Path, tmp_path: Path) -> None:
     """``use`` of a module for GPUs that CPU calls are sent to."""
     with environment(QKNORM_TVM_CACHE_DIR=str(tmp_path)):

@@ -55,7 +55,7 @@ os.register_at_fork(after_in_child=_new_locks)
 
 #: The files that decide code, by folder: what can be asked for, and every stage up to the `.so`.
 _CODE = {
-    "qknorm_tvm": ("dtypes.py", "operations.py", "spec.py", "targets.py"),
+    "qknorm_tvm": ("dtypes.py", "operations.py", "peers.py", "spec.py", "targets.py"),
     "qknorm_tvm.declare": (".py",),
     "qknorm_tvm.schedules": (".py",),
     "qknorm_tvm.lower": (".py",),
