@@ -17,28 +17,7 @@ from typing import Any
 from ..dtypes import ELEMENT_TYPES
 from ..errors import BuildError
 from ..load.module_file import seal
-from ..operations import (
-    BLOCK_SIZE,
-    BLOCKS,
-    CACHE_DTYPE,
-    HEAD_DIM,
-    IN_DTYPE,
-    K_COLS,
-    KV_HEADS,
-    MAX_POSITION,
-    OPERATIONS,
-    OUT_DTYPE,
-    PEER_WORDS,
-    Q_COLS,
-    RANKS,
-    ROTARY_DIM,
-    ROTARY_DTYPE,
-    ROWS,
-    SCALES,
-    SLOTS,
-    TENSORS,
-    TensorArgument,
-)
+from ..operations import OPERATIONS, TENSORS, TensorArgument
 from ..peers import MAX_RANKS, TURNS
 from ..spec import MAX_COLS, OPS, KernelSpec
 from ..targets import MACHINES, X86_FEATURES, host_machine
@@ -98,35 +77,15 @@ def _c_string(text: str) -> str:
     return '"' + escaped + '"'
 
 
-_DIMENSIONS = {
-    ROWS: "QKN_ROWS",
-    Q_COLS: "QKN_Q_COLS",
-    K_COLS: "QKN_K_COLS",
-    KV_HEADS: "QKN_KV_HEADS",
-    HEAD_DIM: "QKN_HEAD_DIM",
-    ROTARY_DIM: "QKN_ROTARY_DIM",
-    SLOTS: "QKN_SLOTS",
-    SCALES: "QKN_SCALES",
-    MAX_POSITION: "QKN_ANY",
-    BLOCKS: "QKN_BLOCKS",
-    BLOCK_SIZE: "QKN_BLOCK_SIZE",
-    RANKS: "QKN_RANKS",
-    PEER_WORDS: "QKN_PEER_WORDS",
-}
-_SPEC_DTYPES = {
-    IN_DTYPE: "QKN_IN_DTYPE, {0}",
-    OUT_DTYPE: "QKN_OUT_DTYPE, {0}",
-    ROTARY_DTYPE: "QKN_ROTARY_DTYPE, {0}",
-    CACHE_DTYPE: "QKN_CACHE_DTYPE, {0}",
-}
-
-
 def _argument(tensor: TensorArgument) -> str:
     """Return one `qkn_argument`, as an initializer in C."""
-    shape = ", ".join(_DIMENSIONS.get(str(extent), str(extent)) for extent in tensor.shape)
-    dtype = _SPEC_DTYPES.get(tensor.dtype) or (
-        f"QKN_OWN_DTYPE, {ELEMENT_TYPES[tensor.dtype].c_dlpack}"
+    shape = ", ".join(
+        f"QKN_{extent.upper()}" if isinstance(extent, str) else str(extent)
+        for extent in tensor.shape
     )
+    dtype = f"QKN_{tensor.dtype.upper()}, {{0}}"  # the spec's
+    if tensor.dtype in ELEMENT_TYPES:
+        dtype = f"QKN_OWN_DTYPE, {ELEMENT_TYPES[tensor.dtype].c_dlpack}"
     in_place_of = tensor.in_place_of.upper() if tensor.in_place_of else "-1"
     return (
         f"{{{tensor.name.upper()}, {len(tensor.shape)}, {{{shape}}}, {dtype}, "

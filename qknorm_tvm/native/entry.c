@@ -447,7 +447,7 @@ static int in_place(const tensor* out, const tensor* in) {
 PER_OPERATION int is_empty(const qkn_argument* a, const tensor* t) {
   if (a->is_optional && !t[a->which].given) return 1;
   if (a->shape[0] == QKN_SLOTS || a->shape[0] == QKN_BLOCKS) return t[a->which].shape[0] == 0;
-  return a->shape[0] == QKN_ANY && t[a->which].shape[0] == 0;
+  return a->shape[0] == QKN_MAX_POSITION && t[a->which].shape[0] == 0;
 }
 
 PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {

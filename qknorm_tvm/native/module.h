@@ -38,8 +38,8 @@ typedef struct {
   int num_variants;
 } qkn_code;
 
-/* Dimensions that a call or a spec decides; others are numbers. Those after QKN_ANY are the
- * tensor's own. Element types that a spec decides. */
+/* Dimensions that a call or a spec decides, by their names in operations.py; others are numbers.
+ * Those from QKN_MAX_POSITION on are the tensor's own. Element types that a spec decides. */
 enum {
   QKN_ROWS = -1,
   QKN_Q_COLS = -2,
@@ -49,7 +49,7 @@ enum {
   QKN_ROTARY_DIM = -6,
   QKN_SLOTS = -7,  /* at most as many as rows */
   QKN_SCALES = -8, /* 1, or one for each of kv_heads */
-  QKN_ANY = -9,
+  QKN_MAX_POSITION = -9,
   QKN_BLOCKS = -10,
   QKN_BLOCK_SIZE = -11,
   QKN_RANKS = -12,     /* 1 to QKN_MAX_RANKS */
