@@ -75,17 +75,17 @@ def sample(
     ]  # fmt: skip
     spaces = []
     for values in itertools.product(*fixed):
-        one = sch.copy()
+        space = sch.copy()
         fields: dict[str, Any] = dict(zip(structural, values, strict=True))
         for name, options in choices.items():
             if name not in structural:
-                fields[name] = one.sample_categorical(
+                fields[name] = space.sample_categorical(
                     list(options),
                     [1 / len(options)] * len(options),
                     None if decisions is None else list(options).index(decisions[name]),
                 )
-        schedule_body(one, _Fields(fields))  # type: ignore[arg-type]
-        spaces.append(one)
+        schedule_body(space, _Fields(fields))  # type: ignore[arg-type]
+        spaces.append(space)
     return spaces
 
 

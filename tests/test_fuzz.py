@@ -112,7 +112,7 @@ class _FromHypothesis:
         return self._data.draw(st.integers(low, high), what)
 
 
-@pytest.mark.frameworks
+@pytest.mark.slow
 @settings(max_examples=_API_CASES, derandomize=_GIVEN is None)
 @given(data=st.data())
 def test_exact_or_refused(data: st.DataObject) -> None:

@@ -83,11 +83,11 @@ def check(spec: KernelSpec, given: dict[str, Any]) -> None:
     expected = rope_reference(spec, given)
     before = {"slot_mapping": given["slot_mapping"].copy(), "v": given["v"].copy()}
     q_out, k_out = qknorm_tvm.qk_rms_norm_rope_cache(**given)
-    found = {"q_out": q_out, "k_out": k_out}
-    found |= {name: given[name] for name in ("k_cache", "v_cache")}
+    outputs = {"q_out": q_out, "k_out": k_out}
+    outputs |= {name: given[name] for name in ("k_cache", "v_cache")}
     assert (k_out is not None) == spec.writes_k_out
     for name, value in expected.items():
-        assert differing(found[name], value) == 0, name
+        assert differing(outputs[name], value) == 0, name
     for name, value in before.items():
         assert given[name].tobytes() == value.tobytes(), name
 
@@ -138,6 +138,7 @@ def test_in_place() -> None:
     assert differing(given["k_cache"], expected["k_cache"]) == 0
 
 
+@pytest.mark.slow
 def test_k_out_and_k_in_place() -> None:
     spec = CACHE.replace(writes_k_out=True)
     given = arguments()
@@ -145,8 +146,8 @@ def test_k_out_and_k_in_place() -> None:
     given = arguments()
     expected = rope_reference(spec, given)
     qknorm_tvm.qk_rms_norm_rope_cache(**given, q_out=given["q"], k_out=given["k"])
-    for name, found in (("q_out", given["q"]), ("k_out", given["k"])):
-        assert differing(found, expected[name]) == 0
+    for name, output in (("q_out", given["q"]), ("k_out", given["k"])):
+        assert differing(output, expected[name]) == 0
 
 
 def test_without_a_rotation() -> None:
@@ -155,6 +156,7 @@ def test_without_a_rotation() -> None:
     check(spec, arguments() | {"positions": None, "cos_sin_cache": None})
 
 
+@pytest.mark.slow
 def test_given_statistics_float16_and_float32_angles() -> None:
     spec = CACHE.replace(
         in_dtype="float16", out_dtype=None, cache_dtype=None, rotary_dtype="float32",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from support import from_torch, random_values, to_torch
@@ -141,10 +140,7 @@ def unfused(given: Arguments, *, interleaved: bool = False) -> Arguments:
 
 
 def array(tensor: Any) -> Any:
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-    return from_torch(tensor)
+    return from_torch(tensor.detach().contiguous())
 
 
 def same(got: Any, wanted: Any) -> None:

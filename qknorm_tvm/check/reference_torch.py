@@ -22,23 +22,23 @@ def torch_or_none() -> Any:
 
 
 def to_torch(array: npt.NDArray) -> Any:
-    """Return a tensor on the memory of a packed, aligned NumPy array."""
+    """Return a tensor on the memory of a NumPy array, which must be aligned."""
     import torch
 
     element = ELEMENT_TYPES.get(array.dtype.name)
-    if element is None or element.storage is None:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(element.storage)).view(element.torch)
+    if element is not None and element.storage:
+        return torch.from_numpy(array.view(element.storage)).view(element.torch)
+    return torch.from_numpy(array)
 
 
 def to_numpy(tensor: Any) -> npt.NDArray:
-    """Return a NumPy array on the memory of a CPU tensor, of ml_dtypes' type where it needs one."""
+    """Return a NumPy array on the memory of a CPU tensor, with ml_dtypes' types where needed."""
     import torch
 
     element = ELEMENT_TYPES.get(str(tensor.dtype).removeprefix("torch."))
-    if element is None or element.storage is None:
-        return tensor.numpy()
-    return tensor.view(getattr(torch, element.storage)).numpy().view(element.numpy)
+    if element is not None and element.storage:
+        return tensor.view(getattr(torch, element.storage)).numpy().view(element.numpy)
+    return tensor.numpy()
 
 
 def apply_qk_rms_norm(
