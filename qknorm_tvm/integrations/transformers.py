@@ -297,7 +297,7 @@ class _FusedNorms:
     def __init__(self, attention: torch.nn.Module, options: _Options):
         self.options = options
         self.modules = {name: getattr(attention, name) for name in _PARTS}
-        self.head_dim = attention.head_dim
+        self.head_dim: Any = attention.head_dim
         if options.rotates:
             self.modules["attention"] = attention
             self.model_forward = self._forward_without_rotation()
