@@ -29,7 +29,8 @@ from qknorm_tvm.build.native import c_compiler
 from qknorm_tvm.targets import host_machine
 
 _SOURCE = Path(__file__).parent / "native" / "call_module.c"
-_CODES = {"bfloat16": 4, "float16": 2, "float32": 2}
+_CODES = {"bfloat16": 4, "float16": 2, "float32": 2, "int64": 0, "float8_e4m3fn": 10}
+_DIMS = 4
 #: For a machine without a network: the libtvm_ffi.so of tvm-ffi's AArch64 wheel.
 _LIBRARY_VARIABLE = "QKNORM_TVM_TEST_AARCH64_TVM_FFI"
 
@@ -39,7 +40,7 @@ class Request:
     """One call: the function, its tensors in order, its threads, and its caller's FPCR."""
 
     function: str
-    tensors: Sequence[np.ndarray] = ()
+    tensors: Sequence[np.ndarray | None] = ()
     epsilon: float | None = None
     threads: int = 0
     mode: int = 0
@@ -105,16 +106,22 @@ def _packed(request: Request) -> tuple[bytes, list[np.ndarray]]:
     bases: list[np.ndarray] = []
     tensors = []
     for array in request.tensors:
+        if array is None:
+            tensors.append(struct.pack(f"<4i{1 + 2 * _DIMS}q", -1, *[0] * (4 + 2 * _DIMS)))
+            continue
         base = base_of(array)
         index = next((i for i, base in enumerate(bases) if base is base), len(bases))
         if index == len(bases):
             bases.append(base)
-        shape = [*array.shape, 0, 0][:2]
-        strides = [*(s // array.itemsize for s in array.strides), 0, 0][:2]
+        rest = [0] * (_DIMS - array.ndim)
+        shape = [*array.shape, *rest]
+        strides = [*(s // array.itemsize for s in array.strides), *rest]
         code, bits = _CODES[array.dtype.name], array.itemsize * 8
         offset = array.ctypes.data - base.ctypes.data
         tensors.append(
-            struct.pack("<4i5q", index, code, bits, array.ndim, offset, *shape, *strides)
+            struct.pack(
+                f"<4i{1 + 2 * _DIMS}q", index, code, bits, array.ndim, offset, *shape, *strides
+            )
         )
     has_epsilon, epsilon = request.epsilon is not None, request.epsilon or 0.0
     parts = [

@@ -36,6 +36,7 @@ from qknorm_tvm import BuildError, KernelSpec, ModuleFileError, compile, load, t
 from qknorm_tvm.check import reference
 from qknorm_tvm.check.cases import Case as VerifyCase
 from qknorm_tvm.check.cases import pattern_case, shape_case
+from qknorm_tvm.check.expected import Graph, outputs_of
 from qknorm_tvm.check.layouts import Placed
 from qknorm_tvm.check.special_values import GAMMAS
 from qknorm_tvm.check.verification import describe_difference
@@ -287,6 +288,57 @@ def test_statistics_and_the_fused_operation(machine: AArch64, dtype: str) -> Non
     assert machine.call(_others(dtype), *requests) == [""] * len(requests)
     for where, actual, wanted in checks:
         assert reference.differing(actual, wanted) == 0, where
+
+
+CACHE = KernelSpec(
+    op="qk_rms_norm_rope_cache", q_cols=192, k_cols=128, head_dim=64, rotary_dim=32, target=TARGET
+)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CACHE.replace(statistics="local"),
+        *(
+            pytest.param(spec, marks=slow)
+            for spec in (
+                CACHE.replace(rotary_dim=64, interleaved=True, cache_dtype="float8_e4m3fn"),
+                CACHE.replace(rotary_dim=0, writes_k_out=True, cast_before_gamma=True),
+                CACHE.replace(
+                    op="qk_rms_norm_rope", in_dtype="float16", out_dtype=None, cache_dtype=None,
+                    rotary_dtype="float32",
+                ),
+                CACHE.replace(
+                    in_dtype="float32", out_dtype=None, cache_dtype=None, rotary_dtype=None,
+                    statistics="local",
+                ),
+            )
+        ),
+    ],
+    ids=lambda spec: spec.digest,
+)  # fmt: skip
+def test_rotation_and_cache(machine: AArch64, spec: KernelSpec) -> None:
+    """A product and a sum in one rounding; float8 of a quotient that is rounded otherwise."""
+    module, graph = _module(spec.digest, spec), Graph()
+    for rows in (0, 1, 7, 33):
+        case = shape_case(spec, rows, 192, 128)
+        inputs = case.make()
+        expected = outputs_of(graph, inputs, spec)
+        copies = [Placed(spec, inputs, layout) for layout in case.layouts for _ in range(2)]
+        requests = [
+            Request(
+                spec.op,
+                [copy.arrays.get(name) for name in spec.operation.tensors],
+                inputs.epsilon,
+                1 + index % 2,
+            )
+            for index, copy in enumerate(copies)
+        ]
+        assert machine.call(module, *requests) == [""] * len(requests)
+        for copy in copies:
+            for name, wanted in zip(spec.outputs, expected, strict=True):
+                assert reference.differing(copy.arrays[name], wanted) == 0, (name, rows)
+            assert copy.guards_intact(), rows
 
 
 @pytest.mark.slow

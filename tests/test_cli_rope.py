@@ -122,7 +122,7 @@ def test_every_choice_is_explained_and_one_that_is_not_still_has_an_option() -> 
     """A new field of a spec that broke every command."""
     for choice in CHOICES:
         text = cli_options._choice_help(choice)
-        assert re.fullmatch(r"((Rotation|Paged cache): )?[A-Z].*\.", text), (choice.name, text)
+        assert re.fullmatch(r"((Rotation|Paged cache): )?[A-Z\"].*\.", text), (choice.name, text)
     new = Choice("new_field", False, (), ("qk_rms_norm_rope_cache",))
     assert cli_options._choice_help(new) == ""
 

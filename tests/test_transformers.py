@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -159,16 +160,44 @@ def test_compiled() -> None:
 # ---- the model around it ------------------------------------------------------------------------
 
 
-def test_one_launch_for_two_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "operation", "why"),
+    [
+        ("Olmo2", "bfloat16", "qk_rms_norm_rope", ""),
+        ("MiniMaxM2", "float32", "qk_rms_norm_rope", ""),
+        ("MiniMaxM2", "bfloat16", "qk_rms_norm",
+         "model.layers.0.self_attn: rotation is left to the model: MiniMaxM2Attention rounds each "
+         "operation of it to torch.bfloat16"),
+    ],
+)  # fmt: skip
+def test_one_launch(
+    kind: str,
+    dtype: str,
+    operation: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Norms one by one, a rotation once more, or one that is left out without a word."""
     from qknorm_tvm import torch_ops
 
-    calls = []
-    norm = torch_ops.qk_rms_norm
+    calls, rotations = [], []
+    norm = getattr(torch_ops, operation)
     monkeypatch.setattr(
-        torch_ops, "qk_rms_norm", lambda *args, **more: calls.append(1) or norm(*args, **more)
+        torch_ops, operation, lambda *args, **more: calls.append(1) or norm(*args, **more)
     )
-    patch(make_model("MiniMaxM2"))(token_ids())
+    model = make_model(kind, dtype)
+    module = sys.modules[type(model).__module__]
+    rotary = module.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", lambda *args: rotations.append(1) or rotary(*args)
+    )
+    with caplog.at_level("INFO", "qknorm_tvm.integrations.transformers"):
+        patch(model)
+    assert caplog.messages[:1] == [why][: len(why)]
+    model(token_ids())
     assert len(calls) == 2  # layers
+    assert len(rotations) == (2 if why else 0)
 
 
 def test_modules_and_parameters_stay() -> None:

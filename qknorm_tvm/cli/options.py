@@ -183,8 +183,10 @@ def choice_options(function: F) -> F:
             shown["is_flag"] = True
         elif choice.texts:
             texts = ["dtype" if text == "in_dtype" else text for text in choice.texts]
-            shown |= {"type": click.Choice(texts), "default": choice.default or "dtype"}
-            shown["show_default"] = True
+            # None stands for dtype, or for what the operation has.
+            default = choice.default or ("dtype" if "dtype" in texts else None)
+            shown |= {"type": click.Choice(texts), "default": default}
+            shown["show_default"] = default is not None
         else:
             shown |= {"type": int, "default": choice.default}
             shown["show_default"] = choice.default is not None

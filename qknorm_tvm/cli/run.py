@@ -131,6 +131,8 @@ def run(
         target=target_for(device, target),
         **choices,
     )
+    if spec.has_peers:
+        raise click.UsageError("--statistics peers needs other ranks, and run has one process")
     if module_file is not None and not module_file.is_file():
         raise click.UsageError(f"{module_file}: no such file")
     request.update(spec=spec.text)

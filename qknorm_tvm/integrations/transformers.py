@@ -17,8 +17,13 @@ Their attention calls four modules one after the other::
 Every module still takes and returns the same tensors; only K is computed earlier. Modules,
 parameters and ``state_dict`` keys do not change, so checkpoints load and save as before.
 
-Rotation is left to the model: transformers rounds each of its operations to the model's type, which
-`qknorm_tvm.qk_rms_norm_rope` does not, so that logits would change.
+Rotation follows in the same launch where the model's is that of `qknorm_tvm.qk_rms_norm_rope`: the
+cosines are float32, so that each product and each sum is rounded to float32 by itself, and the
+result to the model's type. So it is in OLMo-2 and OLMo-3 of any type, and in MiniMax-M2 of float32;
+in bfloat16 or float16 MiniMax-M2 rounds cosines, products and sums to that type, so that logits
+would change: there the model rotates, and this module's logger says so, as it does where the heads
+are sharded over a group. The ``forward`` of such an attention is the class's own but for the name
+``apply_rotary_pos_emb``, which returns what is rotated already.
 
 A hook on ``q_norm``, ``k_proj`` or ``k_norm`` could observe that K is computed earlier, or change
 what K is computed from. Where there is such a hook, the modules run unfused, with a warning. An
@@ -28,8 +33,11 @@ adapter that wraps a module and changes K without a hook is detected and refused
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
+import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +53,13 @@ _CAST_BEFORE_GAMMA = {
     "Olmo3Attention": False,
     "MiniMaxM2Attention": True,
 }
+#: Attention whose rotation is rounded to the model's type at its end alone, whatever that type is.
+_CASTS_ROTATED_BACK = ("Olmo2Attention", "Olmo3Attention")
+_ROTATION = "apply_rotary_pos_emb"
 _PARTS = ("q_proj", "q_norm", "k_proj", "k_norm")
+#: What a thread's last cosines and sines came to.
+_KEPT = threading.local()
+_LOGGER = logging.getLogger(__name__)
 _MARK = "_qknorm_tvm"
 
 
@@ -57,9 +71,11 @@ def patch(
     layout: Any = None,
     validate: bool = False,
 ) -> torch.nn.Module:
-    """Normalise Q and K in one launch in every attention of a model, for inference.
+    """Normalise and rotate Q and K in one launch in every attention of a model, for inference.
 
     There is no backward: call the model under ``torch.no_grad()``, as ``generate`` does by itself.
+
+    Where rotation is left to the model, the module's logger says why, at level INFO.
 
     While there is a hook on ``q_norm``, ``k_proj`` or ``k_norm``, or on all modules, an attention
     runs its own norms, unfused, with a ``RuntimeWarning``. With `group` it raises a
@@ -76,7 +92,8 @@ def patch(
         evaluation mode; on the CPU or CUDA, in bfloat16, float16 or float32. Changed in place.
     statistics : {"fused", "torch"}
         How mean squares are computed. ``"fused"``: in the same launch. ``"torch"``: as the models
-        do, ``x.float().pow(2).mean(-1)``; outputs equal the model's own bit for bit then.
+        do, ``x.float().pow(2).mean(-1)``; outputs equal the model's own bit for bit then, rotated
+        or not.
     group : ProcessGroup, optional
         Ranks over which the heads are sharded: mean squares are reduced over them. The model must
         be sharded already: its projections and norms hold this rank's heads, and the sum after
@@ -188,6 +205,22 @@ class _Options:
     group: Any
     layout: Any
     validate: bool
+    rotates: bool
+
+
+def _why_model_rotates(attention: Any, group: Any) -> str:
+    """Return why rotation is left to the model, or nothing where it is not."""
+    kind = type(attention)
+    if group is not None:
+        return "its heads are sharded over a group"
+    if "forward" in attention.__dict__:
+        return "its forward has been replaced"
+    if _ROTATION not in getattr(getattr(kind.forward, "__code__", None), "co_names", ()):
+        return f"its forward does not call {_ROTATION}"
+    dtype = attention.q_proj.weight.dtype
+    if kind.__name__ not in _CASTS_ROTATED_BACK and dtype != torch.float32:
+        return f"{kind.__name__} rounds each operation of it to {dtype}"
+    return ""
 
 
 def _options(
@@ -227,7 +260,11 @@ def _options(
                     f"{name}.{norm} must have the {cols} scales of rank {layout.rank} of "
                     f"{layout.world_size}, got {scales}: shard the model before it is patched"
                 )
+    why = _why_model_rotates(attention, group)
+    if why:
+        _LOGGER.info("%s: rotation is left to the model: %s", name or "attention", why)
     return _Options(
+        rotates=not why,
         epsilon=q_norm.variance_epsilon,
         cast_before_gamma=_CAST_BEFORE_GAMMA[type(attention).__name__],
         statistics=statistics,
@@ -260,16 +297,35 @@ class _FusedNorms:
     def __init__(self, attention: torch.nn.Module, options: _Options):
         self.options = options
         self.modules = {name: getattr(attention, name) for name in _PARTS}
+        self.head_dim: Any = attention.head_dim
+        if options.rotates:
+            self.modules["attention"] = attention
+            self.model_forward = self._forward_without_rotation()
         #: Forwards that were set on the instance before, such as accelerate's.
         self.replaced: dict[str, Any] = {}
         self.thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has no call in progress.
-        return {name: value for name, value in self.__dict__.items() if name != "thread"}
+        # A copy of the model has no call in progress, and a function of its own.
+        own = ("thread", "model_forward")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, thread=threading.local())
+        if self.options.rotates:
+            self.model_forward = self._forward_without_rotation()
+
+    def _forward_without_rotation(self) -> Callable[..., Any]:
+        """Return the class's forward of attention, in which `rotary` stands for the rotation."""
+        forward: Any = type(self.modules["attention"]).forward
+        names = {**forward.__globals__, _ROTATION: self.rotary}
+        # torch.compile looks up names in the module of that name otherwise.
+        del names["__name__"]
+        function = types.FunctionType(
+            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        function.__kwdefaults__ = forward.__kwdefaults__
+        return function
 
     # ---- installed and removed ----------------------------------------------------------------
 
@@ -301,6 +357,26 @@ class _FusedNorms:
         return type(module).forward(module, x)
 
     # ---- the forwards, in the order of their calls ----------------------------------------------
+
+    def attention(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention, whose cosines and sines `q_norm` needs."""
+        turns = args[1] if len(args) > 1 else kwargs.get("position_embeddings")
+        self.thread.turns, self.thread.rotated = turns, False
+        try:
+            return self.model_forward(self.modules["attention"], *args, **kwargs)
+        finally:
+            self.thread.turns = None
+
+    def rotary(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Q and K, which `q_norm` has rotated; otherwise rotate them as the model does."""
+        if self.thread.rotated:
+            self.thread.rotated = False
+            return q, k
+        model_rotary = type(self.modules["attention"]).forward.__globals__[_ROTATION]
+        rotated: tuple[torch.Tensor, torch.Tensor] = model_rotary(q, k, cos, sin, **kwargs)
+        return rotated
 
     def q_proj(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.thread.call = _AttentionCall(hidden_states)
@@ -407,12 +483,63 @@ class _FusedNorms:
                 **rounding,
             )
         q_rows, k_rows = q.reshape(-1, q.shape[-1]), k.reshape(-1, k.shape[-1])
+        turns = self.rotation(q, out_dtype)
+        qk_var = None
         if options.statistics == "torch":
             # Of q and k in their own shape, as the model does: torch's order of summation may
             # depend on the shape.
             means = [x.float().pow(2).mean(-1).reshape(-1) for x in (q, k)]
             qk_var = torch.stack(means, dim=1)
+        if turns is not None:
+            self.thread.rotated = True
+            q_out, k_out = torch_ops.qk_rms_norm_rope(
+                q_rows,
+                k_rows,
+                gamma_q,
+                gamma_k,
+                *turns,
+                head_dim=self.head_dim,
+                epsilon=options.epsilon,
+                qk_var=qk_var,
+                cast_before_gamma=options.cast_before_gamma,
+            )
+        elif qk_var is not None:
             q_out, k_out = torch_ops.apply_qk_rms_norm(q_rows, k_rows, qk_var, *scales, **rounding)
         else:
             q_out, k_out = torch_ops.qk_rms_norm(q_rows, k_rows, *scales, **rounding)
         return q_out.view(q.shape), k_out.view(k.shape)
+
+    def rotation(
+        self, q: torch.Tensor, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return `positions` and `cos_sin_cache` of the call, or None where the model rotates.
+
+        A model's cosines and sines hold each number twice, for both columns of a pair; it has one
+        pair for all layers, of which the last is kept.
+        """
+        turns = getattr(self.thread, "turns", None)
+        if turns is None or q.dim() != 3 or out_dtype != q.dtype:
+            return None
+        cos, sin = turns
+        if cos.dtype != torch.float32 or cos.dim() != 3:
+            return None
+        rows = len(q) if len(cos) == 1 else 1
+        if torch.compiler.is_compiling():
+            return _positions_and_angles(cos, sin, rows)
+        key = [cos, sin, rows, *(0 if x.is_inference() else x._version for x in turns)]
+        kept = getattr(_KEPT, "turns", None)
+        if kept is None or not _same(kept[0], key):
+            _KEPT.turns = kept = key, _positions_and_angles(cos, sin, rows)
+        return kept[1]
+
+
+def _same(kept: list[Any], key: list[Any]) -> bool:
+    return kept[0] is key[0] and kept[1] is key[1] and kept[2:] == key[2:]
+
+
+def _positions_and_angles(
+    cos: torch.Tensor, sin: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    half = cos.shape[-1] // 2
+    cos_sin = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).flatten(0, 1)
+    return torch.arange(len(cos_sin), device=cos.device).repeat(rows), cos_sin

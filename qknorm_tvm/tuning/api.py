@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TuningError
+from ..models import MODELS
 from ..spec import KernelSpec
 from ..targets import parse_target
 
@@ -19,12 +20,8 @@ if TYPE_CHECKING:
     from .report import Reporter
     from .session import Summary
 
-#: Q and K columns of a whole layer, by model: heads times head size.
-MODELS = {
-    "MiniMax-M2": (48 * 128, 8 * 128),
-    "OLMo-2 7B": (32 * 128, 32 * 128),
-    "OLMo-2 32B": (40 * 128, 8 * 128),
-}
+#: Those whose columns are tuned by default.
+_MODELS = ("minimax-m2", "olmo2-7b", "olmo2-32b")
 #: Decode, and prefill.
 ROWS = (1, 16, 64, 512, 4096, 16384)
 COST_MODELS = ("auto", "xgb", "random")
@@ -32,8 +29,8 @@ COST_MODELS = ("auto", "xgb", "random")
 
 def default_shapes() -> list[tuple[int, int]]:
     """Return ``(q_cols, k_cols)`` of one of 1, 2, 4 or 8 ranks of every model, each pair once."""
-    shapes = ((q_cols // ranks, k_cols // ranks)
-              for q_cols, k_cols in MODELS.values() for ranks in (1, 2, 4, 8))  # fmt: skip
+    layouts = (MODELS[name].layout(ranks) for name in _MODELS for ranks in (1, 2, 4, 8))
+    shapes = ((layout.q_cols, layout.k_cols) for layout in layouts)
     return list(dict.fromkeys(shapes))
 
 
@@ -189,6 +186,10 @@ def _check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:
     for spec in specs:
         if not isinstance(spec, KernelSpec):
             raise TypeError(f"specs must be KernelSpecs, got {type(spec).__name__}")
+        if spec.has_peers:
+            raise ValueError(
+                f"specs must not exchange statistics with other ranks to be tuned, got {spec.text}"
+            )
         if spec.q_cols is None or spec.k_cols is None:
             raise ValueError(f"specs must have fixed columns to be tuned, got {spec.text}")
         if spec.parsed_target.kind != kind:

@@ -7,8 +7,8 @@
  *   char[32] function; int32 threads (0: as they are); int32 has_epsilon; float64 epsilon;
  *   uint32 mode: FPCR of the caller
  *   int32 number of memories, each:  int64 size; int64 address modulo 64; its bytes
- *   int32 number of tensors, each:   int32 memory, type code, bits, dimensions; int64 offset in
- *                                    bytes, shape[2], strides[2]
+ *   int32 number of tensors, each:   int32 memory (-1: None), type code, bits, dimensions; int64
+ *                                    offset in bytes, shape[4], strides[4]
  *
  * Answers are, for each request: int32 status (-1: an error was raised); int32 length and a text,
  * the error's "kind: message" or the function's own result; the bytes of every memory. A function
@@ -24,7 +24,7 @@
 typedef int (*packed)(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result);
 typedef void (*move_from_raised)(TVMFFIObjectHandle* result);
 
-enum { kMaxMemories = 16, kMaxTensors = 8 };
+enum { kMaxMemories = 16, kMaxTensors = 16, kMaxDims = 4 };
 
 static void require(int ok, const char* what) {
   if (ok) return;
@@ -90,7 +90,7 @@ static void one_request(FILE* in, FILE* out, void* module, move_from_raised rais
   char name[32], text[4096] = "", *memory[kMaxMemories], *start[kMaxMemories];
   int64_t size[kMaxMemories];
   DLTensor tensors[kMaxTensors];
-  int64_t extents[kMaxTensors][4];
+  int64_t extents[kMaxTensors][2 * kMaxDims];
   TVMFFIAny args[kMaxTensors + 1], result;
   double epsilon;
   uint32_t mode;
@@ -118,12 +118,14 @@ static void one_request(FILE* in, FILE* out, void* module, move_from_raised rais
     int64_t offset;
     get(in, &offset, sizeof offset);
     get(in, extents[i], sizeof extents[i]);
+    args[i].type_index = kTVMFFINone;
+    if (where < 0) continue;
     tensors[i] = (DLTensor){.data = start[where] + offset,
                             .device = {kDLCPU, 0},
                             .ndim = ndim,
                             .dtype = {(uint8_t)code, (uint8_t)bits, 1},
                             .shape = extents[i],
-                            .strides = extents[i] + 2};
+                            .strides = extents[i] + kMaxDims};
     args[i].type_index = kTVMFFIDLTensorPtr;
     args[i].v_ptr = &tensors[i];
   }
