@@ -7,7 +7,7 @@ import warnings
 
 
 def printable(text: str) -> str:
-    """Return a text with what steers a terminal written as escapes, such as ``\\x1b``.
+    """Return a text with control characters written as escapes, such as ``\\x1b``.
 
     File names and metadata are whatever their authors liked. Lines and tabs stay.
     """
@@ -33,6 +33,13 @@ class ModuleFileError(QKNormError):
 
 class TuningError(QKNormError):
     """Tuning cannot start or go on, or a log is not usable; the message says what to do."""
+
+
+class PeerError(QKNormError):
+    """Ranks cannot reach one another's memory, or one of them did not come; the message says which.
+
+    After the latter the workspace is of no more use: the ranks no longer agree where they are.
+    """
 
 
 #: Packages whose frames lie between a caller and a warning: this one, and torch's operators.

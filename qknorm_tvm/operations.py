@@ -17,6 +17,8 @@ KV_HEADS, HEAD_DIM, ROTARY_DIM = "kv_heads", "head_dim", "rotary_dim"
 SLOTS, MAX_POSITION, BLOCKS, BLOCK_SIZE = "slots", "max_position", "blocks", "block_size"
 #: One number for all heads, or one for each.
 SCALES = "scales"
+#: Ranks of an exchange; and its own words with those of as many rows as it has, see `peers`.
+RANKS, PEER_WORDS = "ranks", "peer_words"
 #: Element types that a spec decides, besides those of `qknorm_tvm.dtypes.ELEMENT_TYPES`.
 IN_DTYPE, OUT_DTYPE = "in_dtype", "out_dtype"
 ROTARY_DTYPE, CACHE_DTYPE = "rotary_dtype", "cache_dtype"
@@ -81,10 +83,11 @@ class TensorArgument:
 
 @dataclasses.dataclass(frozen=True)
 class ScalarArgument:
-    """One float32 scalar that an operation takes, with its default in Python."""
+    """One scalar that an operation takes, float32 or int64, with its default in Python."""
 
     name: str
-    default: float
+    default: float | None = None
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,9 @@ class Operation:
         They follow the tensors.
     spec_fields : tuple of str
         Fields of a `KernelSpec` that change its code, and that other operations must leave alone.
+    statistics : tuple of str
+        What a `KernelSpec.statistics` may be, the default first; none where there is no choice.
+        With ``"peers"`` calls give `peer_tensors` and `peer_scalars` after everything else.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Operation:
     signature: tuple[str, ...]
     scalars: tuple[ScalarArgument, ...] = ()
     spec_fields: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         inputs = {tensor.name for tensor in self.arguments if not tensor.is_output}
@@ -159,15 +166,30 @@ class Operation:
     def dtypes(self, in_dtype: str, out_dtype: str, **others: str | None) -> dict[str, Any]:
         """Return the tensors' element types, by name; `others` are those of a spec's fields."""
         types = {IN_DTYPE: in_dtype, OUT_DTYPE: out_dtype, **others}
-        return {tensor.name: types.get(tensor.dtype, tensor.dtype) for tensor in self.arguments}
+        tensors = (*self.arguments, *self.peer_tensors)
+        return {tensor.name: types.get(tensor.dtype, tensor.dtype) for tensor in tensors}
+
+    @property
+    def peer_tensors(self) -> tuple[TensorArgument, ...]:
+        """The tensors by which statistics are exchanged with other ranks, if they can be."""
+        return _PEER_TENSORS if "peers" in self.statistics else ()
+
+    @property
+    def peer_scalars(self) -> tuple[ScalarArgument, ...]:
+        """The scalars that go with `peer_tensors`, after them."""
+        return _PEER_SCALARS if "peers" in self.statistics else ()
 
     def given(self, spec: Any) -> tuple[TensorArgument, ...]:
         """Return the tensors that a `KernelSpec`'s calls give, in the order of the entry point."""
         return tuple(
             tensor
-            for tensor in self.arguments
+            for tensor in (*self.arguments, *self.peer_tensors)
             if tensor.given_if is None or getattr(spec, tensor.given_if)
         )
+
+    def scalars_given(self, spec: Any) -> tuple[ScalarArgument, ...]:
+        """Return the scalars that a `KernelSpec`'s calls give, in the order of the entry point."""
+        return (*self.scalars, *(self.peer_scalars if spec.has_peers else ()))
 
     @property
     def has_epsilon(self) -> bool:
@@ -185,7 +207,8 @@ class Operation:
         The entry point computes them.
         """
         strides = [name for tensor in self.given(spec) for name in tensor.stride_names]
-        return ("row_tiles", *strides)
+        blocks = ("row_blocks",) if spec.has_peers else ()
+        return ("row_tiles", *blocks, *strides)
 
     @property
     def normalises(self) -> bool:
@@ -231,9 +254,23 @@ _SCALES = tuple(
     TensorArgument(name, (SCALES,), "float32", given_if="has_scales")
     for name in ("k_scale", "v_scale")
 )
+_PEER_TENSORS = (
+    TensorArgument("peers", (RANKS,), "int64", given_if="has_peers"),
+    TensorArgument("peer_state", (PEER_WORDS,), "int64", given_if="has_peers"),
+)
+#: This rank; how many launches share the GPU's blocks; what sums are divided by, once they are
+#: added; and what this rank's sum of K is multiplied by before, where others have copies.
+_PEER_SCALARS = (
+    ScalarArgument("peer_rank", dtype="int64"),
+    ScalarArgument("peer_share", dtype="int64"),
+    ScalarArgument("q_divisor"),
+    ScalarArgument("k_divisor"),
+    ScalarArgument("k_weight"),
+)
 _GIVEN_STATISTICS = dataclasses.replace(_STATISTICS, given_if="has_given_statistics")
 _EPSILON = ScalarArgument("epsilon", 1e-6)
 _NORM_FIELDS = ("out_dtype", "reproducible", "cast_before_gamma")
+_STATISTICS_OF_ROPE = ("given", "local", "peers")
 _ROPE_FIELDS = (
     "reproducible",
     "cast_before_gamma",
@@ -268,7 +305,8 @@ OPERATIONS = {
             (*_OUTPUTS, *_GAMMAS, *_OPERANDS),
             ("q", "k", "gamma_q", "gamma_k"),
             (_EPSILON,),
-            _NORM_FIELDS,
+            (*_NORM_FIELDS, "statistics"),
+            ("local", "peers"),
         ),
         Operation(
             "qk_rms_norm_rope",
@@ -276,6 +314,7 @@ OPERATIONS = {
             ("q", "k", "gamma_q", "gamma_k", "positions", "cos_sin_cache", "qk_var"),
             (_EPSILON,),
             _ROPE_FIELDS,
+            _STATISTICS_OF_ROPE,
         ),
         Operation(
             "qk_rms_norm_rope_cache",
@@ -306,11 +345,15 @@ OPERATIONS = {
             ),
             (_EPSILON,),
             (*_ROPE_FIELDS, "cache_dtype", "writes_k_out"),
+            _STATISTICS_OF_ROPE,
         ),
     )
 }
 
 #: Names of all tensors of all operations, each once.
 TENSORS = tuple(
-    dict.fromkeys(name for operation in OPERATIONS.values() for name in operation.tensors)
+    dict.fromkeys(
+        [name for operation in OPERATIONS.values() for name in operation.tensors]
+        + [tensor.name for tensor in _PEER_TENSORS]
+    )
 )

@@ -23,7 +23,7 @@ _TEXT = re.compile(
 )
 #: What fields of text may be.
 _TEXTS = {
-    "statistics": ("given", "local"),
+    "statistics": ("given", "local", "peers"),
     "rotary_dtype": ("in_dtype", "float32"),
     "cache_dtype": ("in_dtype", "float8_e4m3fn"),
 }
@@ -82,9 +82,11 @@ class KernelSpec:
         what unfused torch uses.
     cast_before_gamma : bool
         Round ``x * rsqrt(...)`` to `in_dtype` before gamma multiplies it, as MiniMax-M2 does.
-    statistics : str
-        Of the operations that rotate: ``"given"`` (a tensor, `qk_var`) or ``"local"`` (computed in
-        the launch, by the order of ``row_mean_of_squares_qk``).
+    statistics : str or None
+        Of the operations that rotate: ``"given"`` (a tensor, `qk_var`), ``"local"`` (computed in
+        the launch, by the order of ``row_mean_of_squares_qk``) or ``"peers"`` (computed, and
+        exchanged with other ranks through their memory: CUDA only). Of ``"qk_rms_norm"`` the last
+        two. By default the first.
     head_dim : int or None
         Of the operations that rotate, which need it: columns of a head.
     rotary_dim : int
@@ -114,7 +116,7 @@ class KernelSpec:
     target: str = "cpu"
     reproducible: bool = False
     cast_before_gamma: bool = False
-    statistics: str = "given"
+    statistics: str = None  # type: ignore[assignment]  # becomes the operation's default
     head_dim: int | None = None
     rotary_dim: int = 0
     rotary_dtype: str | None = None
@@ -138,10 +140,23 @@ class KernelSpec:
             fixed = self.in_dtype if operation.normalises else "float32"
             if self.out_dtype != fixed:
                 raise ValueError(f"out_dtype must be {fixed} for {self.op}, got {self.out_dtype!r}")
+        if self.statistics is None and operation.statistics:
+            object.__setattr__(self, "statistics", operation.statistics[0])
         self._check_choices()
         if operation.rotates:
             self._check_heads()
         object.__setattr__(self, "target", parse_target(self.target).text)
+        if self.has_peers:
+            self._check_peers()
+
+    def _check_peers(self) -> None:
+        if self.parsed_target.kind != "cuda":
+            raise ValueError(
+                f"statistics must be {' or '.join(self.operation.statistics[:-1])} for target "
+                f"{self.target!r}, as peers' memory is that of CUDA devices, got 'peers'"
+            )
+        for name in ("q_cols", "k_cols"):
+            _check_number(name, getattr(self, name), 1, MAX_COLS, needed_for="statistics='peers'")
 
     def _check_choices(self) -> None:
         """Check the types of the fields that not every operation has, and set their defaults."""
@@ -157,9 +172,9 @@ class KernelSpec:
                 if value is None:
                     value = self.in_dtype
                     object.__setattr__(self, field.name, value)
-                allowed = [
-                    self.in_dtype if text == "in_dtype" else text for text in _TEXTS[field.name]
-                ]
+                texts = _TEXTS[field.name]
+                texts = self.operation.statistics if field.name == "statistics" else texts
+                allowed = [self.in_dtype if text == "in_dtype" else text for text in texts]
                 _check_text(field.name, value, dict.fromkeys(allowed))
 
     def _check_heads(self) -> None:
@@ -183,6 +198,11 @@ class KernelSpec:
     def has_given_statistics(self) -> bool:
         """Whether calls give `qk_var` to an operation that could compute it."""
         return self.operation.rotates and self.statistics == "given"
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether the launch exchanges statistics with other ranks."""
+        return self.statistics == "peers"
 
     @property
     def has_scales(self) -> bool:
@@ -243,7 +263,7 @@ class KernelSpec:
         choices = ""
         for field in _CHOICE_FIELDS:
             value = getattr(self, field.name)
-            if value == field.default or value == self.in_dtype:
+            if value in (field.default, self.in_dtype, *self.operation.statistics[:1]):
                 continue
             choices += f", {field.name}" if value is True else f", {field.name}={value}"
         return f"{self.op}[{self.in_dtype}->{self.out_dtype}, q={q}, k={k}{choices}]@{self.target}"
@@ -298,7 +318,9 @@ class KernelSpec:
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> KernelSpec:
-        """Return a copy with some fields changed."""
+        """Return a copy with some fields changed; a default of the operation stays its default."""
+        if self.statistics in self.operation.statistics[:1]:
+            changes = {"statistics": None, **changes}
         return dataclasses.replace(self, **changes)
 
 

@@ -189,7 +189,7 @@ def _check_shape(argument: TensorArgument, tensors: dict[str, Tensor], head_dim:
 
 
 def _check_spec(operation: Operation, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
-    """Raise for what no spec of an operation that rotates may have, as the Python API does."""
+    """Raise, as the Python API does, where a rotating operation has no spec for such tensors."""
     q, k, choices = tensors["q"], tensors["k"], {}
     if operation.has_cache:
         scales = tensors.get("k_scale"), tensors.get("v_scale")
@@ -281,7 +281,7 @@ def _register(
 
 
 def _returned(operation: Operation) -> tuple[str, ...]:
-    """Return the outputs that are new where none is given: no cache, and none that may be left."""
+    """Return the outputs that are allocated where none is given: no caches, no optional ones."""
     return tuple(
         name
         for name in operation.outputs
@@ -290,7 +290,7 @@ def _returned(operation: Operation) -> tuple[str, ...]:
 
 
 def _in_place(operation: Operation) -> dict[str, str]:
-    """Return the inputs that outputs take the place of in an operation's form in place."""
+    """Return, by output, the input that it overwrites in an operation's in-place form."""
     return {name: operation[name].in_place_of or "" for name in _returned(operation)}
 
 
@@ -300,7 +300,7 @@ def _default(parameter: inspect.Parameter) -> str:
 
 
 def _register_forms(operation: Operation) -> None:
-    """Register an operation that returns its outputs, is given them, and works in place."""
+    """Register an operation with new outputs, with given ones (``_out``), and in place (``_``)."""
     function = getattr(api, operation.name)
     inputs, returned = operation.signature, _returned(operation)
     alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
@@ -395,14 +395,13 @@ _DOCUMENTATION = """{summary}: ``torch.ops`` form.
 
 def _check_given(
     operation: Operation, outputs: dict[str, Tensor | None], dtype: torch.dtype | None
-) -> bool:
-    """Return whether outputs are given; raise where some are missing, or contradict `out_dtype`."""
+) -> None:
+    """Refuse outputs of which some are missing, or that contradict `out_dtype`."""
     returned = _returned(operation)
-    given = [name for name, tensor in outputs.items() if tensor is not None]
-    missing = [name for name in returned if name not in given]
-    if given and missing:
-        wanted = " and ".join(returned)
+    if any(outputs[name] is None for name in returned):
+        given = [name for name, tensor in outputs.items() if tensor is not None]
         both = "both or neither" if len(returned) > 1 else f"with {given[0]}"
+        wanted = " and ".join(returned)
         raise ValueError(f"{wanted} must be given {both}, got {given[0]} alone")
     first = outputs[returned[0]]  # the module compares the others
     if first is not None and dtype is not None and first.dtype != dtype:
@@ -410,58 +409,66 @@ def _check_given(
             f"{returned[0]} must be {_dtype_name(dtype)} like out_dtype, got "
             f"{_dtype_name(first.dtype)}"
         )
-    return bool(given)
 
 
 def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
-    """Return the caller of an operator, with the signature of the Python API's function.
+    """Return the function around an operator, with the signature of the Python API's.
 
-    Less what torch knows, the stream, and what waits for a GPU; in place, without outputs.
+    It has no `stream`, which torch knows, and no `validate`; the in-place form has no outputs
+    either. Its source is made here from the table of operations, so that torch.compile traces it
+    like any other; ``qk_rms_norm`` is::
+
+        def qk_rms_norm(q, k, gamma_q, gamma_k, epsilon=1e-06, *, q_out=None, k_out=None,
+                        out_dtype=None, cast_before_gamma=False):
+            if q_out is not None or k_out is not None:
+                check_given(operation, {'q_out': q_out, 'k_out': k_out}, out_dtype)
+                out(q, k, gamma_q, gamma_k, epsilon, q_out=q_out, k_out=k_out,
+                    cast_before_gamma=cast_before_gamma)
+                return q_out, k_out
+            return new(q, k, gamma_q, gamma_k, epsilon, out_dtype=out_dtype,
+                       cast_before_gamma=cast_before_gamma)
     """
     operation = OPERATIONS[function.__name__]
     written = {
         name: operation[name].api_name for name in operation.outputs if not operation[name].is_cache
     }
-    positional = (*operation.signature, *(scalar.name for scalar in operation.scalars))
-    operators = torch.ops.qknorm_tvm
-    new, out = (getattr(operators, operation.name + end).default for end in ("", "_out"))
-    has_optional = len(written) > len(_returned(operation))
-
-    def call(values: dict[str, Any]) -> Any:
-        outputs = {name: values.pop(own) for name, own in written.items()}
-        is_given = _check_given(operation, outputs, values.get("out_dtype"))
-        args = [values.pop(name) for name in positional]
-        if not is_given:
-            results = new(*args, **values)
-            return (results, None) if has_optional else results
-        values.pop("out_dtype", None)
-        out(*args, **outputs, **values)
-        return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
-
-    def call_in_place(values: dict[str, Any]) -> None:
-        args = [values.pop(name) for name in positional]
-        in_place(*args, **values)
-
-    parameters = dict(inspect.signature(function).parameters)
-    dropped = ["stream", "validate"]
-    if form:
-        in_place = getattr(operators, operation.name + form).default
-        dropped += [*written.values(), "out_dtype"]
+    dropped = {"stream", "validate"} | ({*written.values(), "out_dtype"} if form else set())
     parameters = {
         name: parameter.replace(annotation=inspect.Parameter.empty)
-        for name, parameter in parameters.items()
+        for name, parameter in inspect.signature(function).parameters.items()
         if name not in dropped
     }
-    # Spelt out, so that Python itself says what is wrong with a call's arguments.
-    values = ", ".join(f"{name!r}: {name}" for name in parameters)
-    source = (
-        f"def {operation.name}{form}{inspect.Signature(list(parameters.values()))}:\n"
-        f"    return call({{{values}}})\n"
-    )
-    names: dict[str, Any] = {"__name__": __name__, "call": call_in_place if form else call}
+    positional = (*operation.signature, *(scalar.name for scalar in operation.scalars))
+    apart = {*positional, *written.values(), "out_dtype"}
+    options = [f"{name}={name}" for name in parameters if name not in apart]
+    dtype = "out_dtype" if "out_dtype" in parameters else "None"
+    given = ", ".join(f"{name!r}: {own}" for name, own in written.items())
+    to_given = [f"{name}={own}" for name, own in written.items()]
+    to_new = [f"out_dtype={dtype}"] if dtype != "None" else []
+    # An output that may be left is None where the others are new.
+    left = ", None" * (len(written) - len(_returned(operation)))
+    if form:
+        body = f"in_place({', '.join([*positional, *options])})"
+    else:
+        body = f"""if {" or ".join(f"{own} is not None" for own in written.values())}:
+            check_given(operation, {{{given}}}, {dtype})
+            out({", ".join([*positional, *to_given, *options])})
+            return {", ".join(written.values())}
+        return new({", ".join([*positional, *to_new, *options])}){left}"""
+    name = operation.name + form
+    # Closed over, not global: torch.compile knows a global by its name and the module's.
+    source = f"""
+def make(operation, check_given, new, out, in_place):
+    def {name}{inspect.Signature(list(parameters.values()))}:
+        {body}
+    return {name}
+"""
+    names: dict[str, Any] = {"__name__": __name__}
     exec(source, names)
-    made = names[operation.name + form]
-    summary = inspect.getdoc(function).partition(".\n")[0]  # type: ignore[union-attr]
+    operators = [getattr(torch.ops.qknorm_tvm, operation.name + end) for end in ("", "_out", form)]
+    made = names["make"](operation, _check_given, *(operator.default for operator in operators))
+    made.__qualname__ = name
+    summary = (inspect.getdoc(function) or "").partition(".\n")[0]
     made.__doc__ = _DOCUMENTATION.format(
         summary=f"{summary}, in place" if form else summary,
         name=operation.name,

@@ -147,7 +147,7 @@ def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
 def _schedule_tiles(
     sch: Schedule, tile: Any, heads: Sequence[str], blocks: set[str], dtypes: Mapping[str, str]
 ) -> None:
-    """Make the tile loop parallel; at the head of a tile, what there is one of a row."""
+    """Make the tile loop parallel; at the head of a tile compute each row's own values, `heads`."""
     for name in heads:
         head = sch.get_sblock(name)
         # A tile of one row keeps its loop: a trace must find the same loops whatever is sampled.

@@ -19,6 +19,7 @@ Map from the declaration's loops::
    shuffles. They are a butterfly: addition commutes, so that every lane has the bits of the
    declared sum of halves. Each warp leaves its chunks' sums in shared memory; all wait for one
    another once; then each warp adds the slots' sums, by shuffles again.
+   Between ranks, it exchanges them then, see `cuda_peers`.
 3. *Normalise*, *rotate* and *store* the vectors that a thread still holds; or write the means.
 
 Where a row's columns are open, or more than registers hold, the warps go through its chunks in
@@ -58,8 +59,9 @@ from tvm.script import tirx as T
 from qknorm_tvm.declare import steps
 from qknorm_tvm.declare.parsing import parses_script
 from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
+from qknorm_tvm.peers import FAILURE, TURNS
 
-from . import cuda_device
+from . import cuda_device, cuda_peers
 from .cuda_config import NOTE
 from .cuda_row_config import (
     MAX_PARTS,
@@ -172,6 +174,8 @@ class _Operand:
     out: Any
     cache: Any
     scales: Any
+    divisor: Any
+    weight: Any
     head_dim: int | None
     rotation: _Rotation | None
     is_summed: bool
@@ -317,6 +321,11 @@ class _Thread:
     scale: Any
     quotient: Any
     float8: Any
+    turn: Any
+    failure: Any
+    peer_slots: Any
+    own_slots: Any
+    blocks: Any
 
     @property
     def rows(self) -> int:
@@ -420,6 +429,8 @@ def _operands(spec: KernelSpec, params: dict[str, Any], wanted: int) -> tuple[_O
             out=params.get(f"{tag}_out"),
             cache=params.get(f"{tag}_cache"),
             scales=params.get(f"{tag}_scale"),
+            divisor=params.get(f"{tag}_divisor"),
+            weight=params.get(f"{tag}_weight", 1),
             head_dim=spec.head_dim,
             rotation=None,
             is_summed=tag != "v" and not spec.has_given_statistics,
@@ -560,6 +571,18 @@ def _load_variances(t, operand):
 
 
 @T.inline
+def _load_turns(t):
+    """Load where the rows' sums go, and come from; a lane has the memory of its rank."""
+    peers, state = T.meta_var(t.params["peers"]), T.meta_var(t.params["peer_state"])
+    for i in _unrolled(t.rows):
+        if t.has_row(i):
+            t.turn[i] = state[TURNS + t.row(i)]
+    t.failure[0] = state[FAILURE]
+    t.own_slots[0] = peers[t.params["peer_rank"]]
+    t.peer_slots[0] = peers[T.min(_lane(t.thread), peers.shape[0] - 1)]
+
+
+@T.inline
 def _load_partners(t, operand):
     """Load x and gamma of the columns with which the thread's own are rotated."""
     place_of = T.meta_var(operand.rotation.partner)
@@ -582,6 +605,8 @@ def _load(t, operand):
         _load_slots(t)
     if operand.is_normalised and t.spec.has_given_statistics:
         _load_variances(t, operand)
+    if operand.is_normalised and t.spec.has_peers:
+        _load_turns(t)
     if not operand.in_rounds:
         _load_x(t, operand, T.int64(0), None)
     if operand.is_normalised:
@@ -711,6 +736,51 @@ def _write_means(t, operand):
 
 
 @T.inline
+def _exchange(t, operand):
+    """Make the sums of this rank's rows those of all ranks; then the next kernel may start."""
+    ranks, state = T.meta_var(t.params["peers"].shape[0]), T.meta_var(t.params["peer_state"])
+    rank, lane = T.meta_var(t.params["peer_rank"]), T.meta_var(_lane(t.thread))
+    if operand.warp(t.thread) == T.int64(0):
+        if lane < ranks:
+            for i in _unrolled(t.rows):
+                if t.has_row(i):
+                    place = T.meta_var((t.row(i), operand.index))
+                    slot = T.meta_var(cuda_peers.first_slot(state, ranks, t.turn[i], *place))
+                    cuda_peers.store_slot(t.peer_slots[0], slot + rank, t.total[i] * operand.weight)
+            for i in _unrolled(t.rows):
+                if t.has_row(i):
+                    place = T.meta_var((t.row(i), operand.index))
+                    before = T.meta_var(cuda_peers.turn_before(t.turn[i]))
+                    slot = T.meta_var(cuda_peers.first_slot(state, ranks, before, *place))
+                    cuda_peers.empty_slot(t.own_slots[0], slot + lane)
+                    # After the barrier: all of the block's warps have loaded it.
+                    if lane == T.int64(0) and operand.index == 0:
+                        state[TURNS + t.row(i)] = cuda_peers.next_turn(t.turn[i])
+    for i in _unrolled(t.rows):
+        if t.has_row(i):
+            place = T.meta_var((t.row(i), operand.index))
+            slot = T.meta_var(cuda_peers.first_slot(state, ranks, t.turn[i], *place))
+            t.total[i] = cuda_peers.gather_sums(
+                t.own_slots[0], slot, ranks, t.row(i), t.failure[0], state
+            )
+    if t.config.dependent_launch == "after_loads":
+        if (t.tile + t.blocks) * t.rows >= t.total_rows:
+            cuda_device.grid_dependency("launch_dependents")
+
+
+@T.inline
+def _roots_of_peers(t, operand):
+    epsilon = T.meta_var(t.params["epsilon"])
+    divisor = T.meta_var(operand.divisor)
+    for i in _unrolled(t.rows):
+        _sum_slots(t, operand, i)
+    _exchange(t, operand)
+    for i in _unrolled(t.rows):
+        variance = T.meta_var(steps.over_columns(t.total[i], divisor))
+        t.rs[i] = steps.inverse_root(variance, epsilon, reproducible=t.spec.reproducible)
+
+
+@T.inline
 def _roots(t, operand):
     epsilon = T.meta_var(t.params["epsilon"])
     for i in _unrolled(t.rows):
@@ -810,7 +880,10 @@ def _store_cache(t, operand, registers):
 @T.inline
 def _write_outputs(t, operand):
     if operand.is_normalised:
-        _roots(t, operand)
+        if t.spec.has_peers:
+            _roots_of_peers(t, operand)
+        else:
+            _roots(t, operand)
         if operand.in_rounds:
             for turn in T.serial(_quotient(operand.chunks, operand.step)):
                 first = T.meta_var(turn * operand.step)
@@ -839,6 +912,25 @@ def _by_operand(t, operands, stage):
         stage(t, operands[1])
     else:
         stage(t, operands[2])
+
+
+@T.inline
+def _take_tile(t, operands, waits_for_warps):
+    """Take a block's rows through all stages."""
+    _by_operand(t, operands, _load)
+    if t.config.dependent_launch == "after_loads" and not t.spec.has_peers:
+        cuda_device.grid_dependency("launch_dependents")
+    if operands[0].is_rotated:
+        _by_operand(t, operands, _load_rotation)
+    if t.sums_of_row > 0:
+        _by_operand(t, operands, _sum_chunks)
+    if waits_for_warps:
+        # Of the block's barriers, the one that TVM knows: beside another it puts its own.
+        T.tvm_storage_sync("shared")
+    if t.spec.operation.normalises:
+        _by_operand(t, operands, _write_outputs)
+    else:
+        _by_operand(t, operands, _write_means)
 
 
 # ---- the kernel --------------------------------------------------------------------------------
@@ -874,20 +966,24 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
     rows, parts, in_rounds = config.rows, last.parts, last.in_rounds
     threads = WARP * (ROUND_WARPS if in_rounds else sum(operand.warps for operand in operands))
     sums_of_row = sum(operand.sums for operand in operands)
-    adds_rows, rotates = sums_of_row > 0, rotation is not None
-    waits_for_warps = adds_rows or (rotation is not None and rotation.reads_partners)
+    waits_for_warps = sums_of_row > 0 or (rotation is not None and rotation.reads_partners)
     angle_parts = parts if rotation is not None and CHUNK % rotation.head_dim else 1
     tiles = tirx.floordiv(total_rows + (rows - 1), T.int64(rows))
     # Warps that wait for no other may be those of several blocks.
     pieces = 1 if waits_for_warps or in_rounds else _pieces(threads, config.threads)
     block_threads = threads // pieces if pieces > 1 else threads
-    finish = _write_outputs if spec.operation.normalises else _write_means
+    # Those that wait for other ranks take tiles one after the other, as all must run at once.
+    blocks = params["row_blocks"] if spec.has_peers else tiles * pieces
+    own_tile = tirx.Var("tile", "int64") if spec.has_peers else None
+
+    def tile_of(block: Any) -> Any:
+        return _quotient_of(block, pieces) if own_tile is None else own_tile
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def kernel():
-        for block in T.thread_binding(tiles * pieces, thread="blockIdx.x"):
+        for block in T.thread_binding(blocks, thread="blockIdx.x"):
             for thread_of_block in T.thread_binding(T.int64(block_threads), thread="threadIdx.x"):
-                tile = T.meta_var(_quotient_of(block, pieces))
+                tile = T.meta_var(tile_of(block))
                 thread = T.meta_var(thread_of_block + _remainder_of(block, pieces) * block_threads)
                 # Those that an operation does not use are not there in its code.
                 x = _registers((rows, parts, VECTOR), spec.in_dtype)
@@ -911,12 +1007,18 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                 scale = _registers((parts, VECTOR))
                 quotient = _registers((VECTOR,))
                 float8 = _registers((VECTOR,), "uint8")
+                turn = _registers((rows,), "int64")
+                failure = _registers((1,), "int64")
+                peer_slots = _registers((1,), "int64")
+                own_slots = _registers((1,), "int64")
+                next_tile = _registers((1,), "int64")
                 t = T.meta_var(
                     _Thread(
                         spec, config, parts, block_threads, sums_of_row, params, total_rows, tile,
                         thread, x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out,
                         variance, position, cosine, sine, partner, partner_gamma, slot,
-                        place_block, offset, scale, quotient, float8,
+                        place_block, offset, scale, quotient, float8, turn, failure, peer_slots,
+                        own_slots, blocks,
                     )
                 )  # fmt: skip
                 if in_rounds:
@@ -928,18 +1030,17 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                     cuda_device.grid_dependency("launch_dependents")
                 if launch != "off":
                     cuda_device.grid_dependency("wait")
-                _by_operand(t, operands, _load)
-                if launch == "after_loads":
-                    cuda_device.grid_dependency("launch_dependents")
-                if rotates:
-                    _by_operand(t, operands, _load_rotation)
-                if adds_rows:
-                    _by_operand(t, operands, _sum_chunks)
-                if waits_for_warps:
-                    # Of the block's barriers, the one that TVM knows: beside another it puts its
-                    # own.
-                    T.tvm_storage_sync("shared")
-                _by_operand(t, operands, finish)
+                if spec.has_peers:
+                    next_tile[0] = block
+                    while next_tile[0] < tiles:
+                        T.bind(next_tile[0], var=tile)
+                        _take_tile(t, operands, waits_for_warps)
+                        next_tile[0] = next_tile[0] + blocks
+                        if next_tile[0] < tiles:
+                            # All have read the sums that the next tile's replace.
+                            T.tvm_storage_sync("shared")
+                else:
+                    _take_tile(t, operands, waits_for_warps)
 
     func = func.with_body(kernel.body)
     return func.with_attr(cuda_device.DEPENDENT_ATTR, launch != "off")

@@ -104,14 +104,14 @@ def operand_cols(spec: KernelSpec) -> list[int | None]:
 
 
 def check_row_fits(spec: KernelSpec) -> None:
-    """Check that a block of threads can hold a row of what is rotated.
+    """Check that a block of threads can hold a row of what is rotated or exchanged.
 
     Raises
     ------
     ValueError
         It cannot; the message names the columns and the limit.
     """
-    if not spec.operation.rotates:
+    if not spec.operation.rotates and not spec.has_peers:
         return  # rounds
     chunks = [_ceil_div(cols or 1, CHUNK) for cols in operand_cols(spec)]
     if partition_chunks(chunks, MAX_PARTS) is None:
@@ -171,6 +171,8 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
     def variant(name: str, min_rows: int, **choices: Any) -> CudaVariant:
         return _aligned(spec, name, CudaConfig(**choices), min_rows)
 
+    if spec.has_peers:
+        return [variant("exchange", 1, columns=2 if is_long else 1, dependent_launch=after)]
     if spec.operation.rotates:
         choices = _ROTATING[spec.has_given_statistics, is_long]
         return [
@@ -208,6 +210,11 @@ def row_variants(spec: KernelSpec, config: CudaConfig | None) -> list[CudaVarian
     """
     check_row_fits(spec)
     general = _general_variants(spec)
+    if spec.has_peers and config is not None and config.dependent_launch == "first":
+        raise ValueError(
+            "dependent_launch must be off, exit or after_loads for statistics='peers', as launches "
+            "that wait for other ranks would pile up, got 'first'"
+        )
     if config is None:
         return reachable((_aligned_variants(spec) if has_whole_vectors(spec) else []) + general)
     if config.vector == 1:

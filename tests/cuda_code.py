@@ -88,6 +88,12 @@ MODULES["rope"] = (
     _rotating(ROPE, 1536, 256, rotary_dim=64, interleaved=True),
     _rotating(ROPE, 1280, 320, 80, rotary_dim=32, statistics="local", in_dtype="float16"),
 )
+MODULES["peers"] = (
+    KernelSpec(op=FUSED, q_cols=1536, k_cols=256, target=SM_90, statistics="peers"),
+    _rotating(CACHE, 1536, 256, rotary_dim=64, statistics="peers"),
+    _rotating(CACHE, 6144, 1024, rotary_dim=128, statistics="peers"),
+)
+MODULES["peers-few"] = MODULES["peers"][1:2]
 #: What a default run looks at: nvcc takes as long as everything else.
 MODULES["apply-few"] = MODULES["apply"][:1]
 MODULES["statistics-few"] = MODULES["statistics"][4:5]

@@ -20,7 +20,11 @@ _KERNEL = re.compile(
     r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{', re.MULTILINE
 )
 _STORE = re.compile(r'asm volatile\("st\.global.*;$', re.MULTILINE)
-_VALUES = re.compile(r'"[lr]"\((\w+)\)')
+#: What ranks do with one another's memory, and the clock.
+_PEERS = re.compile(
+    r'asm volatile\("(?P<what>st\.relaxed|ld\.relaxed|mov\.u64 %0, %globaltimer).*;$', re.MULTILINE
+)
+_VALUES = re.compile(r'"=?[lrf]"\((\w+)\)')
 
 
 class Kernel:
@@ -37,6 +41,7 @@ class Kernel:
         text = source[source.index(head) + len(head) : source.index("#include <tvm/ffi/c_api.h>")]
         # The stores, which are PTX: their address and words are parameters of a function.
         text = _STORE.sub(lambda match: f"STORE({', '.join(_VALUES.findall(match[0]))});", text)
+        text = _PEERS.sub(_peer_access, text)
         text = text.replace("__shared__ alignas(16)", "alignas(16) __shared__")
         threads, name, parameters = _KERNEL.findall(text)[0]
         self.threads = int(threads)
@@ -61,6 +66,11 @@ class Kernel:
         given = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
         if self.run(ctypes.c_int64(blocks), int(reverse), given):
             raise AssertionError("not every thread comes to each shuffle and barrier")
+
+
+def _peer_access(match: re.Match[str]) -> str:
+    name = {"st": "PEER_STORE", "ld": "PEER_LOAD", "mo": "PEER_CLOCK"}[match["what"][:2]]
+    return f"{name}({', '.join(_VALUES.findall(match[0]))});"
 
 
 @functools.cache

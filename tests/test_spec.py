@@ -184,7 +184,8 @@ ROPE = {"op": "qk_rms_norm_rope", "q_cols": 256, "k_cols": 128, "head_dim": 64, 
         ({"rotary_dim": True}, TypeError, "rotary_dim must be an int, got bool"),
         ({"q_cols": None}, ValueError, "q_cols must be given for qk_rms_norm_rope, got None"),
         ({"rotary_dtype": "float16"}, ValueError, "rotary_dtype must be one of bfloat16, float32"),
-        ({"statistics": "peers"}, ValueError, "statistics must be one of given, local, got 'peers"),
+        ({"statistics": "mine"}, ValueError, "statistics must be one of given, local, peers, got"),
+        ({"statistics": "peers"}, ValueError, "statistics must be given or local for target 'cpu'"),
         ({"out_dtype": "float32"}, ValueError, "out_dtype must be bfloat16 for qk_rms_norm_rope"),
         ({"cache_dtype": "bfloat16"}, ValueError, "cache_dtype must be None for qk_rms_norm_rope"),
         ({"rotary_dim": 0, "interleaved": True}, ValueError, "interleaved must be False without"),
@@ -213,3 +214,24 @@ def test_wrong_choices_of_a_rotation_are_refused(
 def test_text_that_is_no_spec(text: str) -> None:
     with pytest.raises(ValueError, match=r"^spec must look like 'apply_qk_rms_norm\[.* got "):
         KernelSpec.from_text(text)
+
+
+def test_statistics_of_peers() -> None:
+    """A default that is written out, so that files and caches of one artifact have two names."""
+    local = KernelSpec(op="qk_rms_norm", q_cols=256, k_cols=128, target="cuda")
+    assert local.statistics == "local"
+    assert local == local.replace(statistics="local")
+    assert "statistics" not in local.text
+    peers = local.replace(statistics="peers")
+    assert KernelSpec.from_text(peers.text) == peers
+    assert peers.has_peers
+    assert not local.has_peers
+    names = [tensor.name for tensor in peers.tensors if tensor not in local.tensors]
+    assert names == ["peers", "peer_state"]
+    assert local.replace(op="apply_qk_rms_norm").statistics is None
+    with pytest.raises(ValueError, match=r"^q_cols must be given for statistics='peers', got None"):
+        peers.replace(q_cols=None)
+    with pytest.raises(ValueError, match=r"^statistics must be one of local, peers, got 'given'"):
+        local.replace(statistics="given")
+    with pytest.raises(ValueError, match=r"^statistics must be local for target 'cpu'"):
+        peers.replace(target="cpu")

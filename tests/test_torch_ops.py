@@ -16,6 +16,7 @@ from qknorm_tvm.check import reference
 
 torch = pytest.importorskip("torch", reason="registers torch operators, and torch is not installed")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from qknorm_tvm import torch_ops  # noqa: E402
@@ -441,7 +442,7 @@ def _attention_inputs(rows: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_number_of_rows_is_one_graph(backend: str) -> None:
     """A compilation for every batch size: seconds each, in the middle of serving."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(_attention, backend=counter, fullgraph=True, dynamic=True)
     for rows in (6, 3, 64, 7, 100):
         inputs = _attention_inputs(rows)

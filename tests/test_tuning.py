@@ -317,3 +317,53 @@ def test_a_default_that_does_not_build_is_an_error(
     monkeypatch.setenv("CC", str(compiler))
     with pytest.raises(TuningError, match=r"the default of .* fails: .*compiling entry\.c failed"):
         tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path / "logs")
+
+
+# ---- operations that rotate ----------------------------------------------------------------------
+
+ROTATING = KernelSpec(
+    op="qk_rms_norm_rope_cache", q_cols=96, k_cols=64, head_dim=32, rotary_dim=16,
+    statistics="local", cache_dtype="float8_e4m3fn",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [host_cpu_target(), "cuda:sm_90"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rotary_dim": 0, "statistics": "given"},
+        {"op": "qk_rms_norm_rope", "cache_dtype": None, "interleaved": True},
+    ],
+)
+def test_what_rotates_has_a_space_with_its_default(text: str, fields: dict[str, Any]) -> None:
+    """Of tensors with extents that only a call knows; a trace that says another config."""
+    from tvm.s_tir.meta_schedule.database import MemoryDatabase
+
+    from qknorm_tvm.tuning.search import Search
+
+    target = open_target(text, threads=2)
+    spec = ROTATING.replace(target=text, **fields)
+    choices, default = target.choices(spec, 16), target.default(spec, 16)
+    assert all(value in choices[name] for name, value in target.encode(default).items())
+    assert any(len(values) > 1 for values in choices.values())
+    search = Search(
+        target, target.workload(spec, 16), choices, MemoryDatabase(), "random",
+        seed=0, budget=1, batch=1,
+    )  # fmt: skip
+    assert search.config_of(search.candidate(default)) == default
+
+
+@pytest.mark.slow
+def test_what_rotates_is_tuned_and_its_record_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = tune([ROTATING], rows=(16,), trials=4, cost_model="random", logs=tmp_path)
+    assert (summary.measured, summary.failed) == (4, 0), summary.first_failure
+    configs = keep_records(summary.folder)
+    monkeypatch.setenv("QKNORM_TVM_TUNING_LOGS", str(tmp_path))
+    module = compile(ROTATING.replace(target=host_cpu_target())).module
+    (level,) = module.metadata["levels"]
+    (code, *_) = level["code"]
+    assert code["source"] == "record"
+    assert code["config"] == configs[16]

@@ -101,6 +101,39 @@ static cudaError_t qkn_launch(int device, dim3 grid, dim3 block, cudaStream_t st
 }
 """
 
+# For entry.c: how many blocks of a kernel the GPU holds at once; 0 where it cannot say.
+_RESIDENT = """
+template <auto kernel>
+static int64_t qkn_resident(int device) {
+  static std::atomic<int64_t> known[64];
+  bool memorable = device >= 0 && device < 64;
+  int64_t blocks = memorable ? known[device].load(std::memory_order_relaxed) : 0;
+  if (blocks) return blocks;
+  int before = -1, each = 0, processors = 0;
+  cudaFuncAttributes attributes;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, function);
+  if (error == cudaSuccess) {
+    /* Its launch bounds are the threads that it is launched with. */
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function,
+                                                          attributes.maxThreadsPerBlock, 0);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (before >= 0 && before != device) cudaSetDevice(before);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  blocks = (int64_t)each * processors;
+  if (memorable) known[device].store(blocks, std::memory_order_relaxed);
+  return blocks;
+}
+"""
+
 # For entry.c: 0, or an error raised that says why the device cannot run this module.
 _CHECK_DEVICE = """
 extern "C" __attribute__((visibility("hidden"))) int qkn_check_device(int device) {
@@ -179,6 +212,17 @@ def device_check_source(symbol: str, archs: Sequence[str]) -> str:
     return text.replace("@ARCHS@", ", ".join(archs) + " or newer")
 
 
+def resident_source(symbols: Sequence[str]) -> str:
+    """Return the functions by which the entry point asks how many blocks of a kernel may wait."""
+    if not symbols:
+        return ""
+    return _RESIDENT + "".join(
+        f'extern "C" __attribute__((visibility("hidden"))) int64_t qkn_resident_{symbol}'
+        f"(int device) {{ return qkn_resident<{symbol}_kernel>(device); }}\n"
+        for symbol in symbols
+    )
+
+
 # ---- nvcc ------------------------------------------------------------------------------------
 
 
@@ -203,7 +247,7 @@ def find_nvcc() -> Path:
 
 
 def ptx_arch(archs: Sequence[str]) -> str | None:
-    """Return the architecture whose PTX serves GPUs to come: the first that waits, or the first.
+    """Return the architecture whose PTX later GPUs run: the oldest from sm_90 on, or the oldest.
 
     Code for older ones would run on a new GPU too, but without programmatic dependent launch.
     """
@@ -350,6 +394,7 @@ def build(
                     min_rows=variant.min_rows,
                     stride_unit=variant.stride_unit,
                     alignment=variant.alignment or 1,
+                    waits_for_ranks=spec.has_peers,
                 )
             )
             described.append(
@@ -364,7 +409,12 @@ def build(
             )
         per_spec.append(tuple(entries))
     source = directory / "module.cu"
-    source.write_text(cuda_source(functions) + device_check_source(functions[0][0], archs))
+    waiting = {v.symbol for variants in per_spec for v in variants if v.waits_for_ranks}
+    source.write_text(
+        cuda_source(functions)
+        + device_check_source(functions[0][0], archs)
+        + resident_source(sorted(waiting))
+    )
     device_object = directory / "cuda.o"
     nvcc_compile(source, device_object, archs)
     levels = [Level("cuda", (), tuple(per_spec))]

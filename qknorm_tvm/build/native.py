@@ -28,7 +28,9 @@ from ..operations import (
     MAX_POSITION,
     OPERATIONS,
     OUT_DTYPE,
+    PEER_WORDS,
     Q_COLS,
+    RANKS,
     ROTARY_DIM,
     ROTARY_DTYPE,
     ROWS,
@@ -37,6 +39,7 @@ from ..operations import (
     TENSORS,
     TensorArgument,
 )
+from ..peers import MAX_RANKS, TURNS
 from ..spec import MAX_COLS, OPS, KernelSpec
 from ..targets import MACHINES, X86_FEATURES, host_machine
 
@@ -61,6 +64,8 @@ class Variant:
         The conditions, see ``module.h``.
     bytes_per_task : int
         Bytes read and written that one thread gets at least; CPUs only.
+    waits_for_ranks : bool
+        Whether it comes with a function that says how many of its blocks a GPU holds.
     """
 
     name: str
@@ -71,6 +76,12 @@ class Variant:
     alignment: int = 1
     min_out_bytes: int = 0
     bytes_per_task: int = 1
+    waits_for_ranks: bool = False
+
+    @property
+    def resident_blocks(self) -> str:
+        """The symbol of the function that says how many of its blocks a GPU holds at once."""
+        return f"qkn_resident_{self.symbol}" if self.waits_for_ranks else "NULL"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +110,8 @@ _DIMENSIONS = {
     MAX_POSITION: "QKN_ANY",
     BLOCKS: "QKN_BLOCKS",
     BLOCK_SIZE: "QKN_BLOCK_SIZE",
+    RANKS: "QKN_RANKS",
+    PEER_WORDS: "QKN_PEER_WORDS",
 }
 _SPEC_DTYPES = {
     IN_DTYPE: "QKN_IN_DTYPE, {0}",
@@ -130,6 +143,7 @@ def _spec(spec: KernelSpec, index: int) -> str:
     heads = (spec.kv_heads if spec.head_dim else 0, spec.head_dim or 0, spec.rotary_dim)
     names = {tensor.name for tensor in spec.tensors}
     given = sum(1 << i for i, name in enumerate(spec.operation.tensors) if name in names)
+    given |= spec.has_peers << len(spec.operation.tensors)
     return (
         f"{{{_c_string(spec.text)}, {OPS.index(spec.op)}, {dtypes}, {cols}, "
         f"{', '.join(map(str, heads))}, {given:#x}u, code_{index}}}"
@@ -144,16 +158,29 @@ def _operation_tables(held: Sequence[str]) -> list[str]:
         + ", ".join(_c_string(name) for name in TENSORS)
         + "};",
     ]
+    scalars = dict.fromkeys(s.name for op in OPERATIONS.values() for s in op.peer_scalars)
+    lines.append(f"enum {{ {', '.join(name.upper() for name in scalars)}, QKN_MAX_SCALARS }};")
     rows = []
     for op, operation in OPERATIONS.items():
         arguments = ", ".join(_argument(tensor) for tensor in operation.arguments)
         checked = ", ".join(str(operation.tensors.index(t.name)) for t in operation.checked)
         lines.append(f"static const qkn_argument arguments_{op}[] = {{{arguments}}};")
         lines.append(f"static const int checked_{op}[] = {{{checked}}};")
+        peers = "0, 0, NULL, NULL"
+        if operation.peer_tensors:
+            tensors = ", ".join(_argument(tensor) for tensor in operation.peer_tensors)
+            numbers = ", ".join(
+                f"{{{_c_string(scalar.name)}, {int(scalar.dtype == 'int64')}}}"
+                for scalar in operation.peer_scalars
+            )
+            lines.append(f"static const qkn_argument peer_tensors_{op}[] = {{{tensors}}};")
+            lines.append(f"static const qkn_scalar peer_scalars_{op}[] = {{{numbers}}};")
+            counts = f"{len(operation.peer_tensors)}, {len(operation.peer_scalars)}"
+            peers = f"{counts}, peer_tensors_{op}, peer_scalars_{op}"
         rows.append(
             f"{{{_c_string(op)}, {_c_string(operation.summary)}, {len(operation.outputs)}, "
             f"{len(operation.tensors)}, {int(operation.has_epsilon)}, "
-            f"arguments_{op}, checked_{op}}}"
+            f"arguments_{op}, checked_{op}, {peers}}}"
         )
     lines.append(f"static const qkn_operation qkn_operations[] = {{{', '.join(rows)}}};")
     entries = " ".join(f"X({op}, {OPS.index(op)})" for op in held)
@@ -165,9 +192,10 @@ def tables(
     specs: Sequence[KernelSpec], levels: Sequence[Level], metadata: dict[str, Any], *, cuda: bool
 ) -> str:
     """Write ``tables.h``: what ``entry.c`` needs to know about one module."""
-    lines = ['#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
+    lines = ["#include <stddef.h>", '#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
     lines += _operation_tables([op for op in OPS if any(spec.op == op for spec in specs)])
     lines.append(f"#define QKN_MAX_COLS {MAX_COLS}")
+    lines += [f"#define QKN_MAX_RANKS {MAX_RANKS}", f"#define QKN_PEER_TURNS {TURNS}"]
     lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
     for li, level in enumerate(levels):
         features = [X86_FEATURES[name] for name in level.features]
@@ -183,9 +211,12 @@ def tables(
                 lines.append(
                     f"int __tvm_ffi_{v.symbol}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);"
                 )
+                if v.waits_for_ranks:
+                    lines.append(f"int64_t {v.resident_blocks}(int);")
             rows = ", ".join(
                 f"{{{_c_string(v.name)}, __tvm_ffi_{v.symbol}, {v.min_rows}, {v.row_tile}, "
-                f"{v.stride_unit}, {v.alignment}, {v.min_out_bytes}, {v.bytes_per_task}}}"
+                f"{v.stride_unit}, {v.alignment}, {v.min_out_bytes}, {v.bytes_per_task}, "
+                f"{v.resident_blocks}}}"
                 for v in variants
             )
             lines.append(f"static const qkn_variant variants_{li}_{si}[] = {{{rows}}};")

@@ -99,7 +99,7 @@ def _add_square(x: npt.NDArray, total: npt.NDArray) -> npt.NDArray:
 
 
 def _adder(x: npt.NDArray, fused: bool) -> Callable[[npt.NDArray, npt.NDArray], npt.NDArray]:
-    """Return what adds squares of `x`'s float32 values: one rounding, by the shortest way to it.
+    """Return the fastest function that adds squares of values like `x`'s with one rounding.
 
     Squares of 16-bit elements have at most 22 bits, so that float32 holds them exactly unless they
     are among its smallest numbers.
@@ -125,7 +125,8 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _row_mean_of_squares_cuda(x: npt.NDArray) -> npt.NDArray:
+def sum_of_squares_cuda(x: npt.NDArray) -> npt.NDArray:
+    """Compute the float32 sum of squares of each row, in the order of CUDA's modules."""
     rows, cols = x.shape
     vectors_there = -(-cols // VECTOR)
     chunks = -(-vectors_there // WARP)
@@ -145,7 +146,7 @@ def _row_mean_of_squares_cuda(x: npt.NDArray) -> npt.NDArray:
         total = np.zeros((rows, slots), np.float32)
         for turn in range(turns):
             total += sums[:, turn]
-        return _halves(total) / np.float32(cols)
+        return _halves(total)
 
 
 def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True, order: str = "cpu") -> npt.NDArray:
@@ -168,7 +169,7 @@ def row_mean_of_squares(x: npt.NDArray, *, fused: bool = True, order: str = "cpu
     ndarray, ``[M]``, float32
     """
     if order == "cuda":
-        return _row_mean_of_squares_cuda(x)
+        return sum_of_squares_cuda(x) / np.float32(x.shape[1])
     rows, cols = x.shape
     steps = -(-cols // LANES)
     padded = np.zeros((rows, steps * LANES), np.float32)

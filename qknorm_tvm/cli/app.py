@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -108,7 +109,7 @@ def run_command(arguments: Sequence[str] | None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning without a line of Python's: at a command line the caller has none."""
     echo(f"Warning: {message}", err=True)
 

@@ -12,7 +12,8 @@ computed, with every float32 intermediate named, so that the order of rounding c
 
 once for Q (column 0) and once for K (column 1); ``row_mean_of_squares_qk`` computes ``qk_var`` in
 the target's order of `declare.statistics`; ``qk_rms_norm`` is the one after the other, with
-statistics that never leave the registers. What rotates is declared in `declare.rope`.
+statistics that never leave the registers. What rotates is declared in `declare.rope`. Of a launch
+that exchanges its statistics with other ranks only the parameters are declared.
 ``qknorm_tvm.schedules`` decides the rest, per target.
 """
 
@@ -27,6 +28,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from . import steps
+from .parameters import function, parameters
 from .parsing import parses_script
 from .rope import declare_rope
 from .statistics import row_mean, sum_of_squares
@@ -170,13 +172,15 @@ def declare(
 @parses_script
 def _declared(given: _Parameters) -> tirx.PrimFunc:
     """Declare once: parsing TVMScript takes longer than scheduling and LLVM together."""
+    promises: dict[str, Any] = {
+        "row_tile": given.row_tile, "stride_unit": given.stride_unit, "alignment": given.alignment
+    }  # fmt: skip
+    if given.spec.has_peers:
+        # Parameters alone: what other ranks' memory is to hold by then has no expression. The
+        # kernel is written out, of the same `steps`.
+        return function(given.spec.op, parameters(given.spec, **promises), tirx.Evaluate(0))
     if given.spec.operation.rotates:
-        return declare_rope(
-            given.spec,
-            row_tile=given.row_tile,
-            stride_unit=given.stride_unit,
-            alignment=given.alignment,
-        )
+        return declare_rope(given.spec, **promises)
     declare_operation = {
         "apply_qk_rms_norm": _apply_qk_rms_norm,
         "row_mean_of_squares_qk": _row_mean_of_squares_qk,

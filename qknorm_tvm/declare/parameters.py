@@ -50,8 +50,8 @@ def parameters(
     Returns
     -------
     dict of str to tirx.Var
-        The tensors that calls of the spec give, in the order of the entry point; ``epsilon``; and
-        `operations.Operation.internal_scalars`.
+        The tensors that calls of the spec give, in the order of the entry point; the scalars that
+        they give; and `operations.Operation.internal_scalars`.
     """
     row_tiles = tirx.Var("row_tiles", "int64")
     scalars = {
@@ -59,7 +59,7 @@ def parameters(
         for name in spec.operation.internal_scalars(spec)
     }
     extents: dict[str, Any] = {ROWS: row_tiles * row_tile}
-    for name in (Q_COLS, K_COLS, HEAD_DIM, ROTARY_DIM, KV_HEADS):
+    for name in (Q_COLS, K_COLS, *((HEAD_DIM, ROTARY_DIM, KV_HEADS) if spec.head_dim else ())):
         extents[name] = _int64(getattr(spec, name))
     given: dict[str, Any] = {}
     for tensor in spec.tensors:
@@ -83,8 +83,8 @@ def parameters(
         given[tensor.name] = tirx.decl_buffer(
             shape, dtype, tensor.name, strides=strides, data_alignment=align
         )
-    if spec.operation.has_epsilon:
-        given["epsilon"] = tirx.Var("epsilon", "float32")
+    for scalar in spec.operation.scalars_given(spec):
+        given[scalar.name] = tirx.Var(scalar.name, scalar.dtype)
     return given | scalars
 
 

@@ -26,7 +26,12 @@ def add_square(total: Any, x32: Any) -> Any:
 
 def mean(total: Any, cols: Any) -> Any:
     """Return the mean of a row's `cols` squares; a division, correctly rounded."""
-    return total / T.Cast("float32", cols)
+    return over_columns(total, T.Cast("float32", cols))
+
+
+def over_columns(total: Any, cols: Any) -> Any:
+    """Return a mean of squares, where float32 holds how many there are."""
+    return total / cols
 
 
 def inverse_root(variance: Any, epsilon: Any, *, reproducible: bool) -> Any:

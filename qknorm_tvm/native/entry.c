@@ -537,17 +537,34 @@ PER_OPERATION int fits(const qkn_variant* v, const qkn_operation* op, const tens
   return 1;
 }
 
+/* What a call gives by which its launch exchanges statistics with other ranks. */
+typedef struct {
+  int given;
+  int64_t rank, share; /* of those that its state is of; how many launches share the GPU */
+  TVMFFIAny scalars[QKN_MAX_SCALARS];
+} exchange;
+
 static void pass_int(TVMFFIAny* args, int32_t* used, int64_t value) {
   args[*used] = (TVMFFIAny){.type_index = kTVMFFIInt};
   args[(*used)++].v_int64 = value;
 }
 
+#if QKN_CUDA
+/* The blocks of a launch that waits for other ranks: all must run at once, beside those of others
+ * that share the GPU, and where none does beside kernels of other streams. 0: there is no room. */
+static int64_t blocks_of(const qkn_variant* v, const tensor* t, int64_t rows, int64_t share) {
+  int64_t resident = v->resident_blocks(t[Q].device.device_id);
+  int64_t most = resident / (share > 1 ? share : 2);
+  return rows < most ? rows : most;
+}
+#endif
+
 PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, const tensor* t,
-                               int64_t rows, double epsilon) {
+                               int64_t rows, double epsilon, const exchange* peers) {
   DLTensor dl[NUM_TENSORS];
   int64_t shape[NUM_TENSORS][QKN_MAX_DIMS], strides[NUM_TENSORS][QKN_MAX_DIMS];
-  /* The tensors, epsilon, the number of tiles, and strides: three of each tensor at the most. */
-  TVMFFIAny args[4 * NUM_TENSORS + 2], result = {.type_index = kTVMFFINone};
+  /* The tensors, scalars, the numbers of tiles and blocks, and strides: three a tensor at most. */
+  TVMFFIAny args[4 * NUM_TENSORS + QKN_MAX_SCALARS + 3], result = {.type_index = kTVMFFINone};
   int32_t used = 0;
   UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
@@ -572,11 +589,42 @@ PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, co
     args[used] = (TVMFFIAny){.type_index = kTVMFFIDLTensorPtr};
     args[used++].v_ptr = &dl[i];
   }
+#if QKN_CUDA
+  for (int i = 0; peers->given && i < op->num_peer_tensors; ++i) {
+    const tensor* s = &t[op->peer_tensors[i].which];
+    dl[op->num_tensors + i] = (DLTensor){.data = s->data,
+                                         .device = s->device,
+                                         .ndim = 1,
+                                         .dtype = s->dtype,
+                                         .shape = (int64_t*)s->shape,
+                                         .strides = (int64_t*)s->strides,
+                                         .byte_offset = 0};
+    args[used] = (TVMFFIAny){.type_index = kTVMFFIDLTensorPtr};
+    args[used++].v_ptr = &dl[op->num_tensors + i];
+  }
+#endif
   if (op->has_epsilon) {
     args[used] = (TVMFFIAny){.type_index = kTVMFFIFloat};
     args[used++].v_float64 = epsilon;
   }
+#if QKN_CUDA
+  for (int i = 0; peers->given && i < op->num_peer_scalars; ++i) args[used++] = peers->scalars[i];
+#else
+  (void)peers;
+#endif
   pass_int(args, &used, rows / v->row_tile);
+#if QKN_CUDA
+  if (peers->given) {
+    int64_t blocks = blocks_of(v, t, rows, peers->share);
+    if (blocks < 1) {
+      return fail("RuntimeError",
+                  "cuda:%d must hold a block of each of %" PRId64 " launches that share it, got no "
+                  "room for one",
+                  t[Q].device.device_id, peers->share);
+    }
+    pass_int(args, &used, blocks);
+  }
+#endif
   UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
@@ -590,7 +638,7 @@ PER_OPERATION int call_variant(const qkn_variant* v, const qkn_operation* op, co
 }
 
 PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, int64_t rows,
-                      double epsilon) {
+                      double epsilon, const exchange* peers) {
   int64_t row_out_bytes = 0, row_bytes = 0;
   UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
@@ -614,7 +662,7 @@ PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, 
 #else
     set_tasks(chosen, done * row_bytes);
 #endif
-    if (call_variant(chosen, op, t, done, epsilon)) return -1;
+    if (call_variant(chosen, op, t, done, epsilon, peers)) return -1;
     rows -= done;
     UNROLLED
     for (int i = 0; i < op->num_tensors; ++i) {
@@ -641,9 +689,12 @@ static DLDataType stored_dtype(DLDataType type) {
  * NumPy has neither in a form that DLPack knows. (Its float16 comes as itself: taken for bfloat16's
  * storage too, one would pass for the other.) */
 PER_OPERATION int read_flags(const qkn_operation* op, const TVMFFIAny* args, int32_t num_args,
-                             int* bits16) {
+                             int* bits16, int* has_peers) {
   int expected = op->num_tensors + op->has_epsilon;
+  int peers = op->num_peer_tensors + op->num_peer_scalars;
   *bits16 = 0;
+  *has_peers = QKN_CUDA && peers && num_args >= expected + peers;
+  if (*has_peers) expected += peers;
   if (num_args == expected) return 0;
   if (num_args != expected + 1) {
     return fail("TypeError", "%s takes %s, got %d", op->name, op->summary, num_args);
@@ -668,6 +719,57 @@ static int read_epsilon(const TVMFFIAny* value, double* epsilon) {
   return 0;
 }
 
+#if QKN_CUDA
+/* Read and check what follows epsilon in a call with peers. */
+static __attribute__((noinline)) int read_peers(const qkn_operation* op, const TVMFFIAny* args,
+                                                tensor* t, exchange* peers) {
+  static const DLDataType int64 = {kDLInt, 64, 1};
+  for (int i = 0; i < op->num_peer_tensors; ++i) {
+    int name = op->peer_tensors[i].which;
+    if (read_tensor(qkn_names[name], &args[i], &t[name])) return -1;
+    if (check_device(qkn_names[name], &t[name], t[Q].device)) return -1;
+    if (check_kind(qkn_names[name], &t[name], 1, int64)) return -1;
+    if (check_contiguous(qkn_names[name], &t[name]) || check_data(qkn_names[name], &t[name])) return -1;
+    t[name].strides[0] = 1; /* of one element it means nothing */
+  }
+  int64_t ranks = t[PEERS].cols, most = t[PEER_STATE].cols - QKN_PEER_TURNS;
+  if (ranks < 1 || ranks > QKN_MAX_RANKS) {
+    return fail("ValueError", "peers must have 1 to %d elements, got %" PRId64, QKN_MAX_RANKS, ranks);
+  }
+  if (t[Q].rows > most) {
+    return fail("ValueError",
+                "q must have at most %" PRId64 " rows, for which peer_state has turns, got %" PRId64,
+                most < 0 ? 0 : most, t[Q].rows);
+  }
+  for (int i = 0; i < op->num_peer_scalars; ++i) {
+    const qkn_scalar* s = &op->peer_scalars[i];
+    const TVMFFIAny* given = &args[op->num_peer_tensors + i];
+    int is_int = given->type_index == kTVMFFIInt;
+    peers->scalars[i] = *given;
+    if (s->is_int ? !is_int : !is_int && given->type_index != kTVMFFIFloat) {
+      return fail("TypeError", "%s must be %s, got %s", s->name, s->is_int ? "an int" : "a float",
+                  type_name(given->type_index));
+    }
+    if (s->is_int) continue;
+    double number = is_int ? (double)given->v_int64 : given->v_float64;
+    if (!(number > 0)) return fail("ValueError", "%s must be over 0, got %g", s->name, number);
+    peers->scalars[i] = (TVMFFIAny){.type_index = kTVMFFIFloat};
+    peers->scalars[i].v_float64 = number;
+  }
+  peers->given = 1;
+  peers->rank = peers->scalars[PEER_RANK].v_int64;
+  peers->share = peers->scalars[PEER_SHARE].v_int64;
+  if (peers->rank < 0 || peers->rank >= ranks) {
+    return fail("ValueError", "peer_rank must be from 0 to %" PRId64 ", got %" PRId64, ranks - 1,
+                peers->rank);
+  }
+  if (peers->share < 1 || peers->share > 1 << 16) {
+    return fail("ValueError", "peer_share must be from 1 to %d, got %" PRId64, 1 << 16, peers->share);
+  }
+  return 0;
+}
+#endif
+
 /* Whether a spec's choices are those that a call's tensors show. */
 static int has_choices(const qkn_spec* s, const tensor* t, uint64_t given) {
   if (s->given != given) return 0;
@@ -679,7 +781,7 @@ static int has_choices(const qkn_spec* s, const tensor* t, uint64_t given) {
                                s->head_dim == t[K_CACHE].cols);
 }
 
-PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found) {
+PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* index) {
   char in_type[64], out_type[64];
   int of_op = 0, by_type = -1, by_cols = -1, last = 0, has_out = t[Q_OUT].given;
   for (int i = 0; i < QKN_NUM_SPECS; ++i) {
@@ -693,12 +795,12 @@ PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found)
     if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
       by_cols = i;
       if (!has_choices(s, t, given)) continue;
-      *found = i;
+      *index = i;
       return 0;
     }
   }
   if (of_op == 1) { /* its own check will say what does not fit */
-    *found = last;
+    *index = last;
     return 0;
   }
   if (by_cols >= 0) {
@@ -782,6 +884,15 @@ PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec,
     }
     if ((given & bit) && check_argument(a, spec, t)) return -1;
   }
+#if QKN_CUDA
+  uint64_t peers = (uint64_t)1 << op->num_tensors;
+  if ((spec->given & peers) != (given & peers)) {
+    return fail("ValueError",
+                spec->given & peers ? "peers must be given for this module's spec (%s), got none"
+                                    : "peers must be none for this module's spec (%s), got some",
+                spec->text);
+  }
+#endif
   return 0;
 }
 
@@ -821,14 +932,15 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
   const qkn_operation* op = &qkn_operations[which];
   tensor t[NUM_TENSORS];
   double epsilon = 0;
-  int bits16, index = 0;
+  exchange peers;
+  int bits16, has_peers, index = 0;
   if (active_level < 0) {
     return fail("RuntimeError",
                 "this CPU cannot run this module: it lacks %s; export it with target='cpu', which "
                 "holds code for every x86-64 level, or for this machine",
                 unsupported);
   }
-  if (read_flags(op, args, num_args, &bits16)) return -1;
+  if (read_flags(op, args, num_args, &bits16, &has_peers)) return -1;
   /* Those that are not given are looked at too: nothing there is chance. Not so shapes. */
   UNROLLED
   for (int i = 0; i < NUM_TENSORS; ++i) memset(&t[i], 0, offsetof(tensor, shape));
@@ -849,6 +961,13 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
     int name = op->arguments[op->checked[i]].which;
     if (t[name].given && check_device(qkn_names[name], &t[name], t[Q].device)) return -1;
   }
+  peers.given = 0;
+#if QKN_CUDA
+  if (has_peers) {
+    if (read_peers(op, &args[op->num_tensors + op->has_epsilon], t, &peers)) return -1;
+    given |= (uint64_t)1 << op->num_tensors;
+  }
+#endif
   if (find_spec(which, t, given, &index)) return -1;
   const qkn_spec* spec = &qkn_specs[index];
   if (check_arguments(op, spec, given, t)) return -1;
@@ -859,7 +978,7 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
 #else
     if (check_indices(t)) return -1;
 #endif
-    if (run(&spec->code[active_level], op, t, t[Q].rows, epsilon)) return -1;
+    if (run(&spec->code[active_level], op, t, t[Q].rows, epsilon, &peers)) return -1;
   }
   result->type_index = kTVMFFINone;
   result->zero_padding = 0;

@@ -19,6 +19,8 @@ typedef struct {
   int64_t alignment;     /* their data is aligned to this many bytes */
   int64_t min_out_bytes; /* the outputs have at least this many bytes */
   int64_t bytes_per_task; /* CPUs: what one thread reads and writes at least */
+  /* Of a kernel that waits for other ranks: how many of its blocks a GPU holds at once; else NULL. */
+  int64_t (*resident_blocks)(int device);
 } qkn_variant;
 
 /* An instruction set: where cpuid reports it, and the register state it needs (see targets.py). */
@@ -49,7 +51,9 @@ enum {
   QKN_SCALES = -8, /* 1, or one for each of kv_heads */
   QKN_ANY = -9,
   QKN_BLOCKS = -10,
-  QKN_BLOCK_SIZE = -11
+  QKN_BLOCK_SIZE = -11,
+  QKN_RANKS = -12,     /* 1 to QKN_MAX_RANKS */
+  QKN_PEER_WORDS = -13 /* QKN_PEER_TURNS, and one for each of as many rows as there may be */
 };
 enum { QKN_IN_DTYPE, QKN_OUT_DTYPE, QKN_ROTARY_DTYPE, QKN_CACHE_DTYPE, QKN_OWN_DTYPE };
 enum { QKN_MAX_DIMS = 4 };
@@ -68,6 +72,12 @@ typedef struct {
   int num_strides; /* functions take so many of its strides, the first ones */
 } qkn_argument;
 
+/* One scalar that an operation takes besides epsilon. */
+typedef struct {
+  const char* name;
+  int is_int; /* otherwise float */
+} qkn_scalar;
+
 /* How an operation is called. */
 typedef struct {
   const char* name;
@@ -77,6 +87,11 @@ typedef struct {
   int has_epsilon;
   const qkn_argument* arguments;
   const int* checked; /* places in arguments, in the order of the checks */
+  /* What follows for a spec whose statistics are exchanged with other ranks. */
+  int num_peer_tensors;
+  int num_peer_scalars;
+  const qkn_argument* peer_tensors;
+  const qkn_scalar* peer_scalars;
 } qkn_operation;
 
 /* One spec held by the module; code[i] belongs to qkn_levels[i]. */
@@ -92,7 +107,7 @@ typedef struct {
   int64_t kv_heads;
   int64_t head_dim;
   int64_t rotary_dim;
-  uint64_t given; /* bit i: the operation's argument i is given */
+  uint64_t given; /* bit i: the operation's argument i is given; the bit after those: its peers */
   const qkn_code* code;
 } qkn_spec;
 
@@ -137,10 +152,10 @@ typedef struct {
 } qkn_environment;
 
 static inline qkn_environment qkn_read_environment(void) {
-  qkn_environment found;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(found.mode) : : "memory");
-  __asm__ volatile("mrs %0, fpsr" : "=r"(found.flags) : : "memory");
-  return found;
+  qkn_environment environment;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(environment.mode) : : "memory");
+  __asm__ volatile("mrs %0, fpsr" : "=r"(environment.flags) : : "memory");
+  return environment;
 }
 
 static inline qkn_environment qkn_enter_environment(void) {

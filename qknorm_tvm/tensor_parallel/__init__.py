@@ -19,24 +19,32 @@ from typing import TYPE_CHECKING, Any
 from .layout import HeadLayout
 
 if TYPE_CHECKING:
-    from .functional import qk_rms_norm, reduce_row_mean_of_squares
+    from .functional import (
+        qk_rms_norm,
+        qk_rms_norm_rope,
+        qk_rms_norm_rope_cache,
+        reduce_row_mean_of_squares,
+    )
     from .module import TensorParallelQKNorm
+    from .workspace import PeerWorkspace
 
 __all__ = [
     "HeadLayout",
+    "PeerWorkspace",
     "TensorParallelQKNorm",
     "qk_rms_norm",
+    "qk_rms_norm_rope",
+    "qk_rms_norm_rope_cache",
     "reduce_row_mean_of_squares",
 ]
+_MODULES = {"PeerWorkspace": ".workspace", "TensorParallelQKNorm": ".module"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(
-            ".module" if name == "TensorParallelQKNorm" else ".functional", __name__
-        )
+        module = importlib.import_module(_MODULES.get(name, ".functional"), __name__)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "torch":
             raise

@@ -43,7 +43,7 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of `qk_rms_norm` on one rank, as given."""
+    """The arguments of `qk_rms_norm` on one rank, as given; `workspace` is a `PeerWorkspace`."""
 
     q: Any
     k: Any
@@ -59,6 +59,8 @@ class Call:
     k_replicas: Any
     statistics: Any
     cast_before_gamma: Any
+    workspace: Any = None
+    group: Any = None
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -85,7 +87,8 @@ class Call:
             raise TypeError(f"k must be {dtype_name(q.dtype)} like q, got {dtype_name(k.dtype)}")
         if k.device != q.device:
             raise ValueError(f"k must be on {q.device} like q, got {k.device}")
-        members.check_device("q", q)
+        if self.workspace is None:
+            members.check_device("q", q)
         if k.shape[:-1] != q.shape[:-1]:
             raise ValueError(
                 f"k must have the rows of q {tuple(q.shape[:-1])}, got {tuple(k.shape[:-1])}"
@@ -115,7 +118,23 @@ class Call:
         if len(outputs) == 2 and self.q_out.dtype != self.k_out.dtype:
             got = dtype_name(self.k_out.dtype)
             raise TypeError(f"k_out must be {dtype_name(self.q_out.dtype)} like q_out, got {got}")
-        return Checked(_as_matrix("q", q), _as_matrix("k", k), matrices, out_dtype, weights)
+        q, k = _as_matrix("q", q), _as_matrix("k", k)
+        if self.workspace is not None:
+            self.workspace.check_use(self.group, q, q.shape[0])
+        return Checked(q, k, matrices, out_dtype, weights)
+
+    def divisors(self, members: Members) -> tuple[float, float, float]:
+        """Return what the ranks' sums of Q and of K are divided by, and K's weight before.
+
+        Of an equal layout, copies of KV heads included, all columns of all ranks are counted.
+        """
+        world = members.world_size
+        q_total, k_total, k_replicas = self.q_cols_total, self.k_cols_total, self.k_replicas
+        return (
+            float(self.q.shape[-1] * world if q_total is None else q_total),
+            float(self.k.shape[-1] * world if k_total is None else k_total),
+            1 / k_replicas,
+        )
 
     def _check_options(self) -> None:
         if not _is_number(self.epsilon):
@@ -123,6 +142,8 @@ class Call:
         if not isinstance(self.statistics, str) or self.statistics not in STATISTICS:
             known = ", ".join(STATISTICS)
             raise ValueError(f"statistics must be one of {known}, got {self.statistics!r}")
+        if self.workspace is not None and self.statistics != "fused":
+            raise ValueError(f"statistics must be fused with a workspace, got {self.statistics!r}")
         if not isinstance(self.cast_before_gamma, bool):
             got = type(self.cast_before_gamma).__name__
             raise TypeError(f"cast_before_gamma must be a bool, got {got}")
@@ -181,6 +202,7 @@ class Call:
                 "epsilon": repr(float(self.epsilon)),
                 "statistics": self.statistics,
                 "cast_before_gamma": self.cast_before_gamma,
+                "one launch": self.workspace is not None,
                 "weighting by column totals": checked.weights != (None, None),
                 "q_cols_total": totals.q_cols_total,
                 "k_cols_total": totals.k_cols_total,

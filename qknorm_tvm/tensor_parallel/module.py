@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .functional import qk_rms_norm
+from .functional import qk_rms_norm, qk_rms_norm_rope, qk_rms_norm_rope_cache
 from .group import members_of
 from .layout import HeadLayout
+from .workspace import PeerWorkspace
 
 
 class TensorParallelQKNorm(torch.nn.Module):
@@ -32,6 +33,11 @@ class TensorParallelQKNorm(torch.nn.Module):
         module is made, or this process alone where torch.distributed is not initialised.
     statistics, cast_before_gamma, validate
         See `qknorm_tvm.tensor_parallel.qk_rms_norm`.
+    fused : PeerWorkspace, "auto" or False
+        Whether one launch does all, by `PeerWorkspace`. ``"auto"``: where the ranks' GPUs reach one
+        another's memory and it is the faster way; otherwise, and for more rows than
+        `workspace.AUTO_ROWS`, three steps, whose sums may differ in their last bit. False: always
+        three steps. A workspace: always one launch, of at most its rows. The same on every rank.
     device : torch.device, optional
         Where the scales are.
 
@@ -62,6 +68,7 @@ class TensorParallelQKNorm(torch.nn.Module):
         statistics: str = "fused",
         cast_before_gamma: bool = False,
         validate: bool = False,
+        fused: Any = "auto",
         device: Any = None,
     ):
         super().__init__()
@@ -72,6 +79,9 @@ class TensorParallelQKNorm(torch.nn.Module):
         self.statistics = statistics
         self.cast_before_gamma = cast_before_gamma
         self.validate = validate
+        if fused is not False and fused != "auto" and not isinstance(fused, PeerWorkspace):
+            raise TypeError(f"fused must be 'auto', False or a PeerWorkspace, got {fused!r}")
+        self.workspace = fused or None
         for name, cols in (("gamma_q", self.layout.q_cols), ("gamma_k", self.layout.k_cols)):
             ones = torch.ones(cols, dtype=torch.float32, device=device)
             self.register_parameter(name, torch.nn.Parameter(ones, requires_grad=False))
@@ -105,7 +115,65 @@ class TensorParallelQKNorm(torch.nn.Module):
             statistics=self.statistics,
             cast_before_gamma=self.cast_before_gamma,
             validate=self.validate,
+            workspace=self.workspace,
         )
+
+    def attention_input(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None,
+        cos_sin_cache: torch.Tensor | None,
+        interleaved: bool = False,
+        k_cache: torch.Tensor | None = None,
+        v_cache: torch.Tensor | None = None,
+        slot_mapping: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        q_out: torch.Tensor | None = None,
+        k_out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normalise this rank's columns, rotate their heads, and with caches store K and V.
+
+        Parameters
+        ----------
+        q, k : torch.Tensor, ``[M, layout.q_cols]`` and ``[M, layout.k_cols]``
+        v, k_cache, v_cache, slot_mapping, k_scale, v_scale
+            As for `qknorm_tvm.tensor_parallel.qk_rms_norm_rope_cache`; all or none.
+        positions, cos_sin_cache, interleaved, q_out, k_out
+            As for `qknorm_tvm.tensor_parallel.qk_rms_norm_rope`.
+
+        Returns
+        -------
+        (q_out, k_out)
+            `k_out` is None where K goes to a cache and none is given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `qknorm_tvm.tensor_parallel.qk_rms_norm`.
+        """
+        options: dict[str, Any] = {
+            "head_dim": self.layout.head_dim, "interleaved": interleaved, "epsilon": self.epsilon,
+            "group": self.group, "layout": self.layout, "statistics": self.statistics,
+            "cast_before_gamma": self.cast_before_gamma, "validate": self.validate,
+            "workspace": self.workspace, "q_out": q_out, "k_out": k_out,
+        }  # fmt: skip
+        stored = {"v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slot_mapping}
+        missing = [name for name, tensor in stored.items() if tensor is None]
+        if len(missing) == len(stored):
+            return qk_rms_norm_rope(
+                q, k, self.gamma_q, self.gamma_k, positions, cos_sin_cache, **options
+            )
+        if missing:
+            raise TypeError(f"{missing[0]} must be a torch.Tensor with the others, got None")
+        return qk_rms_norm_rope_cache(
+            q, k, v, self.gamma_q, self.gamma_k, positions, cos_sin_cache,  # type: ignore[arg-type]
+            k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale,  # type: ignore[arg-type]
+            **options,
+        )  # fmt: skip
 
     @torch.no_grad()
     def load_full(self, gamma_q: torch.Tensor, gamma_k: torch.Tensor) -> None:

@@ -75,6 +75,22 @@ ROTATING = tuple(
 )  # fmt: skip
 
 
+_ATTENTION = {"op": "qk_rms_norm_rope_cache", "q_cols": 1536, "k_cols": 256, "head_dim": 128,
+              "rotary_dim": 64}  # fmt: skip
+#: Of ranks that exchange statistics, without targets.
+PEERS = tuple(
+    KernelSpec(**{"target": "cuda", "statistics": "peers", **fields})  # type: ignore[arg-type]
+    for fields in (
+        {"op": "qk_rms_norm", "q_cols": 1536, "k_cols": 256},
+        {"op": "qk_rms_norm", "q_cols": 768, "k_cols": 128},
+        {"op": "qk_rms_norm", "q_cols": 391, "k_cols": 7},
+        {"op": "qk_rms_norm", "q_cols": 6144, "k_cols": 1024, "cast_before_gamma": True},
+        _ATTENTION,
+        {"op": "qk_rms_norm_rope", "q_cols": 640, "k_cols": 160, "head_dim": 80, "rotary_dim": 32},
+    )
+)
+
+
 def _layer(target: str, sizes: Sequence[tuple[str, int | None, int | None]]) -> list[KernelSpec]:
     ops = ("row_mean_of_squares_qk", "qk_rms_norm", "apply_qk_rms_norm")
     return [
@@ -123,6 +139,35 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
                 KernelSpec(op="row_mean_of_squares_qk", in_dtype=dtype, target=target)
                 for dtype in ("bfloat16", "float32")
             ),
+        ],
+        # With what the three steps take, which are timed beside.
+        "peers": [
+            *(spec.replace(target=target) for spec in PEERS),
+            *(
+                KernelSpec(op=op, q_cols=q, k_cols=k, target=target)
+                for op in ("row_mean_of_squares_qk", "apply_qk_rms_norm", "qk_rms_norm")
+                for q, k in ((1536, 256), (768, 128))
+            ),
+            KernelSpec(**{**_ATTENTION, "target": target}),
+        ],
+        # Of one rank of two, which are timed: MiniMax-M2 and OLMo-2 32B.
+        "peer_times": [
+            KernelSpec(
+                op=op,
+                q_cols=q,
+                k_cols=k,
+                target=target,
+                **({"head_dim": 128, "rotary_dim": rotary} if "rope" in op else {}),
+                **({} if statistics is None else {"statistics": statistics}),
+            )
+            for q, k, rotary in ((3072, 512, 64), (2560, 512, 128))
+            for op, statistics in (
+                ("qk_rms_norm", "peers"),
+                ("qk_rms_norm_rope_cache", "peers"),
+                ("row_mean_of_squares_qk", None),
+                ("apply_qk_rms_norm", None),
+                ("qk_rms_norm_rope_cache", "given"),
+            )
         ],
         "layer_other_outputs": [
             KernelSpec(

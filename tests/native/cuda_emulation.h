@@ -4,8 +4,10 @@
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -184,6 +186,54 @@ static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   memcpy(&value, &words[own ^ lanes], 4);
   return value;
 }
+
+template <typename T>
+static inline T __shfl_sync(unsigned mask, T value, int lane) {
+  using namespace emulation;
+  static_assert(sizeof(T) == 4);
+  unsigned own = current;
+  barrier* warp = &warps[own / kWarp];
+  uint32_t* words = exchanged[warp->turn & 1];
+  if (mask != 0xffffffffu) __builtin_trap();
+  memcpy(&words[own], &value, 4);
+  wait_at(warp);
+  memcpy(&value, &words[own / kWarp * kWarp + lane % kWarp], 4);
+  return value;
+}
+
+/* Ranks are processes, which share the memory of the slots. */
+static inline float __uint_as_float(uint32_t word) {
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+static inline uint32_t __float_as_uint(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  return word;
+}
+static inline void PEER_STORE(int64_t address, float sum) {
+  __atomic_store_n((uint32_t*)address, __float_as_uint(sum), __ATOMIC_RELAXED);
+}
+/* Other threads of the block go on while one waits, and other processes. */
+static inline void PEER_LOAD(float& sum, int64_t address) {
+  using namespace emulation;
+  sum = __uint_as_float(__atomic_load_n((uint32_t*)address, __ATOMIC_RELAXED));
+  progress = true;
+  sched_yield();
+  swapcontext(&fibers[current], &scheduler);
+}
+static inline void PEER_CLOCK(uint64_t& now) {
+  timespec at;
+  clock_gettime(CLOCK_MONOTONIC, &at);
+  now = at.tv_sec * 1000000000ull + at.tv_nsec;
+}
+static inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long expected,
+                                           unsigned long long value) {
+  __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
+static inline void __threadfence_system() {}
 
 /* Runs a grid; 0, or -1 where a block never ends. */
 static int emulate(int64_t blocks, int threads, int reverse, std::function<void()> kernel) {
