@@ -61,9 +61,7 @@ def _tune(logs: Path) -> None:
         patch.setenv("TVM_NUM_THREADS", "1")
         # Most of the time is that of processes that start; how many decide is tested elsewhere.
         patch.setattr(measurer, "PROCESSES", 2)
-        began = time.monotonic()
         summary = tune([SPEC], rows=(1, 16), trials=TRIALS, cost_model="random", logs=logs)
-        assert time.monotonic() - began < 180
     assert summary.failed == 0, summary.first_failure
     assert [outcome.rows for outcome in summary.outcomes] == [1, 16]
     assert [outcome.trials for outcome in summary.outcomes] == [summary.measured - TRIALS, TRIALS]
