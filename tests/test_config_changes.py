@@ -62,9 +62,14 @@ def _cuda_code(spec: KernelSpec, config: CudaConfig) -> str:
     return cuda.cuda_source([("f", cuda.scheduled_variant(spec, variant))])
 
 
-@pytest.mark.parametrize("field", CUDA_OTHER)
 @pytest.mark.parametrize(
-    "spec", [CUDA_SPECS[0], pytest.param(CUDA_SPECS[1], marks=pytest.mark.slow)], ids=str
+    ("spec", "field"),
+    [
+        pytest.param(spec, field, marks=() if field in few else pytest.mark.slow)
+        for spec, few in ((CUDA_SPECS[0], ("rows", "streaming_stores")), (CUDA_SPECS[1], ()))
+        for field in CUDA_OTHER
+    ],
+    ids=str,
 )
 def test_cuda_fields_that_count_are_those_that_change_code(spec: KernelSpec, field: str) -> None:
     changed = dataclasses.replace(CUDA_BASE, **{field: CUDA_OTHER[field]})

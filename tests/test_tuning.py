@@ -29,6 +29,8 @@ pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tun
 pytest.importorskip("psutil", reason="tuning needs the extra qknorm-tvm[tune]")
 
 SPEC = KernelSpec(q_cols=96, k_cols=64, target="cpu")
+#: Of each row count in `tuned`.
+TRIALS = 6
 TUNE = """
 import sys
 from qknorm_tvm import KernelSpec, tune
@@ -59,12 +61,10 @@ def _tune(logs: Path) -> None:
         patch.setenv("TVM_NUM_THREADS", "1")
         # Most of the time is that of processes that start; how many decide is tested elsewhere.
         patch.setattr(measurer, "PROCESSES", 2)
-        began = time.monotonic()
-        summary = tune([SPEC], rows=(1, 16), trials=10, cost_model="random", logs=logs)
-        assert time.monotonic() - began < 180
+        summary = tune([SPEC], rows=(1, 16), trials=TRIALS, cost_model="random", logs=logs)
     assert summary.failed == 0, summary.first_failure
     assert [outcome.rows for outcome in summary.outcomes] == [1, 16]
-    assert [outcome.trials for outcome in summary.outcomes] == [summary.measured - 10, 10]
+    assert [outcome.trials for outcome in summary.outcomes] == [summary.measured - TRIALS, TRIALS]
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_tuned_folder_is_whole(tuned: Path) -> None:
     provenance = json.loads((tuned / "provenance.json").read_text())
     assert provenance["device"]["cpu"]
     (session,) = provenance["sessions"]
-    assert (session["trials"], session["seed"], session["ended"]) == (10, 0, "complete")
+    assert (session["trials"], session["seed"], session["ended"]) == (TRIALS, 0, "complete")
     # The default is always among the measured.
     logs = records.read_logs(tuned)
     for outcome in selection.read_outcomes(tuned):
@@ -93,7 +93,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, int]:
 
 def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
     before = (copy / records.RECORDS).read_bytes()
-    summary = tune([SPEC], rows=(1, 16), trials=10, cost_model="random", logs=copy.parent)
+    summary = tune([SPEC], rows=(1, 16), trials=TRIALS, cost_model="random", logs=copy.parent)
     assert summary.measured == 0
     assert summary.reused == len(before.splitlines())
     assert (copy / records.RECORDS).read_bytes() == before
@@ -114,7 +114,7 @@ def test_a_session_goes_on_past_damaged_lines(copy: Path, cost_model: str, trial
     assert [problem.line for problem in summary.rejected] == [2, 3, len(lines) + 2]
     (outcome,) = summary.outcomes
     assert outcome.trials == trials
-    assert summary.measured == trials - 9
+    assert summary.measured == trials - (TRIALS - 1)  # the last line is cut
     logs = records.read_logs(copy)
     assert logs.problems == []
     assert len({record.key for record in logs.records}) == len(logs.records)
