@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,6 @@ from peer_calls import (
     statistics_of,
     sums_of_squares,
 )
-from rank_processes import run_group
 from test_cuda_rope import Call as RopeCall
 from test_cuda_rope import _differing
 
@@ -308,13 +309,31 @@ def test_entry_point_refuses(module: Module) -> None:
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("how", ["all", "absent"])
+@pytest.mark.parametrize("how", ["all", "absent", "killed"])
 def test_processes(module_path: ModulePath, how: str) -> None:
-    """Two processes that share the GPU, by CUDA IPC; one that ends before the other is done."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--local-addr", "127.0.0.1", str(PROCESSES), str(module_path("peers")), how]
-    status, output = run_group(command, seconds=120)
-    print(output)
-    assert status == 0, output
-    assert output.count("done") == 2, output
+    """Two processes, by CUDA IPC on one GPU; one that stops, or dies, before the other is done."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        number = str(port.getsockname()[1])
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": number, "WORLD_SIZE": "2"}
+    base |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROCESSES), str(module_path("peers")), how]
+    ranks = [
+        subprocess.Popen(
+            command, env={**base, "RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = []
+    try:
+        for rank in ranks:
+            outputs.append(rank.communicate(timeout=60)[0])
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    print(*outputs)
+    killed = -9 if how == "killed" else 0
+    assert [rank.returncode for rank in ranks] == [0, killed], outputs
+    assert [output.count("done") for output in outputs] == [1, int(not killed)], outputs
