@@ -7,7 +7,7 @@ import warnings
 
 
 def printable(text: str) -> str:
-    """Return a text with what steers a terminal written as escapes, such as ``\\x1b``.
+    """Return a text with control characters written as escapes, such as ``\\x1b``.
 
     File names and metadata are whatever their authors liked. Lines and tabs stay.
     """

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: processor, its load, versions; and where its user's files go."""
+"""This machine: processor, load, versions of libraries, and the user's folders."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def load_warning() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return versions of what a measurement depends on; torch's says when it is not installed."""
-    found = {"qknorm-tvm": __version__, "python": platform.python_version()}
+    """Return the versions of what a measurement depends on, ``"not installed"`` included."""
+    versions = {"qknorm-tvm": __version__, "python": platform.python_version()}
     for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "torch"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions

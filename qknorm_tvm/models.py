@@ -18,7 +18,7 @@ class Model:
     q_heads, kv_heads, head_dim : int
         Of a whole layer.
     rotary_dim : int
-        Columns of a head that are rotated, in pairs as in GPT-NeoX.
+        Columns of a head that are rotated, in pairs as in GPT-NeoX; 0: none.
     epsilon : float
         Added to the mean squares.
     cast_before_gamma : tuple of bool
@@ -108,6 +108,8 @@ MODELS = {
     "olmo2-32b": Model(40, 8),
     "olmo3-7b": Model(32, 32),
     "olmo3-32b": Model(40, 8),
+    # Every fourth layer has attention, and positions only from the layers between.
+    "olmo-hybrid-7b": Model(30, 30, rotary_dim=0),
     "olmoe": Model(16, 16, epsilon=1e-5),
 }
 

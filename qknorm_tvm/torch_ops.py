@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -72,7 +72,6 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-Pair = tuple[Tensor, Tensor]
 
 #: Tensors that may have no dimension, for one of a single element.
 _SCALES = {
@@ -190,7 +189,7 @@ def _check_shape(argument: TensorArgument, tensors: dict[str, Tensor], head_dim:
 
 
 def _check_spec(operation: Operation, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
-    """Raise for what no spec of an operation that rotates may have, as the Python API does."""
+    """Raise, as the Python API does, where a rotating operation has no spec for such tensors."""
     q, k, choices = tensors["q"], tensors["k"], {}
     if operation.has_cache:
         scales = tensors.get("k_scale"), tensors.get("v_scale")
@@ -282,7 +281,7 @@ def _register(
 
 
 def _returned(operation: Operation) -> tuple[str, ...]:
-    """Return the outputs that are new where none is given: no cache, and none that may be left."""
+    """Return the outputs that are allocated where none is given: no caches, no optional ones."""
     return tuple(
         name
         for name in operation.outputs
@@ -291,23 +290,32 @@ def _returned(operation: Operation) -> tuple[str, ...]:
 
 
 def _in_place(operation: Operation) -> dict[str, str]:
-    """Return the inputs that outputs take the place of in an operation's form in place."""
+    """Return, by output, the input that it overwrites in an operation's in-place form."""
     return {name: operation[name].in_place_of or "" for name in _returned(operation)}
 
 
+def _default(parameter: inspect.Parameter) -> str:
+    is_required = parameter.default is inspect.Parameter.empty
+    return "" if is_required else f"={parameter.default}"
+
+
 def _register_forms(operation: Operation) -> None:
-    """Register an operation that returns its outputs, is given them, and works in place."""
+    """Register an operation with new outputs, with given ones (``_out``), and in place (``_``)."""
     function = getattr(api, operation.name)
     inputs, returned = operation.signature, _returned(operation)
     alias = dict(zip(operation.outputs, "abcdefgh", strict=False))
     caches = [f"Tensor({alias[name]}!) {name}" for name in operation.outputs
               if operation[name].is_cache]  # fmt: skip
-    fields = {"head_dim": "int head_dim", "interleaved": "bool interleaved=False",
-              "cast_before_gamma": "bool cast_before_gamma=False"}  # fmt: skip
-    flags = [text for field, text in fields.items() if field in operation.spec_fields]
+    parameters = inspect.signature(function).parameters
+    # The Python function's choices that are fields of a spec: those have the types of a schema.
+    flags = [
+        f"{parameter.annotation} {name}{_default(parameter)}"
+        for name, parameter in parameters.items()
+        if name in operation.spec_fields and name != "out_dtype"
+    ]
     scalars = [f"float {scalar.name}={scalar.default}" for scalar in operation.scalars]
     # The function's own names, in case their order is another.
-    positional = list(inspect.signature(function).parameters)[: len(inputs)] == list(inputs)
+    positional = list(parameters)[: len(inputs)] == list(inputs)
     keywords = {name: operation[name].api_name for name in operation.outputs}
     order = (*inputs, *(scalar.name for scalar in operation.scalars))
 
@@ -366,344 +374,116 @@ for _operation in OPERATIONS.values():
 
 # ---- for callers ------------------------------------------------------------------------------
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _both(q_out: Tensor | None, k_out: Tensor | None, out_dtype: torch.dtype | None) -> bool:
-    """Return whether outputs are given; raise where only one is, or they contradict `out_dtype`."""
-    if (q_out is None) != (k_out is None):
-        given = "k_out" if q_out is None else "q_out"
-        raise ValueError(f"q_out and k_out must be given both or neither, got {given} alone")
-    if q_out is None:
-        return False
-    if out_dtype is not None and q_out.dtype != out_dtype:
+_DOCUMENTATION = """{summary}: ``torch.ops`` form.
+
+    Takes what `qknorm_tvm.{name}` takes, {less}: torch tensors, on the CPU or one CUDA device.
+    Returns {returns}.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is wrong, or requires grad under grad mode.
+
+    See Also
+    --------
+    qknorm_tvm.{name} : the definition, and the same without torch's dispatcher.
+    """
+
+
+def _check_given(
+    operation: Operation, outputs: dict[str, Tensor | None], dtype: torch.dtype | None
+) -> None:
+    """Refuse outputs of which some are missing, or that contradict `out_dtype`."""
+    returned = _returned(operation)
+    if any(outputs[name] is None for name in returned):
+        given = [name for name, tensor in outputs.items() if tensor is not None]
+        both = "both or neither" if len(returned) > 1 else f"with {given[0]}"
+        wanted = " and ".join(returned)
+        raise ValueError(f"{wanted} must be given {both}, got {given[0]} alone")
+    first = outputs[returned[0]]  # the module compares the others
+    if first is not None and dtype is not None and first.dtype != dtype:
         raise TypeError(
-            f"q_out must be {_dtype_name(out_dtype)} like out_dtype, got {_dtype_name(q_out.dtype)}"
+            f"{returned[0]} must be {_dtype_name(dtype)} like out_dtype, got "
+            f"{_dtype_name(first.dtype)}"
         )
-    return True
 
 
-def row_mean_of_squares_qk(q: Tensor, k: Tensor, *, qk_var_out: Tensor | None = None) -> Tensor:
-    """Compute the mean of squares of every row of Q and of K: ``torch.ops`` form.
+def _function(function: Callable[P, R], form: str = "") -> Callable[P, R]:
+    """Return the function around an operator, with the signature of the Python API's.
 
-    Parameters
-    ----------
-    q, k : torch.Tensor, ``[M, Nq]`` and ``[M, Nk]``, bfloat16, float16 or float32
-        On the CPU or one CUDA device. Rows may be strided, columns must be contiguous.
-    qk_var_out : torch.Tensor, ``[M, 2]``, float32, optional
-        Where to write.
+    It has no `stream`, which torch knows, and no `validate`; the in-place form has no outputs
+    either. Its source is made here from the table of operations, so that torch.compile traces it
+    like any other; ``qk_rms_norm`` is::
 
-    Returns
-    -------
-    torch.Tensor, ``[M, 2]``, float32
-        Column 0: of q's rows, column 1: of k's.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.row_mean_of_squares_qk : the definition, and the same without torch's dispatcher.
+        def qk_rms_norm(q, k, gamma_q, gamma_k, epsilon=1e-06, *, q_out=None, k_out=None,
+                        out_dtype=None, cast_before_gamma=False):
+            if q_out is not None or k_out is not None:
+                check_given(operation, {'q_out': q_out, 'k_out': k_out}, out_dtype)
+                out(q, k, gamma_q, gamma_k, epsilon, q_out=q_out, k_out=k_out,
+                    cast_before_gamma=cast_before_gamma)
+                return q_out, k_out
+            return new(q, k, gamma_q, gamma_k, epsilon, out_dtype=out_dtype,
+                       cast_before_gamma=cast_before_gamma)
     """
-    if qk_var_out is None:
-        return torch.ops.qknorm_tvm.row_mean_of_squares_qk.default(q, k)
-    torch.ops.qknorm_tvm.row_mean_of_squares_qk_out.default(q, k, qk_var=qk_var_out)
-    return qk_var_out
-
-
-def apply_qk_rms_norm(
-    q: Tensor,
-    k: Tensor,
-    qk_var: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    cast_before_gamma: bool = False,
-) -> Pair:
-    """Normalise Q and K by given mean squares, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k : torch.Tensor, ``[M, Nq]`` and ``[M, Nk]``, bfloat16, float16 or float32
-        On the CPU or one CUDA device. Rows may be strided, columns must be contiguous.
-    qk_var : torch.Tensor, ``[M, 2]``, float32
-    gamma_q, gamma_k : torch.Tensor, ``[Nq]`` and ``[Nk]``, float32
-    epsilon : float
-    q_out, k_out : torch.Tensor, optional
-        Where to write, both or neither; q and k themselves are allowed.
-    out_dtype : torch.dtype, optional
-        Element type of new outputs; by default q's.
-    cast_before_gamma : bool
-        Round to q's type before the multiplication by gamma too, as MiniMax-M2 does.
-
-    Returns
-    -------
-    (q_out, k_out)
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.apply_qk_rms_norm : the definition, and the same without torch's dispatcher.
-    """
-    if _both(q_out, k_out, out_dtype):
-        torch.ops.qknorm_tvm.apply_qk_rms_norm_out.default(
-            q, k, qk_var, gamma_q, gamma_k, epsilon,
-            q_out=q_out, k_out=k_out, cast_before_gamma=cast_before_gamma,
-        )  # fmt: skip
-        return q_out, k_out  # type: ignore[return-value]  # both are given
-    return torch.ops.qknorm_tvm.apply_qk_rms_norm.default(
-        q, k, qk_var, gamma_q, gamma_k, epsilon,
-        out_dtype=out_dtype, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-
-
-def apply_qk_rms_norm_(
-    q: Tensor,
-    k: Tensor,
-    qk_var: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Normalise Q and K by given mean squares, in place; see `apply_qk_rms_norm`."""
-    torch.ops.qknorm_tvm.apply_qk_rms_norm_.default(
-        q, k, qk_var, gamma_q, gamma_k, epsilon, cast_before_gamma=cast_before_gamma
+    operation = OPERATIONS[function.__name__]
+    written = {
+        name: operation[name].api_name for name in operation.outputs if not operation[name].is_cache
+    }
+    dropped = {"stream", "validate"} | ({*written.values(), "out_dtype"} if form else set())
+    parameters = {
+        name: parameter.replace(annotation=inspect.Parameter.empty)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in dropped
+    }
+    positional = (*operation.signature, *(scalar.name for scalar in operation.scalars))
+    apart = {*positional, *written.values(), "out_dtype"}
+    options = [f"{name}={name}" for name in parameters if name not in apart]
+    dtype = "out_dtype" if "out_dtype" in parameters else "None"
+    given = ", ".join(f"{name!r}: {own}" for name, own in written.items())
+    to_given = [f"{name}={own}" for name, own in written.items()]
+    to_new = [f"out_dtype={dtype}"] if dtype != "None" else []
+    # An output that may be left is None where the others are new.
+    left = ", None" * (len(written) - len(_returned(operation)))
+    if form:
+        body = f"in_place({', '.join([*positional, *options])})"
+    else:
+        body = f"""if {" or ".join(f"{own} is not None" for own in written.values())}:
+            check_given(operation, {{{given}}}, {dtype})
+            out({", ".join([*positional, *to_given, *options])})
+            return {", ".join(written.values())}
+        return new({", ".join([*positional, *to_new, *options])}){left}"""
+    name = operation.name + form
+    # Closed over, not global: torch.compile knows a global by its name and the module's.
+    source = f"""
+def make(operation, check_given, new, out, in_place):
+    def {name}{inspect.Signature(list(parameters.values()))}:
+        {body}
+    return {name}
+"""
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(source, names)
+    operators = [getattr(torch.ops.qknorm_tvm, operation.name + end) for end in ("", "_out", form)]
+    made = names["make"](operation, _check_given, *(operator.default for operator in operators))
+    made.__qualname__ = name
+    summary = (inspect.getdoc(function) or "").partition(".\n")[0]
+    made.__doc__ = _DOCUMENTATION.format(
+        summary=f"{summary}, in place" if form else summary,
+        name=operation.name,
+        less="but no outputs and no stream" if form else "but no stream",
+        returns="nothing" if form else "the same",
     )
+    return made
 
 
-def qk_rms_norm(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    cast_before_gamma: bool = False,
-) -> Pair:
-    """Normalise Q and K by the mean squares of their own rows, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k, gamma_q, gamma_k, epsilon, q_out, k_out, out_dtype, cast_before_gamma
-        As for `apply_qk_rms_norm`.
-
-    Returns
-    -------
-    (q_out, k_out)
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.qk_rms_norm : the definition, and the same without torch's dispatcher.
-    """
-    if _both(q_out, k_out, out_dtype):
-        torch.ops.qknorm_tvm.qk_rms_norm_out.default(
-            q, k, gamma_q, gamma_k, epsilon,
-            q_out=q_out, k_out=k_out, cast_before_gamma=cast_before_gamma,
-        )  # fmt: skip
-        return q_out, k_out  # type: ignore[return-value]  # both are given
-    return torch.ops.qknorm_tvm.qk_rms_norm.default(
-        q, k, gamma_q, gamma_k, epsilon, out_dtype=out_dtype, cast_before_gamma=cast_before_gamma
-    )
-
-
-def qk_rms_norm_(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    epsilon: float = 1e-6,
-    *,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Normalise Q and K by the mean squares of their own rows, in place; see `qk_rms_norm`."""
-    torch.ops.qknorm_tvm.qk_rms_norm_.default(
-        q, k, gamma_q, gamma_k, epsilon, cast_before_gamma=cast_before_gamma
-    )
-
-
-def qk_rms_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> Pair:
-    """Normalise Q and K and rotate their heads, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k, gamma_q, gamma_k, epsilon, cast_before_gamma
-        As for `apply_qk_rms_norm`.
-    positions, cos_sin_cache, head_dim, interleaved, qk_var
-        As for `qknorm_tvm.qk_rms_norm_rope`.
-    q_out, k_out : torch.Tensor, optional
-        Where to write, both or neither; q and k themselves are allowed.
-
-    Returns
-    -------
-    (q_out, k_out)
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.qk_rms_norm_rope : the definition, and the same without torch's dispatcher.
-    """
-    args = (q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon)
-    options = {
-        "head_dim": head_dim, "interleaved": interleaved, "cast_before_gamma": cast_before_gamma
-    }  # fmt: skip
-    if _both(q_out, k_out, None):
-        torch.ops.qknorm_tvm.qk_rms_norm_rope_out.default(
-            *args, q_out=q_out, k_out=k_out, **options
-        )
-        return q_out, k_out  # type: ignore[return-value]  # both are given
-    return torch.ops.qknorm_tvm.qk_rms_norm_rope.default(*args, **options)
-
-
-def qk_rms_norm_rope_(
-    q: Tensor,
-    k: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Normalise Q and K and rotate their heads, in place; see `qk_rms_norm_rope`."""
-    torch.ops.qknorm_tvm.qk_rms_norm_rope_.default(
-        q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var, epsilon,
-        head_dim=head_dim, interleaved=interleaved, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
-
-
-def qk_rms_norm_rope_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Normalise Q and K, rotate, and store K and V, in one launch: ``torch.ops`` form.
-
-    Parameters
-    ----------
-    q, k, gamma_q, gamma_k, epsilon, cast_before_gamma
-        As for `apply_qk_rms_norm`.
-    v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping, head_dim, interleaved, qk_var
-        As for `qknorm_tvm.qk_rms_norm_rope_cache`. The caches are written.
-    k_scale, v_scale : torch.Tensor, ``[1]`` or ``[kv_heads]``, float32, optional
-        For caches of float8, and only for those.
-    q_out : torch.Tensor, optional
-        Where to write Q; q itself is allowed.
-    k_out : torch.Tensor, optional
-        With `q_out` only: where to write K as well; k itself is allowed.
-
-    Returns
-    -------
-    (q_out, k_out)
-        `k_out` is None where none is given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is wrong, or requires grad under grad mode.
-
-    See Also
-    --------
-    qknorm_tvm.qk_rms_norm_rope_cache : the definition, and the same without torch's dispatcher.
-    """
-    if k_out is not None and q_out is None:
-        raise ValueError("q_out must be given with k_out, got k_out alone")
-    args = (
-        q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping, qk_var, k_scale,
-        v_scale, epsilon,
-    )  # fmt: skip
-    options = {
-        "k_cache": k_cache, "v_cache": v_cache, "head_dim": head_dim,
-        "interleaved": interleaved, "cast_before_gamma": cast_before_gamma,
-    }  # fmt: skip
-    if q_out is None:
-        return torch.ops.qknorm_tvm.qk_rms_norm_rope_cache.default(*args, **options), None
-    torch.ops.qknorm_tvm.qk_rms_norm_rope_cache_out.default(
-        *args, q_out=q_out, k_out=k_out, **options
-    )
-    return q_out, k_out
-
-
-def qk_rms_norm_rope_cache_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor,
-    gamma_k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    *,
-    head_dim: int,
-    interleaved: bool = False,
-    epsilon: float = 1e-6,
-    qk_var: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    cast_before_gamma: bool = False,
-) -> None:
-    """Write Q in place, and K and V to the caches; see `qk_rms_norm_rope_cache`."""
-    torch.ops.qknorm_tvm.qk_rms_norm_rope_cache_.default(
-        q, k, v, gamma_q, gamma_k, positions, cos_sin_cache, slot_mapping, qk_var, k_scale,
-        v_scale, epsilon, k_cache=k_cache, v_cache=v_cache, head_dim=head_dim,
-        interleaved=interleaved, cast_before_gamma=cast_before_gamma,
-    )  # fmt: skip
+row_mean_of_squares_qk = _function(api.row_mean_of_squares_qk)
+apply_qk_rms_norm = _function(api.apply_qk_rms_norm)
+qk_rms_norm = _function(api.qk_rms_norm)
+qk_rms_norm_rope = _function(api.qk_rms_norm_rope)
+qk_rms_norm_rope_cache = _function(api.qk_rms_norm_rope_cache)
+apply_qk_rms_norm_ = _function(api.apply_qk_rms_norm, "_")
+qk_rms_norm_ = _function(api.qk_rms_norm, "_")
+qk_rms_norm_rope_ = _function(api.qk_rms_norm_rope, "_")
+qk_rms_norm_rope_cache_ = _function(api.qk_rms_norm_rope_cache, "_")

@@ -147,7 +147,7 @@ def schedule_body(sch: Schedule, *, vector: Any, row_tile: Any) -> Any:
 def _schedule_tiles(
     sch: Schedule, tile: Any, heads: Sequence[str], blocks: set[str], dtypes: Mapping[str, str]
 ) -> None:
-    """Make the tile loop parallel; at the head of a tile, what there is one of a row."""
+    """Make the tile loop parallel; at the head of a tile compute each row's own values, `heads`."""
     for name in heads:
         head = sch.get_sblock(name)
         # A tile of one row keeps its loop: a trace must find the same loops whatever is sampled.
@@ -198,12 +198,12 @@ def _schedule_statistics(sch: Schedule, dtypes: Mapping[str, str], *, row_tile: 
 
 
 def _blocks(sch: Schedule) -> list[Any]:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, found.append))
-    return found
+    blocks: list[Any] = []
+    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, blocks.append))
+    return blocks
 
 
 def _element_type(sch: Schedule, name: str) -> str:
     """Return the element type of a parameter."""
-    params = {str(one.name): one for one in sch.mod["main"].params}
+    params = {str(param.name): param for param in sch.mod["main"].params}
     return str(params[name].dtype)

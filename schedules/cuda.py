@@ -111,13 +111,13 @@ def schedule_body(sch: Schedule, config: CudaConfig) -> None:
         # 4. Stage x, gamma, rs and the outputs in registers.
         out = sch.get_sblock(f"{tag}_out")
         thread, *inner = sch.get_loops(out)[1:-1]
-        per_vector, per_part = inner[-1], inner[0] if config.columns > 1 else thread
+        part = inner[0] if config.columns > 1 else thread
         store = sch.cache_write(out, 0, "local")
-        sch.reverse_compute_at(store, per_vector)
+        sch.reverse_compute_at(store, part)
         reads = [region.source.name for region in sch.get(out).reads]
-        for name, loop in ((f"gamma_{tag}", per_part), (tag, per_vector)):
+        for name in (f"gamma_{tag}", tag):
             load = sch.cache_read(out, reads.index(name), "local")
-            sch.compute_at(load, loop)
+            sch.compute_at(load, part)
             _vectorise(sch, load, min(config.vector, aligned[name]), config.vector)
         lanes = min(config.vector, aligned[f"{tag}_out"])
         _vectorise(sch, store, lanes, config.vector)

@@ -64,7 +64,7 @@ class CudaConfig:
     ----------
     threads : int
         Threads of a block; a multiple of 32 from 32 to 1024. The columns of Q and then those of K
-        are dealt out to the threads of as many blocks as a row needs.
+        are partitioned among the threads of as many blocks as a row needs.
     vector : int
         Neighbouring columns that a thread handles together: 1, 2, 4 or 8. They are read and
         written in accesses of up to 16 bytes, as far as the declared alignment allows.
@@ -157,7 +157,7 @@ def _whole_warps(threads: int) -> int:
 
 
 def _even_blocks(threads: int, most: int) -> int:
-    """Return threads a block so that a row's threads fill blocks of at most `most` evenly."""
+    """Return the threads of a block, at most `most`, so that a row's threads fill blocks evenly."""
     return _whole_warps(_ceil_div(threads, _ceil_div(threads, most)))
 
 
@@ -199,7 +199,7 @@ def _aligned_variants(spec: KernelSpec, vector: int) -> list[CudaVariant]:
         ]
     # A block a row is a small block: many rows need several in one.
     rows = 2 if vectors >= 96 else 4
-    found = [
+    variants = [
         variant(
             "prefill",
             max(_stream_rows(spec), _MANY_BLOCKS),
@@ -209,8 +209,8 @@ def _aligned_variants(spec: KernelSpec, vector: int) -> list[CudaVariant]:
         variant("resident", _MANY_BLOCKS, threads=block, rows=rows, streaming_stores=True),
     ]
     if vectors > 128:
-        found += [variant("wave", _ceil_div(_WAVE_VECTORS, vectors), threads=block), batch]
-    return [*found, variant("decode", 1, threads=min(block, 128))]
+        variants += [variant("wave", _ceil_div(_WAVE_VECTORS, vectors), threads=block), batch]
+    return [*variants, variant("decode", 1, threads=min(block, 128))]
 
 
 def _general_variants(spec: KernelSpec) -> list[CudaVariant]:
@@ -235,7 +235,7 @@ def _general_variants(spec: KernelSpec) -> list[CudaVariant]:
 
 
 def reachable(variants: list[CudaVariant]) -> list[CudaVariant]:
-    """Drop variants that a call never gets to, as the first that fits is taken."""
+    """Drop variants that no call reaches, as one before them always fits."""
     kept: list[CudaVariant] = []
     for variant in variants:
         if not any(

@@ -1,4 +1,4 @@
-"""What the CUDA kernels say to the device that TensorIR has no statement for."""
+"""Device code of the CUDA kernels for which TensorIR has no statement."""
 
 from __future__ import annotations
 

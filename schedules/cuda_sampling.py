@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .cuda_config import DEPENDENT_LAUNCHES, GRID_ORDERS
+from .cuda_config import DEPENDENT_LAUNCHES, GRID_ORDERS, NOTE
 
 if TYPE_CHECKING:
     from tvm.s_tir import Schedule
+
+    from .cuda_config import CudaConfig
 
 #: Raised when a schedule, its lowering or the declaration changes so much that times measured
 #: before say nothing: tuned records of another version are not used.
@@ -22,8 +24,8 @@ WORDS: dict[str, Sequence[Any]] = {
     "streaming_stores": (False, True),
 }
 #: Fields on which the shape of the loops depends. A trace would freeze what Python decides from
-#: them, so each of their combinations is a design space of its own. Where rows are added up there
-#: are none: the kernel is made of the config, not of the trace.
+#: them, so each of their combinations is a design space of its own. Where rows are added up or
+#: rotated there are none: `cuda_row` makes the kernel of the config, not of the trace.
 STRUCTURAL: tuple[str, ...] = ("vector", "columns", "rows")
 
 
@@ -62,25 +64,44 @@ def sample(
         One for each combination of the structural fields. Every field is annotated as
         ``qknorm.<field>``, so that a record's trace says the whole config.
     """
-    from . import cuda, cuda_row
+    from . import cuda
 
+    blocks = _block_names(sch)
     schedule_body, structural = cuda.schedule_body, STRUCTURAL
-    if cuda_row.adds_rows(sch):
-        schedule_body, structural = cuda_row.schedule_body, ()
+    if "heads_q" in blocks or "square_x32_q" in blocks:
+        schedule_body, structural = _note, ()
     fixed = [
         choices[name] if decisions is None else [decisions[name]] for name in structural
     ]  # fmt: skip
     spaces = []
     for values in itertools.product(*fixed):
-        one = sch.copy()
+        space = sch.copy()
         fields: dict[str, Any] = dict(zip(structural, values, strict=True))
         for name, options in choices.items():
             if name not in structural:
-                fields[name] = one.sample_categorical(
+                fields[name] = space.sample_categorical(
                     list(options),
                     [1 / len(options)] * len(options),
                     None if decisions is None else list(options).index(decisions[name]),
                 )
-        schedule_body(one, _Fields(fields))  # type: ignore[arg-type]
-        spaces.append(one)
+        schedule_body(space, _Fields(fields))  # type: ignore[arg-type]
+        spaces.append(space)
     return spaces
+
+
+def _note(sch: Schedule, config: CudaConfig) -> None:
+    """Note a config on a loop over rows, so that a trace says it."""
+    blocks = _block_names(sch)
+    (name,) = [name for name in ("q_out", "heads_q", "mean") if name in blocks]
+    row = sch.get_loops(sch.get_sblock(name))[0]
+    for field, value in config.to_dict().items():
+        sch.annotate(row, NOTE + field, value)
+
+
+def _block_names(sch: Schedule) -> set[str]:
+    import tvm_ffi
+    from tvm.s_tir import SBlock
+
+    blocks: list[SBlock] = []
+    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, blocks.append))
+    return {str(block.name_hint) for block in blocks}

@@ -106,7 +106,7 @@ def _packed(request: Request) -> tuple[bytes, list[np.ndarray]]:
     tensors = []
     for array in request.tensors:
         base = base_of(array)
-        index = next((i for i, one in enumerate(bases) if one is base), len(bases))
+        index = next((i for i, base in enumerate(bases) if base is base), len(bases))
         if index == len(bases):
             bases.append(base)
         shape = [*array.shape, 0, 0][:2]
@@ -135,8 +135,8 @@ def _run(command: Sequence[str]) -> str:
 
 def _file_of(compiler: str, name: str) -> Path | None:
     """Return a file of the compiler's libraries; gcc answers with the bare name if it has none."""
-    found = Path(_run([compiler, f"-print-file-name={name}"]))
-    return found.resolve() if found.is_absolute() and found.exists() else None
+    path = Path(_run([compiler, f"-print-file-name={name}"]))
+    return path.resolve() if path.is_absolute() and path.exists() else None
 
 
 def _qemu(compiler: str) -> list[str]:

@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # The same code on every machine: no records of the one at hand.
         os.environ["QKNORM_TVM_TUNING_LOGS"] = ""
         os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
+        if "CC" not in os.environ and shutil.which("gcc"):
+            level = "-O0" if config.option.markexpr == "not slow" else "-O3"
+            config.stash[_compiler] = os.environ["CC"] = quick_compiler(folder, level)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -42,6 +45,45 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.environ.pop(_SESSION, None)
+        if config.stash.get(_compiler, None):
+            os.environ.pop("CC", None)
+
+
+def quick_compiler(folder: str, level: str) -> str:
+    """Write a C compiler that compiles each file once for all tests; returns its path.
+
+    The entry point is the larger part of what a small module takes to compile, and most tests are
+    of other parts: a run without the slow ones does not optimise it. In the others it is as it is
+    shipped.
+    """
+    path = os.path.join(folder, "quick-gcc")
+    with open(path, "w") as file:
+        file.write(_QUICK_COMPILER.replace("LEVEL", level))
+    os.chmod(path, 0o700)
+    return path
+
+
+#: ``-c … SOURCE -o OBJECT``: what is kept has a name made of all that it reads of this project.
+_QUICK_COMPILER = """#!/bin/sh
+for argument do
+    shift
+    [ "$argument" = -O3 ] && argument=LEVEL
+    set -- "$@" "$argument"
+    [ "$last" = -o ] && object=$argument
+    case $argument in *.c) source=$argument ;; esac
+    last=$argument
+done
+[ "$1" = -c ] || exec gcc "$@"
+tables=${object%/*}/tables.h
+[ "${source##*/}" = pool.c ] && tables=
+kept=$(cat "$source" "${source%/*}/module.h" $tables | sha256sum)
+kept=${0%/*}/${kept%% *}.o
+if ! [ -f "$kept" ]; then
+    gcc "$@" || exit
+    cp "$object" "$kept.$$" && mv "$kept.$$" "$kept"
+fi
+cp "$kept" "$object"
+"""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,3 +104,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 _folder = pytest.StashKey[str]()
+_compiler = pytest.StashKey[str]()

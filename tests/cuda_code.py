@@ -112,8 +112,8 @@ def nvcc_version() -> str:
     text = subprocess.run(
         [str(build_cuda.find_nvcc()), "--version"], capture_output=True, text=True, check=True
     ).stdout
-    found = re.search(r"V(\d+\.\d+\.\d+)", text)
-    return found[1] if found else "unknown"
+    version = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return version[1] if version else "unknown"
 
 
 @dataclasses.dataclass
@@ -176,7 +176,7 @@ def built(name: str) -> Built:
             here = compiled.path.parent
             shutil.copyfile(here / "module.cu", source)
             compiled.export(path)
-            command = next(one for one in commands if "-c" in one)
+            command = next(command for command in commands if "-c" in command)
             about.write_text(json.dumps({"command": command, "built_in": str(here)}))
     return Built(name, path, source, **json.loads(about.read_text()))
 
@@ -213,15 +213,15 @@ def source_of(name: str) -> Built:
 
 def kernels_of(name: str) -> dict[str, tuple[KernelSpec, CudaVariant]]:
     """Return the kernels that there must be in one of `MODULES`: what each is of."""
-    found = {}
+    kernels = {}
     for index, spec in enumerate(MODULES[name]):
         seen = set()
         for variant in default_variants(spec):
             key = (variant.config, variant.stride_unit, variant.alignment)
             if key not in seen:
-                found[f"qkn_cuda_{index}_{variant.name}_kernel"] = (spec, variant)
+                kernels[f"qkn_cuda_{index}_{variant.name}_kernel"] = (spec, variant)
             seen.add(key)
-    return found
+    return kernels
 
 
 # ---- what ptxas says, and what it wrote --------------------------------------------------------
@@ -270,7 +270,7 @@ def instruction_counts(cubin: Path) -> dict[str, int]:
     # Of each section: name, type, flags, address, offset, size.
     sections = [struct.unpack_from("<IIQQQQ", data, headers + i * size) for i in range(count)]
     names = sections[names_index][4]
-    found = {}
+    counts = {}
     for section in sections:
         start = names + section[0]
         name = data[start : data.index(b"\0", start)].decode()
@@ -282,8 +282,8 @@ def instruction_counts(cubin: Path) -> dict[str, int]:
         left = len(words)
         while left and words[left - 1] & 0xFFF in _FILL:
             left -= 1
-        found[name.removeprefix(".text.")] = left
-    return found
+        counts[name.removeprefix(".text.")] = left
+    return counts
 
 
 def disassembled(cubin: Path) -> dict[str, str]:

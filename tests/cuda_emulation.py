@@ -46,7 +46,7 @@ class Kernel:
         text = text.replace("__shared__ alignas(16)", "alignas(16) __shared__")
         threads, name, parameters = _KERNEL.findall(text)[0]
         self.threads = int(threads)
-        self.parameters = [one.rsplit(" ", 1) for one in parameters.split(", ")]
+        self.parameters = [parameter.rsplit(" ", 1) for parameter in parameters.split(", ")]
         passed = ", ".join(f"*({kind}*)given[{i}]" for i, (kind, _) in enumerate(self.parameters))
         text = (
             f'#include "{HEADER.name}"\n{text}\nextern "C" int run(int64_t blocks, int reverse, '

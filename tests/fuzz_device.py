@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import faulthandler
-import functools
 import os
 import re
 import subprocess
@@ -35,6 +34,7 @@ from fuzz_cases import (
     Kind,
     Region,
     draw_case,
+    draw_kind,
 )
 from fuzz_mistakes import Given, spoil
 from support import from_torch, raw_call, to_torch
@@ -42,9 +42,8 @@ from support import from_torch, raw_call, to_torch
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, load
 from qknorm_tvm.check import reference
-from qknorm_tvm.check.expected import torch_outputs
-from qknorm_tvm.check.inputs import Activations
-from qknorm_tvm.operations import OPERATIONS
+from qknorm_tvm.check.expected import Graph
+from qknorm_tvm.dtypes import ELEMENT_TYPES
 
 _ROWS = (0, 1, 2, 3, 4, 5, 9, 17)
 #: Elements of Q and K in the larger calls, which go to the kernels for many rows.
@@ -56,7 +55,6 @@ _UNITS = (8, 64, 256, 1024)
 #: What is counted.
 DONE = ("exact", "refused", "many rows")
 _REFUSED_BY_API = f"{REFUSED}|^q_out and k_out must be given for Elsewhere"
-_API_INPUTS = ("q", "k", "qk_var", "gamma_q", "gamma_k")
 
 
 @dataclasses.dataclass
@@ -115,21 +113,11 @@ class Fuzz:
             qknorm_tvm.use(module)
             for held in _held(module):
                 self._held[held.spec.op].append(held)
-        self._statistics = functools.partial(
-            reference.row_mean_of_squares_qk,
+        self._graph = Graph(
             order="cuda" if self.cuda else "cpu",
             fused=modules[0].active_level != "x86-64-v2",
+            torch_device=device,
         )
-
-    def _graph(
-        self, q: Any, k: Any, qk_var: Any, gamma_q: Any, gamma_k: Any, epsilon: float,
-        out_dtype: str, *, cast_before_gamma: bool,
-    ) -> tuple[np.ndarray, ...]:  # fmt: skip
-        """Return what unfused torch makes of it on the device."""
-        with np.errstate(over="ignore"):
-            epsilon = float(np.float32(epsilon))  # beyond float32 torch takes none
-        inputs = Activations(q, k, qk_var, gamma_q, gamma_k, epsilon)
-        return torch_outputs(inputs, out_dtype, self.device, cast_before_gamma=cast_before_gamma)
 
     # ---- what is called
 
@@ -142,8 +130,8 @@ class Fuzz:
 
     def _kind(self, choices: Choices) -> tuple[Module, Kind, int, bool]:
         """Draw what is called, the module that holds it, how many rows, and whether for those."""
-        op = choices.one_of([op for op in OPERATIONS.values() if not op.rotates], "operation")
-        held = choices.one_of(self._held[op.name], "spec")
+        op = choices.one_of(list(self._held), "operation")
+        held = choices.one_of(self._held[op], "spec")
         spec, rows = held.spec, choices.one_of(_ROWS, "rows")
         cols = sum(one or _FEW_COLUMNS for one in (spec.q_cols, spec.k_cols))
         starts = [start for start in held.starts if start * cols <= _MOST_ELEMENTS]
@@ -155,8 +143,7 @@ class Fuzz:
             one or (choices.integer(1, _FEW_COLUMNS, "few") if many else self._columns(choices))
             for one in (spec.q_cols, spec.k_cols)
         )
-        cast = spec.cast_before_gamma
-        kind = Kind(op, spec.in_dtype, spec.out_dtype, q_cols, k_cols, cast)
+        kind = draw_kind(choices, spec.replace(q_cols=q_cols, k_cols=k_cols), rows)
         return held.module, kind, rows, many
 
     # ---- tensors
@@ -173,9 +160,8 @@ class Fuzz:
 
     def _tensor(self, placed: Placed, name: str, region: Region) -> Any:
         """Return torch's tensor of a region."""
-        import torch
 
-        whole = placed.buffer.view(getattr(torch, placed.arrays[name].dtype.name))
+        whole = placed.buffer.view(ELEMENT_TYPES[placed.arrays[name].dtype.name].torch)
         strides = [stride // region.item for stride in region.strides]
         return whole.as_strided(region.shape, strides, region.start // region.item)
 
@@ -201,10 +187,13 @@ class Fuzz:
         by_api = choices.one_of([True, False], "by the API")
         missing: tuple[str, ...] = ()
         if by_api and choices.integer(0, 2, "missing") == 0:
-            missing = choices.one_of([kind.op.outputs, kind.op.outputs[:1]], "which")
+            # Caches are always given, and K beside its cache if at all.
+            some = kind.op.outputs[:1] if kind.op.has_cache else kind.op.outputs
+            missing = choices.one_of([some, some[:1]], "which")
         case = draw_case(
-            choices, kind, rows, by_element=self.cuda, orderly=orderly, missing=missing
-        )
+            choices, kind, rows, by_element=self.cuda, orderly=orderly, missing=missing,
+            wrong_indices=by_api or not self.cuda,
+        )  # fmt: skip
         try:
             placed = self._place(case)
             if by_api:
@@ -226,21 +215,20 @@ class Fuzz:
                 given[name] = self._tensor(placed, name, region)
             else:
                 given[name] = Elsewhere(one.array, address=one.address, device=one.device)
-        outputs = {name: given.get(name) for name in op.outputs}
-        options: dict[str, Any] = {"qk_var_out": outputs.get("qk_var")}
-        if op.normalises:
-            options = {**outputs, "cast_before_gamma": case.kind.cast_before_gamma}
-        missing = [name for name in outputs if name not in given]
-        if missing and op.normalises:
-            options["out_dtype"] = case.kind.out_dtype
+        if case.mistake == "none":
+            given[case.victim] = None
+        missing = [name for name in case.kind.spec.outputs if name not in given]
+        options = case.kind.api_arguments(given, case.epsilon)
+        if missing and "out_dtype" in op.spec_fields:
+            options["out_dtype"] = case.kind.spec.out_dtype
+        if op.rotates:  # else a GPU does not look
+            options["validate"] = self.cuda and case.mistake == "index"
         if missing and isinstance(given["q"], Elsewhere):
             legal = False  # no framework that could allocate them
-        inputs = [given[name] for name in _API_INPUTS if name in op.tensors[len(op.outputs) :]]
-        inputs += [case.epsilon] if op.has_epsilon else []
 
         def function() -> dict[str, Any]:
-            found = getattr(qknorm_tvm, op.name)(*inputs, **options)
-            by_name = dict(zip(op.outputs, found if op.normalises else (found,), strict=True))
+            found = getattr(qknorm_tvm, op.name)(**options)
+            by_name = dict(zip(op.outputs, found if op.normalises else (found,), strict=False))
             return {name: by_name[name] for name in missing}
 
         return Call(function, legal, _REFUSED_BY_API)
@@ -248,6 +236,9 @@ class Fuzz:
     def _raw_call(self, choices: Choices, case: FuzzCase, placed: Placed, module: Module) -> Call:
         op, legal, arguments = case.kind.op, case.is_legal(by_element=self.cuda), []
         for name in op.tensors:
+            if name not in case.regions or (case.mistake == "none" and name == case.victim):
+                arguments.append(None)
+                continue
             region, one = case.regions[name], placed.given[name]
             if case.mistake == "device" and name == case.victim:
                 arguments.append(self._elsewhere(choices, one))
@@ -261,7 +252,7 @@ class Fuzz:
         arguments += [case.epsilon] if op.has_epsilon else []
         if legal and case.rows > 1 and choices.integer(0, 2, "spoil") == 0:
             rng, legal = np.random.default_rng(case.seed), False
-            case.mistake, case.victim, arguments = spoil(rng, op, placed.given, arguments)
+            case.mistake, case.victim, arguments = spoil(rng, case.kind, placed.given, arguments)
 
         def function() -> dict[str, Any]:
             raw_call(module, *arguments, op=op.name)
@@ -278,9 +269,7 @@ class Fuzz:
             self.done["refused"] += 1
             return
         allocated = call.function()
-        expected = case.kind.expected(
-            placed.arrays, case.epsilon, statistics=self._statistics, graph=self._graph
-        )
+        expected = case.kind.expected(placed.arrays, case.epsilon, self._graph)
         case.check_written(placed.memory, self.fetch(placed.buffer), expected)
         for name, out in allocated.items():
             wrong = reference.differing(self.fetch(out), expected[name])

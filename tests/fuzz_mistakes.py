@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from fuzz_cases import INDICES, Kind, fill_indices
 from support import RawTensor
 
 from qknorm_tvm.check import reference
-from qknorm_tvm.operations import Operation
+from qknorm_tvm.operations import SCALES, SLOTS
 
 #: What a refusal of an entry point says.
 REFUSED = r" must |^[a-z_]+ takes "
@@ -38,7 +39,7 @@ class Given:
 
 
 def _other_device(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor:
     kinds = [_CPU, _CUDA, _PINNED, 4, 7, 8, 9, 10, 12, 13, 14, 15, 16]
     # Modules for CPUs take pinned memory.
@@ -48,20 +49,30 @@ def _other_device(
 
 
 def _other_shape(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor:
     array = given[name].array
     shape = list(array.shape)
-    axis = int(rng.integers(0, len(shape)))
+    # Of positions that there are any number is right.
+    axis = int(rng.integers(int(name == "cos_sin_cache"), len(shape)))
     change = int(rng.choice([-1, 1, 1 << 20]))
-    if name in ("q", "k") and axis == 1 and not op.normalises:
+    extent = kind.op[name].shape[axis]
+    if extent == SLOTS:
+        shape[axis] = len(given["q"].array)
+    elif extent == SCALES:
+        shape[axis] = kind.spec.kv_heads
+    if extent in (SLOTS, SCALES):
+        change = abs(change)
+    if not shape[axis]:
+        change = 1
+    if name in ("q", "k") and axis == 1 and not kind.op.normalises:
         change = -shape[axis]  # any others would be legal
     shape[axis] = max(0, shape[axis] + change)
     return given[name].raw(np.lib.stride_tricks.as_strided(array, shape, array.strides))
 
 
 def _other_rank(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor:
     array = given[name].array
     rank = int(rng.choice([n for n in (0, 1, 2, 3, 5) if n != array.ndim]))
@@ -70,7 +81,7 @@ def _other_rank(
 
 
 def _other_dtype(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor:
     array = given[name].array
     kinds = [np.dtype(k) for k in ("f2", "f4", "f8", "i1", "u2", "i4", "c8", "?")]
@@ -82,20 +93,24 @@ def _other_dtype(
 
 
 def _more_lanes(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor:
     return given[name].raw(lanes=int(rng.choice([0, 2, 4, 65535])))
 
 
 def _bad_strides(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor | None:
     array = given[name].array
     strides = [s // array.itemsize for s in array.strides]
-    if array.ndim == 2 and rng.random() < 0.5:
-        strides[0] = -int(rng.integers(1, 1 << 30))
-        if name in op.outputs:
-            strides[0] = int(rng.integers(-array.shape[1], array.shape[1]))
+    outer = [axis for axis in range(array.ndim - 1) if array.shape[axis] > 1]
+    if not array.size:
+        return None
+    if outer and rng.random() < 0.5:
+        axis = outer[int(rng.integers(len(outer)))]
+        strides[axis] = -int(rng.integers(1, 1 << 30))
+        if name in kind.op.outputs:
+            strides[axis] = int(rng.integers(-array.shape[-1], array.shape[-1]))
     elif array.shape[-1] > 1:
         strides[-1] = int(rng.choice([-1, 0, 2, 1 << 40]))
     else:
@@ -104,28 +119,38 @@ def _bad_strides(
 
 
 def _no_data(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
-) -> RawTensor:
-    return given[name].raw(address=0)
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
+) -> RawTensor | None:
+    return given[name].raw(address=0) if given[name].array.size else None
 
 
 def _overlap(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor | None:
     """Return an output whose first or last byte is another argument's."""
-    if name not in op.outputs:
+    if name not in kind.op.outputs or not given[name].array.size:
         return None
-    others = [n for n in op.tensors if n not in (name, name.removesuffix("_out"))]
+    own = (name, kind.op[name].in_place_of)
+    others = [n for n in kind.tensors if n not in own and given[n].array.size]
     other = given[others[int(rng.integers(len(others)))]]
     begins_in = other.address + int(rng.integers(0, other.array.shape[-1] * other.array.itemsize))
     ends_in = other.address + int(rng.integers(1, 5)) - given[name].extent
     return given[name].raw(address=begins_in if rng.random() < 0.5 else ends_in)
 
 
-def _no_tensor(
-    rng: np.random.Generator, op: Operation, name: str, given: Mapping[str, Given]
-) -> Any:
+def _no_tensor(rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]) -> Any:
     return [3, "x", 1.5, b"x", [1.0], (), {}][int(rng.integers(7))]
+
+
+def _bad_index(
+    rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
+) -> RawTensor | None:
+    """Write a position or a slot that is not there; GPUs do not look."""
+    one = given[name]
+    if name not in INDICES or not one.array.size or one.device[0] != _CPU:
+        return None
+    fill_indices(rng, name, one.array, kind, wrong=True)
+    return one.raw()
 
 
 _MISTAKES: dict[str, Callable[..., Any]] = {
@@ -138,39 +163,51 @@ _MISTAKES: dict[str, Callable[..., Any]] = {
     "data": _no_data,
     "overlap": _overlap,
     "type": _no_tensor,
+    "index": _bad_index,
 }
 
 
 def spoil(
-    rng: np.random.Generator, op: Operation, given: Mapping[str, Given], arguments: list[Any]
+    rng: np.random.Generator, kind: Kind, given: Mapping[str, Given], arguments: list[Any]
 ) -> tuple[str, str, list[Any]]:
     """Make one mistake in a call that is right.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-    op : Operation
+    kind : Kind
     given : mapping of str to Given
         The call's tensors, of two rows or more.
     arguments : list
-        What the entry point takes: the tensors in the operation's order, and epsilon.
+        What the entry point takes: the tensors in the operation's order, None where one is not
+        given, and epsilon.
 
     Returns
     -------
     (str, str, list)
         What is wrong, of which tensor if it is of one, and arguments that must be refused.
     """
-    victim = op.tensors[int(rng.integers(len(op.tensors)))]
-    mistakes = [*_MISTAKES, "count", *(["epsilon"] if op.has_epsilon else [])]
+    op, names = kind.op, kind.op.tensors
+    absent = [name for name in names if name not in given]
+    mistakes = [*_MISTAKES, "count", "none", *(["epsilon"] if op.has_epsilon else [])]
+    mistakes += ["not asked for"] * bool(absent)
     what = mistakes[int(rng.integers(len(mistakes)))]
     if what == "epsilon":
         return what, "", [*arguments[:-1], [math.nan, None, "1", True][int(rng.integers(4))]]
     if what == "count":
         count = int(rng.integers(len(arguments)))
         return what, "", arguments[:count] if count else [*arguments, 1, 1]
-    changed = _MISTAKES[what](rng, op, victim, given)
-    if changed is None:
-        what, changed = "device", _other_device(rng, op, victim, given)
+    victims = {"not asked for": absent, "index": [name for name in INDICES if name in given]}
+    among = victims.get(what) or kind.tensors
+    victim = among[int(rng.integers(len(among)))]
+    if what == "none":
+        changed = None
+    elif what == "not asked for":
+        changed = given["gamma_q"].raw()
+    else:
+        changed = _MISTAKES[what](rng, kind, victim, given)
+        if changed is None:
+            what, changed = "device", _other_device(rng, kind, victim, given)
     arguments = list(arguments)
-    arguments[op.tensors.index(victim)] = changed
+    arguments[names.index(victim)] = changed
     return what, victim, arguments

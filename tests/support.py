@@ -171,7 +171,7 @@ class _DLManagedTensor(ctypes.Structure):
     )
 
 
-_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6, "bfloat16": 4, "float8_e4m3fn": 10}
 
 
 class RawTensor:
@@ -187,7 +187,7 @@ class RawTensor:
         strides: Sequence[int] | str | None = "array",
         lanes: int = 1,
     ):
-        code = 4 if array.dtype.name == "bfloat16" else _TYPE_CODES[array.dtype.kind]
+        code = _TYPE_CODES.get(array.dtype.name) or _TYPE_CODES[array.dtype.kind]
         if strides == "array":
             strides = [stride // array.itemsize for stride in array.strides]
         ndim = array.ndim

@@ -279,7 +279,7 @@ def test_statistics_and_the_fused_operation(machine: AArch64, dtype: str) -> Non
             gammas = [
                 random_values(np.random.default_rng(n), (n,), "float32") for n in (q_cols, k_cols)
             ]
-            outs = [filled(one.shape, dtype) for one in (q, k)]
+            outs = [filled(x.shape, dtype) for x in (q, k)]
             requests.append(Request("qk_rms_norm", (*outs, *gammas, q, k), 1e-6, 2))
             for column, (out, x, gamma) in enumerate(zip(outs, (q, k), gammas, strict=True)):
                 normed = reference.rms_norm(x, wanted[:, column], gamma, 1e-6, dtype)
@@ -295,7 +295,7 @@ def test_epsilon_is_added_to_the_rounded_mean(machine: AArch64) -> None:
     q, k = filled((1, 1536), "float32", 0), filled((1, 1024), "float32", 0)
     k[0, :3] = 2.0**-70
     gammas = [np.ones(n, np.float32) for n in (1536, 1024)]
-    outs = [filled(one.shape, "float32") for one in (q, k)]
+    outs = [filled(x.shape, "float32") for x in (q, k)]
     request = Request("qk_rms_norm", (*outs, *gammas, q, k), 1e-45)
     assert machine.call(_others("float32"), request) == [""]
     var = reference.row_mean_of_squares_qk(q, k)
@@ -335,7 +335,7 @@ def test_wrong_arguments_are_said_and_nothing_is_written(machine: AArch64) -> No
     overlapping = make_case(2, 33, 7)
     overlapping.k_out = overlapping.q_out[:, :7]
     short = make_case(2, 33, 7)
-    requests = [Request("apply_qk_rms_norm", one.tensors, one.epsilon) for one in cases]
+    requests = [Request("apply_qk_rms_norm", case.tensors, case.epsilon) for case in cases]
     requests.append(Request("apply_qk_rms_norm", overlapping.tensors, 1e-6))
     requests.append(Request("apply_qk_rms_norm", short.tensors))
     assert machine.call(module, *requests) == [
@@ -365,9 +365,9 @@ def _disassembly(path: Path) -> list[tuple[str, str]]:
         pytest.skip(f"reads the code with {tool}: apt-get install binutils-aarch64-linux-gnu")
     command = [tool, "-d", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^\s+[0-9a-f]+:\t(\S+)(?:\t(.*))?$", text, re.MULTILINE)
-    assert len(found) > 1000
-    return found
+    instructions = re.findall(r"^\s+[0-9a-f]+:\t(\S+)(?:\t(.*))?$", text, re.MULTILINE)
+    assert len(instructions) > 1000
+    return instructions
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_allocated_outputs_are_new_each_time() -> None:
     """A buffer that two calls share: the first result changes under its owner."""
     case = _case()
     first = _apply(case)
-    kept = [one.copy() for one in first]
+    kept = [array.copy() for array in first]
     case.q, case.k = case.q + 1, case.k + 1
     second = _apply(case)
     assert not np.shares_memory(first[0], second[0])

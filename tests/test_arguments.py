@@ -67,10 +67,10 @@ class Bad:
     front_ends: tuple[str, ...] = ("numpy", "torch", "raw")
 
 
-def _in_room(shape: tuple[int, int], room: int) -> np.ndarray:
-    """Return an array with `room` elements after it that belong to the same memory."""
+def _with_spare(shape: tuple[int, int], spare: int) -> np.ndarray:
+    """Return an array with `spare` elements after it that belong to the same memory."""
     size = shape[0] * shape[1]
-    return np.ones(size + room, np.float32)[:size].reshape(shape)
+    return np.ones(size + spare, np.float32)[:size].reshape(shape)
 
 
 def _swap(name: str, value: Callable[[Case], Any]) -> Callable[[Case], dict[str, Any]]:
@@ -78,7 +78,7 @@ def _swap(name: str, value: Callable[[Case], Any]) -> Callable[[Case], dict[str,
 
 
 def _mistakes() -> list[Bad]:
-    found: list[Bad] = []
+    mistakes: list[Bad] = []
 
     def add(
         name: str,
@@ -88,7 +88,7 @@ def _mistakes() -> list[Bad]:
         message: str,
         **rest: Any,
     ) -> None:
-        found.append(Bad(f"{argument}: {name}", _swap(argument, value), error, message, **rest))
+        mistakes.append(Bad(f"{argument}: {name}", _swap(argument, value), error, message, **rest))
 
     numpy_only: dict[str, Any] = {"front_ends": ("numpy",)}
     packed = ("numpy", "raw")  # torch has no negative strides
@@ -294,14 +294,14 @@ def _mistakes() -> list[Bad]:
             f"{name} must be writable, got a read-only array",
             **numpy_only,
         )
-    return found + _column_mistakes() + _overlaps() + _epsilons()
+    return mistakes + _column_mistakes() + _overlaps() + _epsilons()
 
 
 def _column_mistakes() -> list[Bad]:
     """Columns of q and k, which a fixed spec knows and the public API takes from them."""
-    found = []
+    mistakes = []
     for name, cols in (("q", Q_COLS), ("k", K_COLS)):
-        found.append(
+        mistakes.append(
             Bad(
                 f"{name}: no columns",
                 _swap(name, lambda _: array(ROWS, 0)),
@@ -311,7 +311,7 @@ def _column_mistakes() -> list[Bad]:
             )
         )
         for wrong in (1, cols - 1, cols + 1):
-            found.append(
+            mistakes.append(
                 Bad(
                     f"{name}: {wrong} columns",
                     _swap(name, lambda _, wrong=wrong: array(ROWS, wrong)),
@@ -320,7 +320,7 @@ def _column_mistakes() -> list[Bad]:
                     front_ends=("raw",),
                 )
             )
-            found.append(
+            mistakes.append(
                 Bad(
                     f"{name}: {wrong} columns, unlike its gamma",
                     _swap(name, lambda _, wrong=wrong: array(ROWS, wrong)),
@@ -329,7 +329,7 @@ def _column_mistakes() -> list[Bad]:
                     front_ends=("numpy", "torch"),
                 )
             )
-    found.append(
+    mistakes.append(
         Bad(
             "q: one row more than the others",
             _swap("q", lambda _: array(ROWS + 1, Q_COLS)),
@@ -337,7 +337,7 @@ def _column_mistakes() -> list[Bad]:
             f"k must have {ROWS + 1} rows like q, got {ROWS}",
         )
     )
-    return found
+    return mistakes
 
 
 def _overlaps() -> list[Bad]:
@@ -379,7 +379,7 @@ def _overlaps() -> list[Bad]:
         return {"q": memory[:, :32], "q_out": memory.reshape(-1)[: ROWS * 32].reshape(ROWS, 32)}
 
     itself = "itself (same address, strides and element size) or not overlap"
-    found = [
+    mistakes = [
         Bad(
             "k_out overlaps q_out by a column",
             from_one(("q_out", 0), ("k_out", 31)),
@@ -445,7 +445,7 @@ def _overlaps() -> list[Bad]:
     for output in ("q_out", "k_out"):
         for gamma in ("gamma_q", "gamma_k"):
             at = 32 + 5
-            found.append(
+            mistakes.append(
                 Bad(
                     f"{gamma} is inside {output}",
                     with_gamma(output, gamma, at),
@@ -454,7 +454,7 @@ def _overlaps() -> list[Bad]:
                 )
             )
     for by in (-1, 1, -31, 31, -63, 63):
-        found.append(
+        mistakes.append(
             Bad(
                 f"q_out is q moved by {by}",
                 shifted("q_out", "q", by),
@@ -462,14 +462,14 @@ def _overlaps() -> list[Bad]:
                 f"q_out must be q {itself} it, got tensors that share memory otherwise",
             )
         )
-    return found
+    return mistakes
 
 
 def _epsilons() -> list[Bad]:
-    found = []
+    mistakes = []
     for value in (None, "1e-6", b"1", [1e-6], 1j, True, False, np.ones(2), np.bool_(True), 10**400):
         kind = {None: "None"}.get(value) if value is None else None
-        found.append(
+        mistakes.append(
             Bad(
                 f"epsilon: {str(value)[:12]!r}",
                 lambda _, value=value: {"epsilon": value},
@@ -479,7 +479,7 @@ def _epsilons() -> list[Bad]:
             )
         )
     for value, kind in ((None, "None"), ("1e-6", "str"), (True, "bool")):
-        found.append(
+        mistakes.append(
             Bad(
                 f"raw epsilon: {value!r}",
                 lambda _, value=value: {"epsilon": value},
@@ -489,7 +489,7 @@ def _epsilons() -> list[Bad]:
             )
         )
     for value in (float("nan"), np.float32("nan")):
-        found.append(
+        mistakes.append(
             Bad(
                 f"epsilon: {value!r}",
                 lambda _, value=value: {"epsilon": value},
@@ -497,7 +497,7 @@ def _epsilons() -> list[Bad]:
                 "epsilon must be a number, got nan",
             )
         )
-    return found
+    return mistakes
 
 
 _MISTAKES = _mistakes()
@@ -520,8 +520,8 @@ def test_mistake(bad: Bad, front_end: str, module: Module) -> None:
     """A mistake that is accepted, badly explained, or noticed after something was written."""
     with np.errstate(all="ignore"):
         wrong = dataclasses.replace(case(), **bad.make(case()))
-    memory = [one for name in NAMES for one in _memory(getattr(wrong, name))]
-    before = [one.tobytes() for one in memory]
+    memory = [array for name in NAMES for array in _memory(getattr(wrong, name))]
+    before = [array.tobytes() for array in memory]
     message = bad.raw_message if front_end == "raw" and bad.raw_message else bad.message
     if front_end == "raw":
         with pytest.raises(bad.error, match="^" + re.escape(message)):
@@ -534,7 +534,7 @@ def test_mistake(bad: Bad, front_end: str, module: Module) -> None:
             )
         with pytest.raises(bad.error, match="^" + re.escape(message)):
             _public(wrong)
-    assert [one.tobytes() for one in memory] == before, "something was written"
+    assert [array.tobytes() for array in memory] == before, "something was written"
 
 
 def _public(wrong: Case) -> Any:
@@ -703,7 +703,7 @@ def test_byte_offset_and_missing_strides_are_understood(module: Module) -> None:
     """A tensor whose data pointer is not its first element, or whose strides are left out."""
     good = case()
     expected = good.expected()
-    tensors = [RawTensor(one, byte_offset=64, strides=None) for one in good.tensors]
+    tensors = [RawTensor(array, byte_offset=64, strides=None) for array in good.tensors]
     raw_call(module, *tensors, good.epsilon)
     assert good.q_out.tobytes() == expected[0].tobytes()
     assert good.k_out.tobytes() == expected[1].tobytes()
@@ -715,8 +715,8 @@ def test_strides_that_mean_nothing_are_ignored(module: Module, rows: int) -> Non
     good = make_case(rows, Q_COLS, K_COLS, "float32")
     expected = good.expected()
     tensors = [
-        RawTensor(one, strides=[-7, 1] if one.ndim == 2 else None, address=None)
-        for one in good.tensors
+        RawTensor(array, strides=[-7, 1] if array.ndim == 2 else None, address=None)
+        for array in good.tensors
     ]
     raw_call(module, *tensors, good.epsilon)
     assert good.q_out.tobytes() == expected[0].tobytes()
@@ -729,17 +729,17 @@ def test_strides_beyond_the_address_space_are_refused(
 ) -> None:
     """A row's place that wraps round to another's: what is written twice, and passed as apart."""
     wrong = case()
-    before = [one.tobytes() for one in wrong.tensors]
+    before = [array.tobytes() for array in wrong.tensors]
     tensors = [
-        RawTensor(one, strides=[stride, 1]) if this == name else one
-        for this, one in zip(NAMES, wrong.tensors, strict=True)
+        RawTensor(array, strides=[stride, 1]) if this == name else array
+        for this, array in zip(NAMES, wrong.tensors, strict=True)
     ]
     message = (
         f"^{name} must lie within the address space, got {ROWS} rows of row stride {stride} at 0x"
     )
     with pytest.raises(ValueError, match=message):
         raw_call(module, *tensors, wrong.epsilon)
-    assert [one.tobytes() for one in wrong.tensors] == before
+    assert [array.tobytes() for array in wrong.tensors] == before
 
 
 def test_address_that_wraps_is_refused(module: Module) -> None:
@@ -768,7 +768,7 @@ def test_open_columns_end_where_fixed_ones_do() -> None:
 def test_no_rows_need_no_data(module: Module) -> None:
     """An empty tensor has a null pointer in most frameworks."""
     good = make_case(0, Q_COLS, K_COLS, "float32")
-    tensors = [RawTensor(one, address=0) if one.ndim == 2 else one for one in good.tensors]
+    tensors = [RawTensor(array, address=0) if array.ndim == 2 else array for array in good.tensors]
     raw_call(module, *tensors, good.epsilon)
 
 
@@ -783,7 +783,7 @@ def test_columns_of_one_row_still_have_to_be_given(module: Module) -> None:
 def test_pinned_host_memory_is_cpu_memory(module: Module) -> None:
     good = case()
     expected = good.expected()
-    raw_call(module, *[RawTensor(one, device=(3, 0)) for one in good.tensors], good.epsilon)
+    raw_call(module, *[RawTensor(array, device=(3, 0)) for array in good.tensors], good.epsilon)
     assert good.q_out.tobytes() == expected[0].tobytes()
 
 
@@ -814,7 +814,9 @@ def test_uint16_storage_is_bfloat16_whatever_spec_comes_first() -> None:
     )
     good = make_case(3, Q_COLS, K_COLS, "bfloat16")
     expected = good.expected()
-    bits = [one.view(np.uint16) if one.dtype.name == "bfloat16" else one for one in good.tensors]
+    bits = [
+        array.view(np.uint16) if array.dtype.name == "bfloat16" else array for array in good.tensors
+    ]
     raw_call(module, *bits, good.epsilon, 1)
     assert good.q_out.tobytes() == expected[0].tobytes()
 

@@ -199,6 +199,7 @@ def test_what_is_written_is_the_users_whatever_the_umask(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 def test_four_processes_at_once(folder: Path, built: bytes) -> None:
     """Two writers of one file; a reader of half a file."""
     code = 'import sys\nsys.modules["torch"] = None\n' + _USE

@@ -972,8 +972,8 @@ def test_verification_of_a_gpu_on_this_cpu(module: Module) -> None:
 
 
 def test_activations_generated_are_repeatable_and_aligned() -> None:
-    one, two = (generate(3, 24, 8, "float16", seed=7) for _ in range(2))
-    assert isinstance(one, Activations)
+    first, second = (generate(3, 24, 8, "float16", seed=7) for _ in range(2))
+    assert isinstance(first, Activations)
     for name in ("q", "k", "qk_var", "gamma_q", "gamma_k"):
-        assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
-        assert getattr(one, name).ctypes.data % 64 == 0
+        assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
+        assert getattr(first, name).ctypes.data % 64 == 0

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_rope
 from support import OWN
 
-from qknorm_tvm import KernelSpec, packing
+from qknorm_tvm import KernelSpec, packing, tuning
+from qknorm_tvm.bench.harness import workload_of_rows
+from qknorm_tvm.bench.workload import BENCHMARKS
+from qknorm_tvm.call import cache
 from qknorm_tvm.cli import main
+from qknorm_tvm.cli import options as cli_options
 from qknorm_tvm.load.module_file import read_metadata
+from qknorm_tvm.spec import CHOICES, Choice
 
 
 def test_export_takes_every_choice_and_inspect_shows_them(
@@ -56,9 +65,66 @@ def test_choices_that_do_not_fit_are_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_tune_refuses_what_rotates(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--op", "qk_rms_norm_rope_cache"]) == 2
-    assert "--op qk_rms_norm_rope_cache cannot be tuned" in capsys.readouterr().err
+def test_tune_takes_every_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[KernelSpec] = []
+
+    def tune(specs: list[KernelSpec], **options: Any) -> Any:
+        asked.extend(specs)
+        return session.Summary(tmp_path)
+
+    session = pytest.importorskip("qknorm_tvm.tuning.session")
+    monkeypatch.setattr(tuning, "tune", tune)
+    command = "tune --op qk_rms_norm_rope --shapes 64/32 --head-dim 32 --rotary-dim 16"
+    assert main([*command.split(), "--statistics", "local", "--interleaved"]) == 0
+    (spec,) = asked
+    assert spec.text == (
+        "qk_rms_norm_rope[bfloat16->bfloat16, q=64, k=32, statistics=local, head_dim=32, "
+        "rotary_dim=16, interleaved]@cpu"
+    )
+    assert main(["tune", "--head-dim", "32"]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "qk_rms_norm_rope_cache --head-dim 32 --rotary-dim 16",
+        pytest.param(
+            "qk_rms_norm_rope_cache --head-dim 16 --rotary-dim 0 --cache-dtype float8_e4m3fn "
+            "--statistics local --writes-k-out",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("qk_rms_norm_rope --head-dim 32 --rotary-dim 32", marks=pytest.mark.slow),
+        pytest.param("row_mean_of_squares_qk", marks=pytest.mark.slow),
+        pytest.param("qk_rms_norm --dtype float16", marks=pytest.mark.slow),
+    ],
+)
+def test_run_takes_every_operation(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a fresh process: inputs that a file does not hold, a comparison that leaves out caches."""
+    command = f"run --op {options} --q-cols 64 --k-cols 32 --rows 0,5 --min-time 0"
+    command += f" --no-torch-compile --output {tmp_path / 'a.so'}"
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert options.split()[0] in printed
+    assert "DIFFERS" not in printed
+    assert "equal" in printed
+
+
+def test_run_has_the_heads_of_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--op", "qk_rms_norm_rope", "--k-cols", "100"]) == 2
+    assert "head_dim must divide k_cols, 100, got 128" in capsys.readouterr().err
+    assert main(["run", "--head-dim", "64"]) == 2
+    assert "--head-dim is for --op qk_rms_norm_rope" in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_choice_is_explained_and_one_that_is_not_still_has_an_option() -> None:
+    """A new field of a spec that broke every command."""
+    for choice in CHOICES:
+        text = cli_options._choice_help(choice)
+        assert re.fullmatch(r"((Rotation|Paged cache): )?[A-Z].*\.", text), (choice.name, text)
+    new = Choice("new_field", False, (), ("qk_rms_norm_rope_cache",))
+    assert cli_options._choice_help(new) == ""
 
 
 def test_packs_hold_the_attention_input_where_it_is_asked_for() -> None:
@@ -90,3 +156,22 @@ def test_bench_checks_and_times(op: str, capsys: pytest.CaptureFixture[str]) -> 
     timings = json.loads(capsys.readouterr().out)["timings"]
     assert {row["candidate"] for row in timings} >= {"ours", "copy"}
     assert all(row["exact"] is True for row in timings if row["candidate"] == "ours")
+
+
+@pytest.mark.parametrize("spec", [test_rope.CACHE, test_rope.FLOAT8_CACHE])
+def test_bench_of_repeated_rows_checks_every_slot(
+    spec: KernelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that repeat and share a slot; a cache always at one address, or taken as it was left."""
+    entry = dataclasses.replace(BENCHMARKS[spec.op], unique_rows=20)
+    monkeypatch.setitem(BENCHMARKS, spec.op, entry)
+    work = workload_of_rows(spec, cache.module_for(spec), 50)
+    assert work.activations.rows == 20
+    assert len(set(work.inputs["slot_mapping"].tolist())) == 50
+    for name in ("k_cache", "v_cache"):
+        assert len({tensors[name].ctypes.data % 4096 for tensors in work.sets}) == 8
+    assert work.ours().exact
+    (*_, last) = work.sets
+    assert work.is_exact([last[name] for name in work.outputs])
+    last["k_cache"][work.inputs["slot_mapping"][45] // 16] *= -1
+    assert not work.is_exact([last[name] for name in work.outputs])

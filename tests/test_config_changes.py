@@ -34,7 +34,7 @@ def _cpu_code(spec: KernelSpec, config: CpuConfig) -> tuple:
     """Return the machine code of a spec, and what the entry point is told of it."""
     variants = cpu.variants_of(spec, config, "f")
     module = cpu.generate("x86-64-v3", [(spec, config, variant) for variant in variants])
-    return module.inspect_source("asm"), tuple(dataclasses.astuple(one) for one in variants)
+    return module.inspect_source("asm"), tuple(dataclasses.astuple(variant) for variant in variants)
 
 
 @pytest.mark.parametrize("field", CPU_OTHER)
@@ -63,7 +63,9 @@ def _cuda_code(spec: KernelSpec, config: CudaConfig) -> str:
 
 
 @pytest.mark.parametrize("field", CUDA_OTHER)
-@pytest.mark.parametrize("spec", CUDA_SPECS, ids=str)
+@pytest.mark.parametrize(
+    "spec", [CUDA_SPECS[0], pytest.param(CUDA_SPECS[1], marks=pytest.mark.slow)], ids=str
+)
 def test_cuda_fields_that_count_are_those_that_change_code(spec: KernelSpec, field: str) -> None:
     changed = dataclasses.replace(CUDA_BASE, **{field: CUDA_OTHER[field]})
     differs = _cuda_code(spec, CUDA_BASE) != _cuda_code(spec, changed)

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import compiled, smallest
+from support import OWN, compiled, smallest
 
 from qknorm_tvm import KernelSpec
 
@@ -40,20 +40,27 @@ def _run(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
     )
 
 
+LARGE = KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)
+ROPE_CACHE = LARGE.replace(op="qk_rms_norm_rope_cache", head_dim=128, rotary_dim=64)
+
+
 @pytest.mark.parametrize(
-    ("name", "spec"),
+    ("name", "specs"),
     [
-        ("large", KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)),
-        ("open-bfloat16", KernelSpec(in_dtype="bfloat16")),
+        ("large", [LARGE]),
+        ("open-bfloat16", [KernelSpec(in_dtype="bfloat16")]),
+        (f"cpp-rope-{OWN}", [LARGE.replace(target=OWN), ROPE_CACHE.replace(target=OWN)]),
     ],
-    ids=["fixed", "open"],
+    ids=["fixed", "open", "rotation and cache"],
 )
-def test_result_and_error(program: Path, name: str, spec: KernelSpec) -> None:
+def test_result_and_error(program: Path, name: str, specs: list[KernelSpec]) -> None:
     """A caller from C++ gets other code, or fewer checks, than one from Python."""
-    done = _run(program, compiled(name, spec))
+    done = _run(program, compiled(name, *specs))
     assert done.returncode == 0, done.stdout + done.stderr
+    stored = f"0 of {37 * 1536 + 2 * 64 * 256} elements differ, rotated and stored"
     assert done.stdout.splitlines() == [
         f"0 of {37 * (1536 + 256)} elements differ",
+        *[stored] * (len(specs) > 1),
         "caught ValueError: gamma_q must have 1536 elements, got 1535",
     ]
 
@@ -78,7 +85,7 @@ def test_memory_errors_under_valgrind(program: Path) -> None:
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         pytest.skip("runs the example under valgrind, which is not installed")
-    module = compiled("large", KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256))
+    module = compiled("cpp-rope", LARGE, ROPE_CACHE)
     done = subprocess.run(
         [valgrind, "--error-exitcode=9", "--quiet", program, module],
         capture_output=True,

@@ -39,14 +39,14 @@ def _boundaries(data: bytes) -> set[int]:
     table, count = _headers(data)
     (programs,) = struct.unpack_from("<Q", data, 0x20)
     (program_count,) = struct.unpack_from("<H", data, 0x38)
-    found = {0, 64, programs, table, table + 64 * count}
-    found |= {programs + 56 * i for i in range(program_count)}
+    places = {0, 64, programs, table, table + 64 * count}
+    places |= {programs + 56 * i for i in range(program_count)}
     for index in range(count):
         kind, offset, size = struct.unpack_from("<4xI16xQQ", data, table + 64 * index)
-        found |= {table + 64 * index, offset, offset + (size if kind != 8 else 0)}
+        places |= {table + 64 * index, offset, offset + (size if kind != 8 else 0)}
     offset, size = module_file._section(data, "a module")
     head = offset + len(module_file.MAGIC)
-    return found | {head, head + 32, offset + size // 2}
+    return places | {head, head + 32, offset + size // 2}
 
 
 def _refused(path: Path, content: bytes) -> None:
@@ -345,11 +345,11 @@ def for_gpus() -> Path:
     from qknorm_tvm.call.arrays import cuda_target
 
     try:
-        found = cuda_target(0)
+        target = cuda_target(0)
     except (OSError, RuntimeError):
-        found = None
-    if found is not None:
-        pytest.skip(f"looks at what happens without a GPU; this machine has one ({found})")
+        target = None
+    if target is not None:
+        pytest.skip(f"looks at what happens without a GPU; this machine has one ({target})")
     try:
         return compiled(
             "for-gpus", KernelSpec(in_dtype="float32", q_cols=33, k_cols=7, target="cuda:sm_90")
@@ -370,7 +370,7 @@ def test_cuda_module_without_a_gpu_says_so(cuda_module: Module) -> None:
     with pytest.raises(ValueError, match=r"^q must be on a CUDA device, got a tensor on the CPU$"):
         raw_call(cuda_module, *case.tensors, case.epsilon)
     for index in (0, 7):
-        tensors = [RawTensor(one, device=(2, index)) for one in case.tensors]
+        tensors = [RawTensor(array, device=(2, index)) for array in case.tensors]
         with pytest.raises(RuntimeError, match=rf"^cuda:{index} cannot run this module: .*driver"):
             raw_call(cuda_module, *tensors, case.epsilon)
     assert (case.q_out.view(np.uint8) == 0xA5).all()
@@ -386,6 +386,7 @@ def test_cuda_module_is_inspected_and_not_verified_without_a_gpu(
     assert "is for cuda:sm_90, not for --device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_cuda_module_does_not_serve_arrays_on_the_cpu(for_gpus: Path, tmp_path: Path) -> None:
     """``use`` of a module for GPUs that CPU calls are sent to."""
     with environment(QKNORM_TVM_CACHE_DIR=str(tmp_path)):

@@ -37,10 +37,10 @@ def _script(spec: KernelSpec, **promises: int) -> str:
 @pytest.mark.parametrize("columns", [(1536, 256), (None, None), (1, 257)])
 def test_blocks_have_the_names_that_schedules_fetch(columns: tuple[int | None, int | None]) -> None:
     script = _script(KernelSpec(q_cols=columns[0], k_cols=columns[1]))
-    found = re.findall(r"T\.sblock\(\"(\w+)\"\)", script)
+    blocks = re.findall(r"T\.sblock\(\"(\w+)\"\)", script)
     expected = ["root", *(f"{name}_q" for name in BLOCKS), "q_out"]
     expected += [f"{name}_k" for name in BLOCKS] + ["k_out"]
-    assert found == expected
+    assert blocks == expected
 
 
 def _statement(script: str, block: str) -> str:
@@ -112,22 +112,22 @@ def test_alignment_promised_is_one_element_by_default(in_dtype: str, out_dtype: 
     for buffer in func.params[:7]:
         assert buffer.data_alignment == size[str(buffer.dtype)], buffer
     func = declare(KernelSpec(in_dtype=in_dtype, out_dtype=out_dtype), alignment=32)
-    found = {buffer.name: buffer.data_alignment for buffer in func.params[:7]}
-    assert {found[name] for name in ("q", "k", "q_out", "k_out")} == {32}
-    assert found["gamma_q"] == found["gamma_k"] == 16
-    assert found["qk_var"] == 4
+    alignments = {buffer.name: buffer.data_alignment for buffer in func.params[:7]}
+    assert {alignments[name] for name in ("q", "k", "q_out", "k_out")} == {32}
+    assert alignments["gamma_q"] == alignments["gamma_k"] == 16
+    assert alignments["qk_var"] == 4
 
 
 @pytest.mark.parametrize("spec", ROTATING, ids=str)
 def test_heads_are_one_block_of_each_operand(spec: KernelSpec) -> None:
     """A second block that writes an output: neither could be made parallel."""
-    found = re.findall(r"T\.sblock\(\"(\w+)\"\)", _script(spec))
+    blocks = re.findall(r"T\.sblock\(\"(\w+)\"\)", _script(spec))
     heads = (
         ["heads_q", "heads_k", "heads_v"] if spec.operation.has_cache else ["heads_q", "heads_k"]
     )
-    assert [name for name in found if name.startswith("heads")] == heads
-    assert ("mean_q" in found) == (spec.statistics == "local")
-    assert found.count("rs_q") == found.count("rs_k") == 1
+    assert [name for name in blocks if name.startswith("heads")] == heads
+    assert ("mean_q" in blocks) == (spec.statistics == "local")
+    assert blocks.count("rs_q") == blocks.count("rs_k") == 1
 
 
 def _values(script: str, block: str) -> dict[str, str]:

@@ -82,16 +82,20 @@ class Block:
 
     def needs(self) -> set[str]:
         """Return which of the optional packages it needs."""
-        named = {one.strip() for one in self.value.split(",")} if self.mark == "needs" else set()
+        named = (
+            {package.strip() for package in self.value.split(",")}
+            if self.mark == "needs"
+            else set()
+        )
         assert named <= set(OPTIONAL), f"{self.document}:{self.line}: {named} are not in OPTIONAL"
         if self.language != "python":
             return named
         for node in ast.walk(ast.parse(self.text)):
             names: list[str] = []
             if isinstance(node, ast.Import):
-                names = [one.name for one in node.names]
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             for name in names:
                 if name.startswith(("qknorm_tvm.torch_ops", "qknorm_tvm.integrations")):
                     named.add("torch")
@@ -130,9 +134,9 @@ def test_skipped_blocks_are_there() -> None:
     """A reason that outlives its block, or names several."""
     blocks = list(itertools.chain.from_iterable(map(blocks_of, DOCUMENTS)))
     for (document, part), reason in SKIPPED.items():
-        found = [one for one in blocks if one.document == document and part in one.text]
+        matching = [block for block in blocks if block.document == document and part in block.text]
         assert reason
-        assert len(found) == 1, (document, part, len(found))
+        assert len(matching) == 1, (document, part, len(matching))
 
 
 # ---- running them ---------------------------------------------------------------------------
@@ -211,7 +215,9 @@ void block(TensorView q_out, TensorView k_out, TensorView gamma_q, TensorView ga
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_IDS)
 def test_cpp_blocks_compile(path: Path, tmp_path: Path) -> None:
-    blocks = [one for one in blocks_of(path) if one.language == "cpp" and one.reason() is None]
+    blocks = [
+        block for block in blocks_of(path) if block.language == "cpp" and block.reason() is None
+    ]
     if not blocks:
         pytest.skip(f"{path.name} has no C++")
     compiler = shutil.which("g++")

@@ -45,9 +45,10 @@ from qknorm_tvm.schedules.cpu_config import CpuConfig
 
 #: Q of whole vectors, K of a vector at most and a rest.
 MIXED = (1024, 31)
-#: The awkward sizes of Q and K at each width, and the model's own.
-COLUMNS = ((1, 7), (31, 32), (33, 257), (1537, 1536), (8192, 1), (1536, 256))
-FLOAT32_COLUMNS = ((33, 257), (1537, 1536))
+#: The awkward sizes of Q and K at each width, and the model's own: a default run's, and more.
+COLUMNS = ((1, 7), (33, 257), (1536, 256))
+MORE_COLUMNS = ((31, 32), (1537, 1536), (8192, 1))
+FLOAT32_COLUMNS, MORE_FLOAT32_COLUMNS = ((33, 257),), ((1537, 1536),)
 ROWS = (0, 1, 2, 3, 4, 5, 17, 513)
 
 
@@ -65,8 +66,8 @@ def main_level(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def open_module(level: str) -> Module:
-    return load(open_columns(level))
+def open_module(main_level: str) -> Module:
+    return load(open_columns(main_level))
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +78,21 @@ def pairing_module(level: str) -> Module:
 
 @pytest.fixture(scope="module")
 def column_module(main_level: str) -> Module:
-    """Every column pair, fixed."""
+    """Column pairs, fixed."""
     specs = [
         *specs_of([("bfloat16", "bfloat16")], COLUMNS, main_level),
         *specs_of([("float32", "float32")], FLOAT32_COLUMNS, main_level),
     ]
     return load(compiled(f"columns-{main_level}", *specs))
+
+
+@pytest.fixture(scope="module")
+def more_columns_module(main_level: str) -> Module:
+    specs = [
+        *specs_of([("bfloat16", "bfloat16")], MORE_COLUMNS, main_level),
+        *specs_of([("float32", "float32")], MORE_FLOAT32_COLUMNS, main_level),
+    ]
+    return load(compiled(f"more-columns-{main_level}", *specs))
 
 
 def _special_case(
@@ -218,6 +228,19 @@ def test_fixed_columns(
 ) -> None:
     """A tile, panel or tail that is skipped or done twice at some size."""
     check_exact(column_module, make_case(rows, q_cols, k_cols, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("dtype", "q_cols", "k_cols"),
+    [("bfloat16", *pair) for pair in MORE_COLUMNS]
+    + [("float32", *pair) for pair in MORE_FLOAT32_COLUMNS],
+)
+def test_more_fixed_columns(
+    more_columns_module: Module, dtype: str, q_cols: int, k_cols: int, rows: int
+) -> None:
+    check_exact(more_columns_module, make_case(rows, q_cols, k_cols, dtype))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -389,27 +412,43 @@ CONFIGS = (
 CONFIG_PAIRINGS = (("bfloat16", "bfloat16"), ("float32", "bfloat16"))
 
 
-@pytest.fixture(scope="module", params=levels(OWN))
-def config_module(request: pytest.FixtureRequest) -> Module:
-    needs_level(request.param)
+#: Of these a default run takes one that is narrow, one of many rows, and one that is wide.
+FEW_CONFIGS = (2, 4, 7)
+
+
+def _few(pairing: tuple[str, str], index: int) -> bool:
+    return index in FEW_CONFIGS and pairing == CONFIG_PAIRINGS[index % 2]
+
+
+@pytest.mark.parametrize(
+    ("pairing", "index"),
+    [
+        pytest.param(
+            pairing,
+            index,
+            marks=() if _few(pairing, index) else pytest.mark.slow,
+            id=f"{'-'.join(pairing)}-vector{CONFIGS[index].vector}",
+        )
+        for pairing in CONFIG_PAIRINGS
+        for index in range(len(CONFIGS))
+    ],
+)
+def test_every_config_is_exact(main_level: str, pairing: tuple[str, str], index: int) -> None:
+    """A field of the config that changes results."""
+    # Two files a level: that of a default run is small. Columns tell a file's specs apart.
+    few = _few(pairing, index)
     specs = {
         spec: config
-        for pairing, (index, config) in itertools.product(CONFIG_PAIRINGS, enumerate(CONFIGS))
-        for spec in specs_of([pairing], [(160 + index, 64)], request.param)
+        for each, (i, config) in itertools.product(CONFIG_PAIRINGS, enumerate(CONFIGS))
+        for spec in specs_of([each], [(160 + i, 64)], main_level)
+        if _few(each, i) is few
     }
-    return load(compiled(f"configs-{request.param}", *specs, config=specs))
-
-
-@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: f"vector{CONFIGS[i].vector}")
-@pytest.mark.parametrize(("in_dtype", "out_dtype"), CONFIG_PAIRINGS)
-def test_every_config_is_exact(
-    config_module: Module, in_dtype: str, out_dtype: str, index: int
-) -> None:
-    """A field of the config that changes results."""
+    name = f"{'few' if few else 'other'}-configs-{main_level}"
+    module = load(compiled(name, *specs, config=specs))
     for rows in (1, 2, 7, 33):
-        check_exact(config_module, make_case(rows, 160 + index, 64, in_dtype, out_dtype))
-    values = _float32_sweep() if in_dtype == "float32" else all_patterns(in_dtype)
-    check_exact(config_module, _special_case(values[::23], 160 + index, 64, out_dtype, index))
+        check_exact(module, make_case(rows, 160 + index, 64, *pairing))
+    values = _float32_sweep() if pairing[0] == "float32" else all_patterns(pairing[0])
+    check_exact(module, _special_case(values[::23], 160 + index, 64, pairing[1], index))
 
 
 STREAM_PAIRINGS = (

@@ -107,8 +107,14 @@ def _arguments(library: Path, pool: str, bits: int) -> tuple[str, dict[str, str]
     return str(library), {"QKNORM_TVM_OPENMP": "0" if pool == "own" else "1"}
 
 
-@pytest.mark.parametrize("pool", ["own", "openmp"])
-@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize(
+    ("mode", "pool"),
+    [
+        *((mode, "own") for mode in _MODES),
+        ("flush-up", "openmp"),
+        *(pytest.param(mode, "openmp", marks=pytest.mark.slow) for mode in list(_MODES)[:-1]),
+    ],
+)
 def test_bits_do_not_depend_on_a_callers_mode(mode: str, pool: str, every_operation: Path) -> None:
     """A pool whose threads keep the mode of whoever called first: wrong bits for all others."""
     library, env = _arguments(every_operation, pool, _MODES[mode])

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import environment, make_case, run_python, smallest
@@ -73,7 +74,7 @@ def _run_mounted(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code, as `run_python` does, with file systems mounted for it alone."""
     code = 'import sys\nsys.modules["torch"] = None\n' + textwrap.dedent(code)
-    script = " && ".join([*(f"mount {one}" for one in mounts), 'exec "$@"'])
+    script = " && ".join([*(f"mount {mount}" for mount in mounts), 'exec "$@"'])
     command = [*_unshare(), "sh", "-c", script, "sh", sys.executable, "-c", code, *args]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False
@@ -213,6 +214,11 @@ assert not os.listdir(os.environ["TMPDIR"])
 # ---- the same, where nothing can be mounted ------------------------------------------------------
 
 
+def _some(first: int, *others: int) -> list[Any]:
+    """Return errors as parameters, the first for a default run."""
+    return [first, *(pytest.param(number, marks=pytest.mark.slow) for number in others)]
+
+
 def _call(monkeypatch: pytest.MonkeyPatch, *columns: int) -> list[str]:
     """Compute with an empty memory of modules; returns what was warned of."""
     monkeypatch.setattr(cache, "_loaded", {})
@@ -227,10 +233,10 @@ def _call(monkeypatch: pytest.MonkeyPatch, *columns: int) -> list[str]:
             )
             for got, want in zip(outputs, case.expected(), strict=True):
                 assert reference.differing(got, want) == 0
-    return [str(one.message) for one in caught if one.category is RuntimeWarning]
+    return [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS])
+@pytest.mark.parametrize("number", _some(errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ENOSYS))
 def test_folder_that_cannot_be_locked(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +255,7 @@ def test_folder_that_cannot_be_locked(
         assert _call(monkeypatch, 5, 6) == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("number", _some(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS))
 def test_module_that_cannot_be_stored_serves_all_the_same(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

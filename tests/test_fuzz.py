@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import faulthandler
-import functools
 import importlib.util
 import itertools
 import math
@@ -29,14 +28,21 @@ from typing import Any
 import fuzz_mistakes
 import numpy as np
 import pytest
+import test_rope
 from fuzz_cases import (
     EPSILONS,
+    INDICES,
     REFUSED,
     SPECIAL,
     SPECIAL_INPUTS,
     Elsewhere,
+    FromNumber,
     Kind,
+    cache_strides,
     draw_case,
+    draw_kind,
+    draw_rotating,
+    fill_indices,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,12 +51,10 @@ from support import (
     DTYPES,
     FIXED_COLUMNS,
     LEVELS,
-    NAMES,
     OWN,
     PAIRINGS,
     RawTensor,
     compiled,
-    from_torch,
     needs_level,
     open_columns,
     random_values,
@@ -64,7 +68,9 @@ from support import (
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, load
 from qknorm_tvm.check import reference
-from qknorm_tvm.operations import OPERATIONS, Operation
+from qknorm_tvm.check.expected import Graph
+from qknorm_tvm.dtypes import ELEMENT_TYPES
+from qknorm_tvm.operations import OPERATIONS, TENSORS
 from qknorm_tvm.targets import host_features
 
 _GIVEN = os.environ.get("QKNORM_TVM_FUZZ_CASES")
@@ -80,10 +86,15 @@ KINDS = (
 )
 #: Of `KINDS`, the input that is rounded before gamma in half of the calls.
 _CASTS = "bfloat16"
-
-_API_ORDER = ("q", "k", "qk_var", "gamma_q", "gamma_k")
+#: Operations that neither rotate nor store.
+_PLAIN = [op for op in OPERATIONS.values() if not op.rotates]
+#: What rotates: `test_rope`'s, which it compiles too; others where there is time.
+_ROTATING = test_rope.SPECS
+if _GIVEN:
+    _ROTATING = tuple(draw_rotating(FromNumber(secrets.randbelow(1 << 40)), OWN) for _ in range(8))
 #: Whether squares are added by a fused multiply-add in what the API compiles here.
 _HOST_FUSES = "fma" in host_features()
+_GRAPH = Graph(fused=_HOST_FUSES)
 #: Half of the calls pass torch tensors where it is installed.
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -101,18 +112,15 @@ class _FromHypothesis:
         return self._data.draw(st.integers(low, high), what)
 
 
-@pytest.mark.frameworks
+@pytest.mark.slow
 @settings(max_examples=_API_CASES, derandomize=_GIVEN is None)
 @given(data=st.data())
 def test_exact_or_refused(data: st.DataObject) -> None:
     """Any layout in one buffer: a wrong bit, a byte written beside an output, or by a refusal."""
     choices = _FromHypothesis(data)
-    op = choices.one_of([op for op in OPERATIONS.values() if not op.rotates], "operation")
-    kinds = KINDS if _GIVEN else KINDS[::2]
-    in_dtype, out_dtype, q_cols, k_cols = choices.one_of(kinds, "kind")
-    cast = op.normalises and in_dtype == _CASTS and choices.one_of([False, True], "cast")
-    kind = Kind(op, in_dtype, out_dtype, q_cols, k_cols, cast)
-    case = draw_case(choices, kind, choices.one_of([0, 1, 2, 3, 4, 5, 9], "rows"))
+    rows = choices.one_of([0, 1, 2, 3, 4, 5, 9], "rows")
+    kind = draw_kind(choices, _draw_spec(choices), rows)
+    case = draw_case(choices, kind, rows, wrong_indices=True)
     memory, arrays = case.fill()
     before = memory.copy()
     arguments: dict[str, Any] = dict(arrays)
@@ -123,30 +131,39 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     if case.mistake == "device":
         device = choices.one_of([(2, 0), (10, 1), (8, 0), (13, 0)], "device")
         arguments[case.victim] = Elsewhere(arrays[case.victim], device=device)
-
-    def call() -> tuple[Any, ...]:
-        inputs = [arguments[name] for name in _API_ORDER if name in op.tensors[len(op.outputs) :]]
-        if not op.normalises:
-            return (qknorm_tvm.row_mean_of_squares_qk(*inputs, qk_var_out=arguments["qk_var"]),)
-        return getattr(qknorm_tvm, op.name)(
-            *inputs,
-            case.epsilon,
-            q_out=arguments["q_out"],
-            k_out=arguments["k_out"],
-            cast_before_gamma=cast,
-        )
+    elif case.mistake == "none":
+        arguments[case.victim] = None
+    call = getattr(qknorm_tvm, kind.op.name)
+    given = kind.api_arguments(arguments, case.epsilon)
 
     if not case.is_legal():
         with pytest.raises((TypeError, ValueError), match=REFUSED):
-            call()
+            call(**given)
         assert (memory == before).all(), "a refused call wrote"
         return
-    statistics = functools.partial(reference.row_mean_of_squares_qk, fused=_HOST_FUSES)
-    expected = kind.expected(arrays, case.epsilon, statistics=statistics)
-    outputs = [one if not use_torch else from_torch(one) for one in call()]
-    for got, want in zip(outputs, expected.values(), strict=True):
-        assert reference.differing(got, want) == 0
+    expected = kind.expected(arrays, case.epsilon, _GRAPH)
+    outputs = call(**given)
+    for got in outputs if kind.op.normalises else (outputs,):
+        assert any(got is one for one in (*arguments.values(), None))
     case.check_written(before, memory, expected)
+
+
+def _draw_spec(choices: _FromHypothesis) -> KernelSpec:
+    if choices.one_of([False, True], "rotates"):
+        return choices.one_of(_ROTATING, "spec")
+    op = choices.one_of(_PLAIN, "operation")
+    kinds = KINDS if _GIVEN else KINDS[::2]
+    in_dtype, out_dtype, q_cols, k_cols = choices.one_of(kinds, "kind")
+    cast = op.normalises and in_dtype == _CASTS and choices.one_of([False, True], "cast")
+    return KernelSpec(
+        op=op.name,
+        in_dtype=in_dtype,
+        out_dtype=out_dtype if op.normalises else "float32",
+        q_cols=q_cols,
+        k_cols=k_cols,
+        cast_before_gamma=cast,
+        target=OWN,
+    )
 
 
 # ---- the entry point, between pages that nobody may touch --------------------------------------
@@ -199,7 +216,8 @@ class Guarded:
     def __init__(self, modules: dict[str, Module]):
         self.modules = modules
         self._dtypes = [dtype for dtype in DTYPES if dtype in modules]
-        self.small = {name: Arena(_SMALL) for name in NAMES}
+        self._rotating = modules["rotating"].specs if "rotating" in modules else ()
+        self.small = {name: Arena(_SMALL) for name in TENSORS}
         self.large: dict[str, Arena] = {}
         rng = np.random.default_rng(0)
         self._pool = {kind: random_values(rng, (1 << 18,), kind) for kind in DTYPES}
@@ -223,10 +241,9 @@ class Guarded:
         arena: Arena,
         shape: tuple[int, ...],
         kind: str,
-        row_stride: int,
+        strides: tuple[int, ...],
     ) -> Placed:
-        dtype = reference.NUMPY_DTYPES[kind]
-        strides = (row_stride, 1)[-len(shape) :]
+        dtype = ELEMENT_TYPES[kind].numpy
         steps = (s * (n - 1) for s, n in zip(strides, shape, strict=True))
         extent = (sum(steps) + 1) * dtype.itemsize if math.prod(shape) else 0
         shift = int(rng.choice([0, 0, 0, 0, 0, 1, 2, 4, 16, 100]))
@@ -249,50 +266,58 @@ class Guarded:
             return unit * int(rng.integers(1, 2200 // unit + 1)) + int(rng.integers(-1, 2))
         return int(rng.integers(1, int(rng.choice([9, 40, 40, 140, 140, 600, 2201]))))
 
-    def _kind(self, rng: np.random.Generator) -> tuple[Kind, str]:
+    def _spec(self, rng: np.random.Generator) -> tuple[KernelSpec, str]:
         """Draw what is called, and the module that holds it."""
-        ops = [op for op in OPERATIONS.values() if not op.rotates]
-        op = ops[int(rng.integers(len(ops)))]
+        if self._rotating and rng.random() < 0.4:
+            return self._rotating[int(rng.integers(len(self._rotating)))], "rotating"
+        op = _PLAIN[int(rng.integers(len(_PLAIN)))]
         which = rng.random()
         columns = self._columns(rng), self._columns(rng)
+
+        def spec(
+            in_dtype: str, out_dtype: str | None, q_cols: int, k_cols: int, cast: bool = False
+        ) -> KernelSpec:
+            return KernelSpec(
+                op=op.name, in_dtype=in_dtype, out_dtype=out_dtype,  # type: ignore[arg-type]
+                q_cols=q_cols, k_cols=k_cols, cast_before_gamma=cast,
+            )  # fmt: skip
+
         if op.name == "apply_qk_rms_norm":
             if which < 0.15:
-                return Kind(op, "float32", "float32", 33, 7), "smallest"
+                return spec("float32", "float32", 33, 7), "smallest"
             if which < 0.25:
-                return Kind(op, "bfloat16", "bfloat16", 1536, 256), "large"
+                return spec("bfloat16", "bfloat16", 1536, 256), "large"
             if which < 0.4 and "mixed" in self.modules:
                 columns = (33, 7) if which < 0.3 else columns
-                return Kind(op, "bfloat16", "bfloat16", *columns, True), "mixed"
+                return spec("bfloat16", "bfloat16", *columns, True), "mixed"
             in_dtype, out_dtype = PAIRINGS[int(rng.integers(len(PAIRINGS)))]
-            return Kind(op, in_dtype, out_dtype, *columns), "open"
+            return spec(in_dtype, out_dtype, *columns), "open"
         if which < 0.2:
             columns = FIXED_COLUMNS[int(rng.integers(len(FIXED_COLUMNS)))]
         elif which > 0.7 and op.normalises and "mixed" in self.modules:
             cast = rng.random() < 0.5
-            out_dtype = "bfloat16" if cast else "float32"
-            return Kind(op, "bfloat16", out_dtype, *columns, cast), "mixed"
+            return spec("bfloat16", "bfloat16" if cast else "float32", *columns, cast), "mixed"
         dtype = self._dtypes[int(rng.integers(len(self._dtypes)))]
-        return Kind(op, dtype, dtype if op.normalises else "float32", *columns), dtype
+        return spec(dtype, None, *columns), dtype
 
-    def _fill(
-        self,
-        rng: np.random.Generator,
-        op: Operation,
-        placed: dict[str, Placed],
-        kinds: dict[str, str],
-    ) -> None:
-        plain = op.name != "apply_qk_rms_norm" and rng.random() < 0.7
+    def _fill(self, rng: np.random.Generator, kind: Kind, placed: dict[str, Placed]) -> None:
+        dtypes, given = kind.dtypes(), "qk_var" in kind.tensors and kind.op.normalises
+        plain = not given and rng.random() < 0.7
         specials = plain and rng.random() < 0.3
-        for name in op.tensors:
-            if name in op.outputs:
+        for name in kind.tensors:
+            array = placed[name].array
+            if name in kind.op.outputs:
+                continue  # caches hold canaries
+            if name in INDICES:
+                fill_indices(rng, name, array, kind)
                 continue
-            array, kind = placed[name].array, kinds[name]
-            array[...] = self._values(
-                rng, array.shape, (self._plain if plain else self._pool)[kind]
-            )
+            pool = (self._plain if plain else self._pool)[dtypes[name]]
+            array[...] = self._values(rng, array.shape, pool)
             if name in SPECIAL:
                 wild = rng.random(array.shape) < 0.1
-                array[wild] = rng.choice(SPECIAL[name], int(wild.sum()))
+                with np.errstate(over="ignore"):
+                    values = rng.choice(SPECIAL[name], int(wild.sum())).astype(array.dtype)
+                array[wild] = values
             elif specials and array.size:
                 for row in rng.integers(0, len(array), 3):
                     value = rng.choice(SPECIAL_INPUTS)
@@ -301,15 +326,31 @@ class Guarded:
                 if rng.random() < 0.3:
                     array[rng.integers(len(array))] = 0
 
+    def _strides(
+        self,
+        rng: np.random.Generator,
+        name: str,
+        kind: Kind,
+        shape: tuple[int, ...],
+        *,
+        packed: bool,
+    ) -> tuple[int, ...]:
+        """Draw the strides of a tensor, in elements."""
+        if len(shape) == 4:
+            return cache_strides(FromNumber(rng), shape)[0]
+        stride = shape[-1] + (0 if packed else int(rng.choice([0, 0, 1, rng.integers(1, 70)])))
+        if name not in kind.op.outputs and rng.random() < 0.1:
+            stride = int(rng.integers(0, shape[-1] + 1))  # rows of an input may overlap
+        return (stride, 1)[-len(shape) :]
+
     def run(self, number: int) -> None:
         """Make one case and check it."""
         rng = np.random.default_rng(number)
-        kind, name = self._kind(rng)
-        module = self.modules[name]
-        op, q_cols, k_cols = kind.op, kind.q_cols, kind.k_cols
+        spec, name = self._spec(rng)
+        module, op = self.modules[name], spec.operation
+        q_cols, k_cols = spec.q_cols or 1, spec.k_cols or 1
         refused = rng.random() < 0.35
         rows = int(rng.choice([1, 2, 3, 4, 7, 8, 9, 16, 17, 30]))
-        kinds = kind.dtypes()
         arenas = self.small
         if not refused:
             special = rng.random()
@@ -317,27 +358,26 @@ class Guarded:
                 rows = 0
             elif special < 0.14:  # enough for several threads
                 rows = 500_000 // (4 * (q_cols + k_cols + 2 * 70)) + 1
-            elif special < 0.15 and op.normalises:  # enough for stores past the caches
-                items = [reference.NUMPY_DTYPES[kinds[name]].itemsize for name in ("q_out", "q")]
+            elif special < 0.15 and op.normalises and not op.rotates:  # past the caches
+                items = [spec.out_bytes, spec.in_bytes]
                 many = (17 << 20) // (items[0] * (q_cols + k_cols)) + 1
                 if many * max(items) * max(q_cols, k_cols) < _LARGE - _PAGE and many <= 100_000:
                     rows = many
-                    arenas = self.large = self.large or {name: Arena(_LARGE) for name in NAMES}
+                    arenas = self.large = self.large or {name: Arena(_LARGE) for name in TENSORS}
                     self.done["streamed"] += 1
         rows = max(rows, 2) if refused else rows
-        shapes = kind.shapes(rows)
-        gap_kinds = [0, 0, 1, int(rng.integers(1, 70))] if arenas is self.small else [0]
+        kind = draw_kind(FromNumber(rng), spec, rows)
+        shapes, dtypes = kind.shapes(rows), kind.dtypes()
         placed: dict[str, Placed] = {}
-        for name in op.tensors:
-            cols = shapes[name][-1]
-            stride = cols + int(rng.choice(gap_kinds))
-            if name not in op.outputs and rng.random() < 0.1:
-                stride = int(rng.integers(0, cols + 1))  # rows of an input may overlap
-            placed[name] = self._place(rng, arenas[name], shapes[name], kinds[name], stride)
+        for name in kind.tensors:
+            packed = arenas is not self.small
+            strides = self._strides(rng, name, kind, shapes[name], packed=packed)
+            placed[name] = self._place(rng, arenas[name], shapes[name], dtypes[name], strides)
         for own in ("q", "k"):
-            if op.normalises and kind.in_dtype == kind.out_dtype and rng.random() < 0.12:
+            same = spec.in_dtype == spec.out_dtype and f"{own}_out" in placed
+            if same and rng.random() < 0.12:
                 placed[own] = placed[f"{own}_out"]
-        self._fill(rng, op, placed, kinds)
+        self._fill(rng, kind, placed)
         epsilon = EPSILONS[int(rng.integers(len(EPSILONS) - 1))]
         if rng.random() < 0.05:
             module.library.get_function("qknorm_set_num_threads")(int(rng.integers(0, 5)))
@@ -349,13 +389,13 @@ class Guarded:
             elif rng.random() < 0.1:
                 extra["byte_offset"] = int(rng.integers(1, 1 << 40))
             arguments[name] = RawTensor(one.array, **extra)
-        scalars = [epsilon] if op.has_epsilon else []
+        values = [*map(arguments.get, op.tensors), *([epsilon] if op.has_epsilon else [])]
         if refused:
-            self._check_refused(rng, kind, module, placed, [*arguments.values(), *scalars])
+            self._check_refused(rng, kind, module, placed, values)
         else:
-            self._check_exact(kind, module, placed, [*arguments.values(), *scalars], epsilon)
-        for name in NAMES:
-            arenas[name].allow(_WRITE)
+            self._check_exact(kind, module, placed, values, epsilon)
+        for arena in arenas.values():
+            arena.allow(_WRITE)
 
     def _check_exact(
         self,
@@ -366,19 +406,15 @@ class Guarded:
         epsilon: float,
     ) -> None:
         op = kind.op
-        fused = module.active_level != "x86-64-v2"
-        expected = kind.expected(
-            {name: one.array for name, one in placed.items()},
-            epsilon,
-            statistics=functools.partial(reference.row_mean_of_squares_qk, fused=fused),
-        )
-        for name in op.tensors:
+        graph = Graph(fused=module.active_level != "x86-64-v2")
+        expected = kind.expected({name: one.array for name, one in placed.items()}, epsilon, graph)
+        for name in kind.tensors:
             if name not in op.outputs and placed[name] is not placed.get(f"{name}_out"):
                 placed[name].arena.allow(_READ)
         raw_call(module, *arguments, op=op.name)
         for name, wanted in expected.items():
             one = placed[name]
-            wrong = reference.differing(one.array, wanted)
+            wrong = reference.differing(one.array, wanted) if wanted.size else 0
             assert wrong == 0, f"{kind}: {name} differs in {wrong} of {wanted.size} elements"
             one.array.view(f"u{one.array.itemsize}")[...] = int.from_bytes(
                 bytes([_CANARY]) * one.array.itemsize, "little"
@@ -399,9 +435,10 @@ class Guarded:
             name: fuzz_mistakes.Given(one.array, one.array.ctypes.data, one.extent)
             for name, one in placed.items()
         }
-        what, victim, arguments = fuzz_mistakes.spoil(rng, kind.op, given, arguments)
-        for one in placed.values():
-            one.arena.allow(_NONE)
+        what, victim, arguments = fuzz_mistakes.spoil(rng, kind, given, arguments)
+        for name, one in placed.items():
+            # Numbers are looked at once all else is right.
+            one.arena.allow(_READ if what == "index" and name in INDICES else _NONE)
         try:
             with pytest.raises((TypeError, ValueError), match=fuzz_mistakes.REFUSED):
                 raw_call(module, *arguments, op=kind.op.name)
@@ -426,7 +463,15 @@ def _paths(target: str, dtypes: Sequence[str], *, mixed: bool) -> dict[str, Path
     }
     if mixed:
         paths["mixed"] = _mixed(target)
+    paths["rotating"] = rotating(target, count=4)
     return paths
+
+
+def rotating(target: str, count: int) -> Path:
+    """Compile operations that rotate, always the same; others where cases are."""
+    first = 0 if _GIVEN is None else secrets.randbelow(1 << 40)
+    specs = [draw_rotating(FromNumber(first + number), target) for number in range(count)]
+    return compiled(f"rotating-{first}-{target}", *dict.fromkeys(specs))
 
 
 def _mixed(target: str) -> Path:

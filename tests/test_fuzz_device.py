@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cuda_code
 import numpy as np
 import pytest
+import test_rope
 from fuzz_cases import Elsewhere, FuzzCase, Region
 from fuzz_device import Call, Fuzz, Placed, run_cases
 from support import open_columns, statistics_and_fused
@@ -31,9 +33,15 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cache.forget_entries()
 
 
+def _modules() -> list[Path]:
+    """Return the modules of all operations; of those that rotate what `test_rope` compiles too."""
+    rotating = [cache.module_for(spec).path for spec in test_rope.SPECS]
+    return [open_columns(), statistics_and_fused("bfloat16"), *rotating]
+
+
 def test_modules_for_cpus() -> None:
     """A harness that fails where nothing is wrong, and so would be of no use on a GPU."""
-    done = run_cases("cpu", 0, 300, [open_columns(), statistics_and_fused("bfloat16")])
+    done = run_cases("cpu", 0, 400, _modules())
     assert min(done["exact"], done["refused"]) > 60, done
 
 
@@ -59,8 +67,8 @@ class _Spoiling(Fuzz):
 @pytest.mark.usefixtures("served")
 def test_one_byte_is_seen() -> None:
     """A stray write that goes unnoticed: then exact cases and refused ones say nothing."""
-    fuzz = _Spoiling([load(open_columns()), load(statistics_and_fused("bfloat16"))], "cpu")
-    for number in range(40):
+    fuzz = _Spoiling([load(path) for path in _modules()], "cpu")
+    for number in range(60):
         with pytest.raises(AssertionError, match=f"case {number} of") as failed:
             fuzz.run(number)
         assert re.search("beside the outputs|a refused call wrote", str(failed.value.__cause__))
@@ -91,7 +99,7 @@ class _NoDevice(Fuzz):
 @pytest.mark.usefixtures("served")
 def test_what_modules_for_cuda_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that the documentation allows and a module for CUDA refuses, or the other way."""
-    paths = [cuda_code.built(name).path for name in ("apply", "statistics")]
+    paths = [cuda_code.built(name).path for name in ("apply", "statistics", "rope-few")]
     monkeypatch.setattr(arrays, "cuda_target", lambda index: cuda_code.SM_90)
     fuzz = _NoDevice([load(path) for path in paths])
     for number in range(500):

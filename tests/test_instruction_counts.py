@@ -18,9 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import compiled, needs_level
@@ -180,9 +178,9 @@ def _driver() -> Path:
 
 def _events(path: Path) -> int:
     """Return what a dump of callgrind counted."""
-    found = re.search(r"^(?:totals|summary): (\d+)$", path.read_text(), re.MULTILINE)
-    assert found, f"{path.name} holds no total"
-    return int(found[1])
+    total = re.search(r"^(?:totals|summary): (\d+)$", path.read_text(), re.MULTILINE)
+    assert total, f"{path.name} holds no total"
+    return int(total[1])
 
 
 @functools.cache
@@ -258,27 +256,18 @@ def check(what: str, count: float, wanted: float, slack: float, unit: str) -> No
     )
 
 
-def _default(op: str, level: str) -> bool:
-    """Return whether a default run counts an operation and level: valgrind is slow."""
-    return (op, level) == ("apply_qk_rms_norm", "x86-64-v3")
-
-
-def _params(keys: Iterable[tuple[str, ...]]) -> list[Any]:
-    slow = pytest.mark.slow
-    return [pytest.param(*key, marks=() if _default(*key[:2]) else slow) for key in keys]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "level", "dtype"), _params(PER_ELEMENT))
+@pytest.mark.parametrize(("op", "level", "dtype"), PER_ELEMENT)
 def test_instructions_of_an_element(op: str, level: str, dtype: str) -> None:
     """Code that got slower: a conversion that is a call, scalar code, vectors of half the width."""
-    found = counted(op, level).per_element(dtype)
-    for m, count, wanted in zip(ROWS, found, PER_ELEMENT[op, level, dtype], strict=True):
+    counts = counted(op, level).per_element(dtype)
+    for m, count, wanted in zip(ROWS, counts, PER_ELEMENT[op, level, dtype], strict=True):
         what = f"{op}, {level} {dtype}, M = {m}"
         check(what, count, wanted, ELEMENT_SLACK, "instructions an element")
 
 
-@pytest.mark.parametrize(("op", "level"), _params(FIXED))
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "level"), FIXED)
 def test_fixed_instructions_of_a_call(op: str, level: str) -> None:
     """Checks that are made twice, a search that got longer: what each decode step pays."""
     count = counted(op, level).fixed

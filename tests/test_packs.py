@@ -418,6 +418,17 @@ def test_plan_has_what_layers_call() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_a_model_without_rotation_has_its_cache_all_the_same() -> None:
+    """OLMo-Hybrid, whose 30 heads do not divide over four ranks."""
+    plan = packing.plan(["olmo-hybrid-7b"], [1, 2, 4], ["cpu"], ["rope-cache"])
+    specs = [spec for module in plan.modules for spec in module]
+    assert [(spec.op, spec.q_cols, spec.rotary_dim, spec.statistics) for spec in specs] == [
+        ("qk_rms_norm_rope_cache", 3840, 0, "local"),
+        ("qk_rms_norm_rope_cache", 1920, 0, "given"),
+    ]
+    assert len(plan.impossible) == 1
+
+
 def test_specs_that_a_call_cannot_tell_apart_are_in_two_files() -> None:
     for module in packing.plan(MODELS, [1, 2, 4], ["cpu"]).modules:
         seen = [

@@ -28,6 +28,16 @@ CACHE = KernelSpec(
     statistics="local",
     target=host_cpu_target(),
 )
+ALONE = CACHE.replace(op="qk_rms_norm_rope", cache_dtype=None)
+FLOAT8_CACHE = CACHE.replace(cache_dtype="float8_e4m3fn")
+#: What the tests below call; the fuzz tests too.
+SPECS = (
+    CACHE,
+    CACHE.replace(rotary_dim=0),
+    CACHE.replace(writes_k_out=True),
+    FLOAT8_CACHE,
+    ALONE,
+)
 
 
 def arguments(
@@ -73,11 +83,11 @@ def check(spec: KernelSpec, given: dict[str, Any]) -> None:
     expected = rope_reference(spec, given)
     before = {"slot_mapping": given["slot_mapping"].copy(), "v": given["v"].copy()}
     q_out, k_out = qknorm_tvm.qk_rms_norm_rope_cache(**given)
-    found = {"q_out": q_out, "k_out": k_out}
-    found |= {name: given[name] for name in ("k_cache", "v_cache")}
+    outputs = {"q_out": q_out, "k_out": k_out}
+    outputs |= {name: given[name] for name in ("k_cache", "v_cache")}
     assert (k_out is not None) == spec.writes_k_out
     for name, value in expected.items():
-        assert differing(found[name], value) == 0, name
+        assert differing(outputs[name], value) == 0, name
     for name, value in before.items():
         assert given[name].tobytes() == value.tobytes(), name
 
@@ -128,6 +138,7 @@ def test_in_place() -> None:
     assert differing(given["k_cache"], expected["k_cache"]) == 0
 
 
+@pytest.mark.slow
 def test_k_out_and_k_in_place() -> None:
     spec = CACHE.replace(writes_k_out=True)
     given = arguments()
@@ -135,8 +146,8 @@ def test_k_out_and_k_in_place() -> None:
     given = arguments()
     expected = rope_reference(spec, given)
     qknorm_tvm.qk_rms_norm_rope_cache(**given, q_out=given["q"], k_out=given["k"])
-    for name, found in (("q_out", given["q"]), ("k_out", given["k"])):
-        assert differing(found, expected[name]) == 0
+    for name, output in (("q_out", given["q"]), ("k_out", given["k"])):
+        assert differing(output, expected[name]) == 0
 
 
 def test_without_a_rotation() -> None:
@@ -145,6 +156,7 @@ def test_without_a_rotation() -> None:
     check(spec, arguments() | {"positions": None, "cos_sin_cache": None})
 
 
+@pytest.mark.slow
 def test_given_statistics_float16_and_float32_angles() -> None:
     spec = CACHE.replace(
         in_dtype="float16", out_dtype=None, cache_dtype=None, rotary_dtype="float32",
@@ -163,7 +175,7 @@ def test_given_statistics_float16_and_float32_angles() -> None:
 @pytest.mark.parametrize("count", [1, KV_HEADS])
 def test_float8_caches(count: int) -> None:
     """A scale for a tensor or for each head; zero-dimensional ones are engines' own."""
-    spec = CACHE.replace(cache_dtype="float8_e4m3fn")
+    spec = FLOAT8_CACHE
     given = arguments()
     for name in ("k_cache", "v_cache"):
         given[name] = np.zeros(given[name].shape, FLOAT8)
@@ -182,11 +194,7 @@ def test_rotation_alone_is_what_the_cache_gets() -> None:
     names = ("q", "k", "gamma_q", "gamma_k", "positions", "cos_sin_cache", "head_dim")
     alone = {name: given[name] for name in names}
     q_out, k_out = qknorm_tvm.qk_rms_norm_rope(**alone)
-    spec = KernelSpec(
-        op="qk_rms_norm_rope", q_cols=Q_COLS, k_cols=K_COLS, head_dim=HEAD_DIM, rotary_dim=32,
-        statistics="local", target=host_cpu_target(),
-    )  # fmt: skip
-    expected = rope_reference(spec, given)
+    expected = rope_reference(ALONE, given)
     assert differing(q_out, expected["q_out"]) == 0
     assert differing(k_out, expected["k_out"]) == 0
     qknorm_tvm.qk_rms_norm_rope(**alone, q_out=given["q"], k_out=given["k"])

@@ -13,12 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support import LEVELS, OWN, PLAIN, filled, random_values
+from support import LEVELS, OWN, PLAIN, filled, needs_level, random_values
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build.cpu import cpu_features, generate
 from qknorm_tvm.build.native import Variant
 from qknorm_tvm.check.reference import NUMPY_DTYPES, differing
+from qknorm_tvm.check.reference_torch import to_torch
 from qknorm_tvm.check.rope_reference import rope_reference
 from qknorm_tvm.schedules.cpu_config import CpuConfig, default_config
 
@@ -29,15 +30,6 @@ MAX_POSITION = 50
 ROPE = KernelSpec(op="qk_rms_norm_rope", q_cols=384, k_cols=128, head_dim=64)
 CACHE = ROPE.replace(op="qk_rms_norm_rope_cache")
 FLOAT8 = "float8_e4m3fn"
-
-
-def as_tensor(array: np.ndarray) -> Any:
-    """Return a torch tensor on the memory of an array of any strides."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    if array.dtype == ml_dtypes.float8_e4m3fn:
-        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
-    return torch.from_numpy(array)
 
 
 @functools.lru_cache(maxsize=8)
@@ -57,13 +49,14 @@ def call(
     config: CpuConfig | None = None,
 ) -> None:
     """Call the function of a spec with arrays by name, as many rows as q has."""
+    needs_level(cpu)
     config = config or default_config(spec, frozenset(cpu_features(cpu)))
     scalars: dict[str, int] = {"row_tiles": len(arrays["q"]) // row_tile}
     for tensor in spec.tensors:
         array = arrays[tensor.name]
         strides = [stride // array.itemsize for stride in array.strides]
         scalars |= dict(zip(tensor.stride_names, strides, strict=False))
-    tensors = [as_tensor(arrays[tensor.name]) for tensor in spec.tensors]
+    tensors = [to_torch(arrays[tensor.name]) for tensor in spec.tensors]
     names = spec.operation.internal_scalars(spec)
     function(spec, cpu, config, row_tile)(*tensors, EPSILON, *(scalars[name] for name in names))
 

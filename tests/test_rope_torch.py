@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from support import from_torch, random_values, to_torch
@@ -141,10 +140,7 @@ def unfused(given: Arguments, *, interleaved: bool = False) -> Arguments:
 
 
 def array(tensor: Any) -> Any:
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-    return from_torch(tensor)
+    return from_torch(tensor.detach().contiguous())
 
 
 def same(got: Any, wanted: Any) -> None:
@@ -510,7 +506,8 @@ def attention_input(hidden: Any, weight: Any, given: Arguments, kind: str) -> An
     """Project, norm, rotate and store; then read what was stored."""
     q, k, v = (hidden @ weight).split([Q_COLS, K_COLS, K_COLS], dim=1)
     rest = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
-    call = {"head_dim": HEAD_DIM, "epsilon": EPSILON}
+    # Written out: of a variable number torch begins with a graph for any, and starts again.
+    call = {"head_dim": HEAD_DIM, "epsilon": 1e-5}
     before = given["k_cache"].float().sum()
     if kind == "new":
         q, _ = torch_ops.qk_rms_norm_rope_cache(q, k, v, **rest, **call)
@@ -541,10 +538,11 @@ def test_compiled_for_any_number_of_rows(backend: str, kind: str) -> None:
         given |= {name: cache[name].nan_to_num(0, 0, 0).clone() for name in ("k_cache", "v_cache")}
         copy = {name: x.clone() for name, x in given.items()}
         wanted = attention_input(hidden, weight, given, kind)
-        same(compiled(hidden, weight, copy, kind), wanted)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            same(compiled(hidden, weight, copy, kind), wanted)
         for name in given:
             same(copy[name].float(), given[name].float())
-    assert counter.frame_count <= 2  # one for each number of rows would be four
+    assert counter.frame_count == 1
 
 
 def test_a_mistake_is_seen_when_traced() -> None:

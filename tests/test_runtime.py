@@ -199,13 +199,13 @@ def _sections(data: bytes) -> dict[str, tuple[int, int, int]]:
     entry, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
     headers = [table + i * entry for i in range(count)]
     (names,) = struct.unpack_from("<Q", data, headers[names_index] + 0x18)
-    found = {}
+    symbols = {}
     for at in headers:
         (name,) = struct.unpack_from("<I", data, at)
         end = data.index(b"\0", names + name)
         offset, size = struct.unpack_from("<QQ", data, at + 0x18)
-        found[data[names + name : end].decode()] = (offset, size, at)
-    return found
+        symbols[data[names + name : end].decode()] = (offset, size, at)
+    return symbols
 
 
 _TRUNCATIONS: dict[str, Callable[[bytes], int]] = {
@@ -309,9 +309,9 @@ def _with_metadata(path: Path, metadata: bytes) -> Path:
     data = bytearray(smallest().read_bytes())
     offset, size, _ = _sections(bytes(data))[".qknorm"]
     start = offset + len(module_file.MAGIC) + 32
-    room = offset + size - start
-    assert len(metadata) < room
-    data[start : offset + size] = metadata + bytes(room - len(metadata))
+    space = offset + size - start
+    assert len(metadata) < space
+    data[start : offset + size] = metadata + bytes(space - len(metadata))
     path.write_bytes(data)
     module_file.seal(path)
     return path

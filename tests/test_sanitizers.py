@@ -123,11 +123,11 @@ def _calls(done: subprocess.CompletedProcess[str]) -> int:
     """Return how many calls a clean run made."""
     assert done.returncode == 0, _exit(done)
     assert not done.stderr, _exit(done)
-    found = re.fullmatch(r"(\d+) calls, (\d+) elements exact\n", done.stdout)
-    assert found, _exit(done)
+    counted = re.fullmatch(r"(\d+) calls, (\d+) elements exact\n", done.stdout)
+    assert counted, _exit(done)
     print(done.stdout)
-    assert int(found[2]) > 10_000
-    return int(found[1])
+    assert int(counted[2]) > 10_000
+    return int(counted[1])
 
 
 _ADDRESS = "address,undefined"

@@ -125,9 +125,9 @@ def check(what: str, instructions: int, kernel: Used, wanted: tuple[int, int]) -
 @pytest.mark.parametrize(("op", "q_cols", "k_cols"), SHAPES)
 def test_instructions_and_registers(op: str, q_cols: int, k_cols: int) -> None:
     """Code that got slower; more registers, so that fewer warps fit a multiprocessor; spills."""
-    found, table = counted(op, q_cols, k_cols), KERNELS.get((op, q_cols, k_cols), {})
-    assert list(found) == list(table), f"these are not the table's kernels; {UPDATE}"
-    for name, (instructions, kernel) in found.items():
+    counts, table = counted(op, q_cols, k_cols), KERNELS.get((op, q_cols, k_cols), {})
+    assert list(counts) == list(table), f"these are not the table's kernels; {UPDATE}"
+    for name, (instructions, kernel) in counts.items():
         check(f"{op}, {q_cols}/{k_cols}, {name}", instructions, kernel, table[name])
 
 

@@ -75,9 +75,9 @@ def test_the_reference_rounds_once() -> None:
     x = np.exp2(rng.uniform(-40, 40, 4000)).astype(np.float32)
     # Squares of half a unit in the last place of the total: where roundings meet.
     x[::2] = np.sqrt(total[::2]) * np.float32(2.0**-12.5) * rng.choice([1, 1.5, 0.7071], 2000)
-    found = reference._add_square(x, total)
-    for one, before, after in zip(x, total, found, strict=True):
-        exact = Fraction(float(one)) ** 2 + Fraction(float(before))
+    sums = reference._add_square(x, total)
+    for value, before, after in zip(x, total, sums, strict=True):
+        exact = Fraction(float(value)) ** 2 + Fraction(float(before))
         near = [after, np.nextafter(after, np.float32(0)), np.nextafter(after, np.float32(np.inf))]
         gaps = [abs(Fraction(float(value)) - exact) for value in near]
         assert gaps[0] == min(gaps)
@@ -216,15 +216,15 @@ def test_error_is_at_most_that_of_torch(in_dtype: str) -> None:
         a = generate(4096, *cols, in_dtype, seed=1)
         exact = np.stack([(x.astype(np.float64) ** 2).mean(axis=1) for x in (a.q, a.k)], axis=1)
         errors = {
-            name: np.abs(found.astype(np.float64) - exact) / exact
-            for name, found in {
+            name: np.abs(sums.astype(np.float64) - exact) / exact
+            for name, sums in {
                 "ours": statistics(module, a.q, a.k),
                 "torch": by_torch(to_torch(a.q), to_torch(a.k)).numpy(),
             }.items()
         }
         assert torch.get_default_dtype() == torch.float32
-        mean = {name: one.mean(axis=0) for name, one in errors.items()}
-        worst = {name: one.max(axis=0) for name, one in errors.items()}
+        mean = {name: error.mean(axis=0) for name, error in errors.items()}
+        worst = {name: error.max(axis=0) for name, error in errors.items()}
         # Two good sums differ by chance: 5 % of the mean error, a rounding of the worst.
         assert (mean["ours"] <= 1.05 * mean["torch"]).all(), (cols, mean)
         assert (worst["ours"] <= worst["torch"] + 2.0**-24).all(), (cols, worst)
@@ -240,9 +240,11 @@ def test_api_takes_what_apply_takes() -> None:
     assert qknorm_tvm.row_mean_of_squares_qk(a.q, a.k, qk_var_out=given) is given
     assert np.array_equal(given, qk_var)
     for how in ({}, {"out_dtype": "float32"}, {"cast_before_gamma": True}):
-        one = qknorm_tvm.qk_rms_norm(a.q, a.k, a.gamma_q, a.gamma_k, a.epsilon, **how)
-        two = qknorm_tvm.apply_qk_rms_norm(a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, **how)
-        for actual, wanted in zip(one, two, strict=True):
+        fused = qknorm_tvm.qk_rms_norm(a.q, a.k, a.gamma_q, a.gamma_k, a.epsilon, **how)
+        separate = qknorm_tvm.apply_qk_rms_norm(
+            a.q, a.k, qk_var, a.gamma_q, a.gamma_k, a.epsilon, **how
+        )
+        for actual, wanted in zip(fused, separate, strict=True):
             assert reference.differing(actual, wanted) == 0
     q, k = a.q.copy(), a.k.copy()
     out = qknorm_tvm.qk_rms_norm(q, k, a.gamma_q, a.gamma_k, q_out=q, k_out=k)
@@ -262,9 +264,9 @@ def test_api_on_torch_tensors() -> None:
     assert isinstance(qk_var, torch.Tensor)
     torch.testing.assert_close(qk_var, by_torch(q, k), rtol=1e-6, atol=0)
     gammas = torch.rand(192), torch.rand(64)
-    one = qknorm_tvm.qk_rms_norm(q, k, *gammas)
-    two = qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    fused = qknorm_tvm.qk_rms_norm(q, k, *gammas)
+    separate = qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas)
+    assert all(torch.equal(a, b) for a, b in zip(fused, separate, strict=True))
     with pytest.raises(ValueError, match=r"^q must not require grad"):
         qknorm_tvm.row_mean_of_squares_qk(q.float().requires_grad_(), k.float())
 

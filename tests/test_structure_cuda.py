@@ -117,9 +117,9 @@ def test_older_gpus_get_no_dependent_launch(built: Built) -> None:
 def test_no_local_memory_and_few_registers(built: Built) -> None:
     """Arrays that went to memory; so many registers that few blocks fit a multiprocessor."""
     _, log = built.device_code("cubin", "sm_90")
-    found = used(log)
-    assert set(found) == set(_kernel_names(built))
-    for name, kernel in found.items():
+    usage = used(log)
+    assert set(usage) == set(_kernel_names(built))
+    for name, kernel in usage.items():
         assert kernel.local_memory == 0, name
         assert kernel.registers <= 64, (name, kernel.registers)
         assert "barriers" not in log or "used 0 barriers" in log
@@ -127,10 +127,10 @@ def test_no_local_memory_and_few_registers(built: Built) -> None:
 
 def test_machine_code(built: Built) -> None:
     """What ptxas may undo: wide accesses, the place of the wait, registers instead of memory."""
-    found = disassembled(built.device_code("cubin", "sm_90")[0])
-    assert set(found) == set(_kernel_names(built))
+    code_of = disassembled(built.device_code("cubin", "sm_90")[0])
+    assert set(code_of) == set(_kernel_names(built))
     for name, aligned in _kernel_names(built).items():
-        code = found[name]
+        code = code_of[name]
         assert not re.search(r"\b(LDL|STL)\b", code), name
         assert ".FTZ" not in code, name
         assert ".CONSTANT" not in code, name
@@ -208,9 +208,11 @@ def test_metadata_and_architectures() -> None:
     assert metadata["architectures"] == ["sm_80", "sm_90", "compute_90"]
     assert metadata["specs"] == [spec.to_dict()]
     code = metadata["levels"][0]["code"]
-    assert [one["variants"] for one in code] == [[v.name] for v in default_variants(spec, None)]
-    for one in code:
-        CudaConfig(**one["config"])
+    assert [variant["variants"] for variant in code] == [
+        [v.name] for v in default_variants(spec, None)
+    ]
+    for variant in code:
+        CudaConfig(**variant["config"])
 
 
 @pytest.mark.slow

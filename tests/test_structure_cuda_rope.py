@@ -115,9 +115,9 @@ def test_accesses(built: Built, kernels: dict[str, str]) -> None:
         if spec.rotary_dim and not spec.interleaved:
             per_row = parts if 256 % spec.head_dim else 1
             wide += 2 * 2 * rows * per_row * of_table
-        found = len(re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", text))
+        loads = len(re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", text))
         # The compiler may join the operands' branches; it may not read more.
-        assert wide // 2 <= found <= wide, (name, found, wide)
+        assert wide // 2 <= loads <= wide, (name, loads, wide)
         assert not re.search(r"[ls][dt]\.global\.[bu](?:8|16) ", text), name
         q_parts, k_parts, *v_parts = _vectors_of_threads(spec, parts)
         k_stores = k_parts if not has_cache or spec.writes_k_out else 0
@@ -145,9 +145,9 @@ def test_the_wait_comes_before_everything_that_touches_memory(
 
 def test_no_local_memory_and_few_registers(built: Built) -> None:
     """Arrays that went to memory; so many registers that few blocks fit a multiprocessor."""
-    found = used(built.device_code("cubin", "sm_90")[1])
-    assert set(found) == set(built.kernels())
-    for name, kernel in found.items():
+    usage = used(built.device_code("cubin", "sm_90")[1])
+    assert set(usage) == set(built.kernels())
+    for name, kernel in usage.items():
         variant = built.kernels()[name][1]
         assert kernel.local_memory == 0, name
         vectors = variant.config.rows * variant.config.columns

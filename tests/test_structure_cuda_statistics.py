@@ -30,8 +30,10 @@ def kernels(built: Built) -> dict[str, str]:
 
 def _kernel_names(built: Built) -> dict[str, tuple[KernelSpec, bool]]:
     """Return the kernels that there must be: spec, and whether each may rely on alignment."""
-    found = built.kernels()
-    return {name: (spec, one.alignment is not None) for name, (spec, one) in found.items()}
+    kernels = built.kernels()
+    return {
+        name: (spec, variant.alignment is not None) for name, (spec, variant) in kernels.items()
+    }
 
 
 def test_one_kernel_and_one_launch_a_variant(built: Built, kernels: dict[str, str]) -> None:
@@ -107,9 +109,9 @@ def test_older_gpus_get_no_dependent_launch(built: Built) -> None:
 def test_no_local_memory_and_few_registers(built: Built) -> None:
     """Arrays that went to memory; so many registers that few blocks fit a multiprocessor."""
     _, log = built.device_code("cubin", "sm_90")
-    found = used(log)
-    assert set(found) == set(_kernel_names(built))
-    for name, kernel in found.items():
+    usage = used(log)
+    assert set(usage) == set(_kernel_names(built))
+    for name, kernel in usage.items():
         # In rounds, where columns are open, the compiler gives up a loop's counter for more blocks.
         spec, variant = built.kernels()[name]
         assert kernel.local_memory <= (16 if spec.q_cols is None else 0), name

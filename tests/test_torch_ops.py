@@ -16,6 +16,7 @@ from qknorm_tvm.check import reference
 
 torch = pytest.importorskip("torch", reason="registers torch operators, and torch is not installed")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from qknorm_tvm import torch_ops  # noqa: E402
@@ -67,7 +68,7 @@ def _forms(op: str) -> tuple[str, ...]:
 
 def _same(got: Any, wanted: Any) -> None:
     """Compare tensors, or tuples of them, bit by bit; NaN is equal to NaN."""
-    got, wanted = (one if isinstance(one, tuple) else (one,) for one in (got, wanted))
+    got, wanted = (result if isinstance(result, tuple) else (result,) for result in (got, wanted))
     for a, b in zip(got, wanted, strict=True):
         assert reference.differing(from_torch(a.contiguous()), from_torch(b.contiguous())) == 0
 
@@ -142,7 +143,7 @@ def test_writes_are_counted(op: str) -> None:
     getattr(torch_ops, op)(*inputs, **outputs)
     assert all(out._version == 1 for out in outputs.values())
     getattr(torch_ops, op + "_")(*inputs)
-    assert [one._version for one in inputs] == [1, 1] + [0] * (len(inputs) - 2)
+    assert [tensor._version for tensor in inputs] == [1, 1] + [0] * (len(inputs) - 2)
 
 
 # ---- autograd ---------------------------------------------------------------------------------
@@ -159,19 +160,19 @@ def _calls() -> Iterator[tuple[str, str, Callable[[dict[str, Any]], Any]]]:
                     tensors: dict[str, Any], op: str = base + form, given: tuple = names,
                     outputs: tuple = outputs,
                 ) -> Any:  # fmt: skip
-                    arguments = [tensors[one] for one in given]
-                    return getattr(OPS, op)(*arguments, **{one: tensors[one] for one in outputs})
+                    arguments = [tensors[name] for name in given]
+                    return getattr(OPS, op)(*arguments, **{name: tensors[name] for name in outputs})
 
                 yield base + form, name, call
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "call"), [pytest.param(*one, id=f"{one[0]}-{one[1]}") for one in _calls()]
+    ("op", "name", "call"), [pytest.param(*call, id=f"{call[0]}-{call[1]}") for call in _calls()]
 )
 def test_an_argument_that_requires_grad(op: str, name: str, call: Callable[..., Any]) -> None:
     """A result detached from its inputs in silence: a model that does not learn."""
     tensors = {**_tensors(), **_outputs("apply_qk_rms_norm")}
-    plain = {key: one.clone() for key, one in tensors.items()}
+    plain = {key: tensor.clone() for key, tensor in tensors.items()}
     tensors[name] = tensors[name].clone().requires_grad_()
     message = (
         rf"^{name} must not require grad \(qknorm_tvm::{op} has no backward\), got a tensor that "
@@ -258,7 +259,7 @@ def test_a_wrapped_tensor_has_no_memory() -> None:
     """torch's "Cannot access data pointer", which names neither the argument nor the way out."""
     q, *others = _inputs("qk_rms_norm", dtype="float32")
     with pytest.raises(TypeError, match=r"^q must be a tensor in memory, got one that a transform"):
-        torch.func.vmap(lambda one: qknorm_tvm.qk_rms_norm(one, *others))(torch.stack([q, q]))
+        torch.func.vmap(lambda x: qknorm_tvm.qk_rms_norm(x, *others))(torch.stack([q, q]))
 
 
 @pytest.mark.parametrize("op", INPUTS)
@@ -284,7 +285,7 @@ def test_inference_mode() -> None:
     tensors["gamma_q"].requires_grad_()
     with torch.inference_mode():
         _same(torch_ops.apply_qk_rms_norm(**tensors), wanted)
-        inside = {name: one.clone() for name, one in tensors.items()}
+        inside = {name: tensor.clone() for name, tensor in tensors.items()}
         torch_ops.apply_qk_rms_norm_(**inside)
         _same((inside["q"], inside["k"]), wanted)
 
@@ -313,12 +314,12 @@ def test_fake_tensors_are_like_the_real(op: str) -> None:
     options = {} if op == "row_mean_of_squares_qk" else {"out_dtype": torch.float16}
     real = getattr(torch_ops, op)(*inputs, **options)
     with FakeTensorMode() as mode:
-        fake = getattr(torch_ops, op)(*(mode.from_tensor(one) for one in inputs), **options)
-    meta = getattr(torch_ops, op)(*(one.to("meta") for one in inputs), **options)
+        fake = getattr(torch_ops, op)(*(mode.from_tensor(tensor) for tensor in inputs), **options)
+    meta = getattr(torch_ops, op)(*(tensor.to("meta") for tensor in inputs), **options)
     if isinstance(real, torch.Tensor):
         real, fake, meta = (real,), (fake,), (meta,)
     for a, b, c in zip(real, fake, meta, strict=True):
-        seen = [(one.shape, one.stride(), one.dtype) for one in (a, b, c)]
+        seen = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in (a, b, c)]
         assert seen[0] == seen[1] == seen[2]
 
 
@@ -340,7 +341,7 @@ def _mistakes() -> list[Any]:
         ("q_out", lambda o: o.long(), "q_out must be one of bfloat16, float16, float32, got int64"),
         ("k_out", lambda o: o.float(), "k_out must be bfloat16, got float32"),
     ]
-    return [pytest.param(*one, id=one[2]) for one in bad]
+    return [pytest.param(*mistake, id=mistake[2]) for mistake in bad]
 
 
 def _call_all(tensors: dict[str, Any]) -> None:
@@ -359,7 +360,7 @@ def test_mistakes(name: str, change: Callable[..., Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as eager:
         _call_all(tensors)
     with FakeTensorMode() as mode, pytest.raises((TypeError, ValueError)) as fake:
-        _call_all({key: mode.from_tensor(one) for key, one in tensors.items()})
+        _call_all({key: mode.from_tensor(tensor) for key, tensor in tensors.items()})
     assert message in str(eager.value)
     assert message in str(fake.value)
     assert type(eager.value) is type(fake.value)
@@ -371,7 +372,7 @@ def test_out_dtype_that_is_none_of_ours() -> None:
     with pytest.raises(ValueError, match=message):
         torch_ops.qk_rms_norm(*inputs, out_dtype=torch.float64)
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(one) for one in inputs]
+        fake = [mode.from_tensor(tensor) for tensor in inputs]
         with pytest.raises(ValueError, match=message):
             torch_ops.qk_rms_norm(*fake, out_dtype=torch.float64)
 
@@ -392,7 +393,7 @@ def test_a_mistake_is_seen_when_traced() -> None:
 def test_opcheck(op: str, form: str) -> None:
     """torch's own tests: the schema is true, fake and real outputs agree, a compiler may trace."""
     # Ordinary numbers: opcheck compares with a tolerance that NaN does not meet.
-    inputs = [torch.rand_like(one) for one in _inputs(op)]
+    inputs = [torch.rand_like(tensor) for tensor in _inputs(op)]
     outputs = _outputs(op) if form == "_out" else {}
     torch.library.opcheck(getattr(OPS, op + form).default, tuple(inputs), outputs)
 
@@ -441,7 +442,7 @@ def _attention_inputs(rows: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_number_of_rows_is_one_graph(backend: str) -> None:
     """A compilation for every batch size: seconds each, in the middle of serving."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(_attention, backend=counter, fullgraph=True, dynamic=True)
     for rows in (6, 3, 64, 7, 100):
         inputs = _attention_inputs(rows)
@@ -463,8 +464,8 @@ def test_rows_that_only_the_data_know() -> None:
     mask = torch.tensor([True, False, True, True, False, True])
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = _compiled(chosen, "aot_eager")
-        for one in (mask, ~mask, torch.zeros_like(mask)):
-            _same(compiled(one, tensors), chosen(one, tensors))
+        for condition in (mask, ~mask, torch.zeros_like(mask)):
+            _same(compiled(condition, tensors), chosen(condition, tensors))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -514,7 +515,7 @@ def _given_outputs(q: Any, k: Any, gamma_q: Any, gamma_k: Any) -> Any:
 )
 def test_compiled_code_sees_writes(function: Callable[..., Any], backend: str) -> None:
     """A graph that reads q from before the write, or writes where the caller does not look."""
-    inputs, copies = _inputs("qk_rms_norm"), [one.clone() for one in _inputs("qk_rms_norm")]
+    inputs, copies = _inputs("qk_rms_norm"), [tensor.clone() for tensor in _inputs("qk_rms_norm")]
     wanted = function(*inputs)
     _same(_compiled(function, backend)(*copies), wanted)
     _same(tuple(copies), tuple(inputs))
@@ -607,11 +608,11 @@ def test_export_save_load_run() -> None:
     torch.export.save(program, file)
     file.seek(0)
     programs = (program, torch.export.load(file), program.run_decompositions())
-    for one in programs:
-        assert "qknorm_tvm.apply_qk_rms_norm.default" in str(one.graph)
+    for program in programs:
+        assert "qknorm_tvm.apply_qk_rms_norm.default" in str(program.graph)
         for count in (2, 33):
             hidden = _attention_inputs(count)[0]
-            _same(one.module()(hidden), model(hidden))
+            _same(program.module()(hidden), model(hidden))
 
 
 # ---- CUDA -------------------------------------------------------------------------------------
@@ -622,19 +623,19 @@ def test_export_save_load_run() -> None:
 @torch.no_grad()
 def test_cuda_graphs() -> None:
     """Captured by hand, and by the compiler."""
-    hidden, weight, *gammas = [one.cuda() for one in _attention_inputs(16)]
+    hidden, weight, *gammas = [tensor.cuda() for tensor in _attention_inputs(16)]
     qkv = hidden @ weight
-    wanted = [one.cpu() for one in _norms(qkv, *gammas)]
+    wanted = [tensor.cpu() for tensor in _norms(qkv, *gammas)]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = _norms(qkv, *gammas)
-    for one in got:
-        one.zero_()
+    for tensor in got:
+        tensor.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    _same(tuple(one.cpu() for one in got), tuple(wanted))
+    _same(tuple(tensor.cpu() for tensor in got), tuple(wanted))
     compiled = torch.compile(_norms, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         got = compiled(qkv, *gammas)
-        _same(tuple(one.cpu() for one in got), tuple(wanted))
+        _same(tuple(tensor.cpu() for tensor in got), tuple(wanted))

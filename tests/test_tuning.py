@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
-from support import Case, check_exact, make_case
+from support import Case, check_exact, make_case, session_folder
 
 from qknorm_tvm import KernelSpec, TuningError, compile, tune
 from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.schedules.cpu_config import CpuConfig
 from qknorm_tvm.targets import host_cpu_target
-from qknorm_tvm.tuning import folders, records
+from qknorm_tvm.tuning import folders, measurer, records
 from qknorm_tvm.tuning.targets import open_target
 
 pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
@@ -43,19 +44,27 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A device's folder, tuned with the random model."""
-    logs = tmp_path_factory.mktemp("logs")
+def tuned() -> Path:
+    """A device's folder, tuned with the random model by whichever worker is first."""
+    logs = session_folder() / "tuned"
+    with filelock.FileLock(str(logs) + ".lock"):
+        if not logs.exists():
+            _tune(logs)
+    (folder,) = logs.iterdir()
+    return folder
+
+
+def _tune(logs: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TVM_NUM_THREADS", "1")
+        # Most of the time is that of processes that start; how many decide is tested elsewhere.
+        patch.setattr(measurer, "PROCESSES", 2)
         began = time.monotonic()
         summary = tune([SPEC], rows=(1, 16), trials=10, cost_model="random", logs=logs)
-        # Most of it is the start of the processes that decide: 25 s here on an idle machine.
         assert time.monotonic() - began < 180
     assert summary.failed == 0, summary.first_failure
     assert [outcome.rows for outcome in summary.outcomes] == [1, 16]
     assert [outcome.trials for outcome in summary.outcomes] == [summary.measured - 10, 10]
-    return summary.folder
 
 
 @pytest.fixture
@@ -279,8 +288,6 @@ def test_candidates_that_are_not_exact_fail_and_are_said(
     """A fast wrong answer must not win: here the reference expects another epsilon."""
     import cloudpickle
 
-    from qknorm_tvm.tuning import measurer
-
     # The worker processes do not know this file.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(measurer, "time_group", _time_wrongly)
@@ -310,3 +317,53 @@ def test_a_default_that_does_not_build_is_an_error(
     monkeypatch.setenv("CC", str(compiler))
     with pytest.raises(TuningError, match=r"the default of .* fails: .*compiling entry\.c failed"):
         tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path / "logs")
+
+
+# ---- operations that rotate ----------------------------------------------------------------------
+
+ROTATING = KernelSpec(
+    op="qk_rms_norm_rope_cache", q_cols=96, k_cols=64, head_dim=32, rotary_dim=16,
+    statistics="local", cache_dtype="float8_e4m3fn",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [host_cpu_target(), "cuda:sm_90"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rotary_dim": 0, "statistics": "given"},
+        {"op": "qk_rms_norm_rope", "cache_dtype": None, "interleaved": True},
+    ],
+)
+def test_what_rotates_has_a_space_with_its_default(text: str, fields: dict[str, Any]) -> None:
+    """Of tensors with extents that only a call knows; a trace that says another config."""
+    from tvm.s_tir.meta_schedule.database import MemoryDatabase
+
+    from qknorm_tvm.tuning.search import Search
+
+    target = open_target(text, threads=2)
+    spec = ROTATING.replace(target=text, **fields)
+    choices, default = target.choices(spec, 16), target.default(spec, 16)
+    assert all(value in choices[name] for name, value in target.encode(default).items())
+    assert any(len(values) > 1 for values in choices.values())
+    search = Search(
+        target, target.workload(spec, 16), choices, MemoryDatabase(), "random",
+        seed=0, budget=1, batch=1,
+    )  # fmt: skip
+    assert search.config_of(search.candidate(default)) == default
+
+
+@pytest.mark.slow
+def test_what_rotates_is_tuned_and_its_record_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = tune([ROTATING], rows=(16,), trials=4, cost_model="random", logs=tmp_path)
+    assert (summary.measured, summary.failed) == (4, 0), summary.first_failure
+    configs = keep_records(summary.folder)
+    monkeypatch.setenv("QKNORM_TVM_TUNING_LOGS", str(tmp_path))
+    module = compile(ROTATING.replace(target=host_cpu_target())).module
+    (level,) = module.metadata["levels"]
+    (code, *_) = level["code"]
+    assert code["source"] == "record"
+    assert code["config"] == configs[16]

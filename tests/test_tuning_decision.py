@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from made_up_clock import Clock, tune_by, use_clock
 
-from qknorm_tvm import KernelSpec
+from qknorm_tvm import BuildError, KernelSpec, compile
 from qknorm_tvm.build import tuned as selection
 from qknorm_tvm.build.configs import bucket_ends
 from qknorm_tvm.schedules.cuda_config import CudaConfig
@@ -286,3 +286,38 @@ def test_a_mistyped_folder_of_logs_is_warned_of(
     monkeypatch.setenv(selection.ENVIRONMENT, f"{tmp_path}{os.pathsep}{tmp_path / 'tunning'}")
     with pytest.warns(RuntimeWarning, match=r"QKNORM_TVM_TUNING_LOGS names .*tunning, which is no"):
         assert selection.log_folders() == [tmp_path, tmp_path / "tunning"]
+
+
+@pytest.mark.parametrize("target", ["cpu", "x86-64-v2", "aarch64", "cuda:sm_90", "cuda"])
+def test_every_build_warns_of_it(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target for which no records are looked up, and which therefore hid the mistake."""
+
+    def stop(*_: object) -> None:
+        raise BuildError("not built")
+
+    kind = "cuda" if target.startswith("cuda") else "cpu"
+    monkeypatch.setattr(f"qknorm_tvm.build.{kind}.build", stop)
+    monkeypatch.setenv(selection.ENVIRONMENT, str(tmp_path / "tunning"))
+    spec = KernelSpec(in_dtype="float32", q_cols=33, k_cols=7, target=target)
+    with (
+        pytest.warns(RuntimeWarning, match=r"names .*tunning, which is no folder") as caught,
+        pytest.raises(BuildError, match="not built"),
+    ):
+        compile(spec)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_command_line_warns_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line of click's code, which no user of a command has written."""
+    from qknorm_tvm.cli import main
+
+    monkeypatch.setenv(selection.ENVIRONMENT, str(tmp_path / "tunning"))
+    assert main(["logs", "list"]) == 2
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"Warning: QKNORM_TVM_TUNING_LOGS names .*tunning, which is no folder.*", first
+    )

@@ -51,7 +51,7 @@ def write(folder: Path, workloads: list[str], lines: list[str]) -> None:
 
 
 def test_good_lines_are_read(tmp_path: Path) -> None:
-    write(tmp_path, [workload_line()], [record_line(), record_line(vector=32)])
+    write(tmp_path, [workload_line()], [record_line(), record_line(vector=32, tensors=13)])
     logs = records.read_logs(tmp_path)
     assert logs.problems == []
     assert [record.fields for record in logs.records] == [

@@ -45,7 +45,7 @@ _KEY = {
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ours over the copy in one run: ours' row, the ratio of the medians, its relative spread.
+    """The ratio of our time to the copy's in one run: our row, the ratio of medians, its spread.
 
     `spread` adds the two halves of the distance between quartiles, over their medians, as
     independent errors add. With 25 samples the error of a ratio of medians is a third of it.
@@ -75,7 +75,7 @@ class Change:
 
     @property
     def noise(self) -> float:
-        """The largest change that means nothing: both spreads, and at least `LEAST_CHANGE`."""
+        """Changes up to this mean nothing: both spreads together, at least `LEAST_CHANGE`."""
         return max(LEAST_CHANGE, math.hypot(self.old.spread, self.new.spread))
 
     @property
@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def unclear(self) -> list[Change]:
-        """Cases of which the runs say nothing."""
+        """Cases with too much noise for a verdict."""
         return [change for change in self.changes if change.verdict == "unclear"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _values(rows: Sequence[Row], name: str) -> str:
 
 
 def _ratios(which: str, rows: Sequence[Row]) -> dict[tuple, Ratio]:
-    """Return key -> ours' ratio to the copy, of cases that have both."""
+    """Return our ratio to the copy by key, for the cases in which both were timed."""
 
     def key_of(row: Row) -> tuple:
         return tuple(getattr(row, name) for name in _KEY)

@@ -79,9 +79,8 @@ class CpuWorkload(Workload):
             torch.set_num_threads(threads)
         self.sets = [dict(self.inputs) for _ in OFFSETS]
         for name, (shape, dtype) in self.outputs.items():
-            if name in self.inputs:  # a cache: its rows are scattered, its offset says nothing
-                continue
-            beside = self.operation[name].in_place_of or self.operation.signature[0]
+            tensor = self.operation[name]
+            beside = tensor.in_place_of or (name[0] if tensor.is_cache else "q")
             arrays = outputs_beside(self.inputs[beside], shape, ELEMENT_TYPES[dtype].numpy)
             for tensors, array in zip(self.sets, arrays, strict=True):
                 tensors[name] = array
@@ -101,6 +100,9 @@ class CpuWorkload(Workload):
 
     def overwrite(self, output: npt.NDArray) -> None:
         output.view(np.uint8)[...] = 0xA5
+
+    def restore(self, cache: npt.NDArray, before: npt.NDArray) -> None:
+        cache[...] = before
 
     def torch_sets(self) -> list[dict[str, Any]]:
         return [{name: to_torch(self.inputs[name].copy()) for name in self.graph_tensors}]

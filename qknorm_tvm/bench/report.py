@@ -20,8 +20,10 @@ CSV_NAME, PAGE_NAME = "results.csv", "README.md"
 HOST_ROWS = {"cpu": 1, "cuda": 16}
 #: How bandwidth is computed, for people.
 BYTES_FORMULA = (
-    "bytes = M*(Nq+Nk)*(in_bytes+out_bytes), of statistics without out_bytes; gamma and qk_var, "
-    "which caches hold, are not counted"
+    "bytes = M rows of Q and K, and where they are stored of V, as they are read, and as they are "
+    "written, to outputs and to a paged cache: M*(Nq+Nk)*(in_bytes+out_bytes) without one, of "
+    "statistics without out_bytes; gamma, qk_var, positions and angles, which the processor's "
+    "caches hold, are not counted"
 )
 #: What is said below a table, by kind of device.
 METHODS = {

@@ -59,7 +59,7 @@ def torch_compile(
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line of an inductor error that says most, short."""
+    """Return what an inductor error says, in one short line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, _TimeLimitError):
@@ -73,7 +73,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _TimeLimitError(BaseException):
-    """Not an ``Exception``: what it passes through must not take it for a failure of its own."""
+    """Not an ``Exception``, so that no handler of the code that it interrupts catches it."""
 
 
 @contextlib.contextmanager

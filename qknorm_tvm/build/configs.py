@@ -13,13 +13,15 @@ from typing import Any
 
 from ..declare.workload import declared, specialise, workload_hash
 from ..schedules import cpu_config, cuda_sampling
-from ..schedules.cuda_config import CudaConfig
+from ..schedules.cuda_config import CudaConfig, CudaVariant
 from ..schedules.cuda_variants import changed_variants, default_variants
 from ..spec import KernelSpec
 from .tuned import cpu_device, cuda_device, tuned
 
 #: Makes a config of a record's fields.
 Decode = Callable[[Mapping[str, Any]], Any]
+#: A kernel, the source of its config as in `Bucket`, and for a record where it comes from.
+ChosenVariant = tuple[CudaVariant, str, Mapping[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ MOST_TASK_BYTES = 1 << 18
 
 
 def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
-    """Return from how many rows on each measured row count speaks.
+    """Return, for each measured row count, the smallest number of rows that uses its outcome.
 
     The border between two measured counts lies half way between them on a logarithmic scale; the
     smallest speaks for all below it too.
@@ -69,7 +71,7 @@ def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
 
 
 def bucket_ends(rows: int, measured: Sequence[int]) -> tuple[int, int]:
-    """Return the smallest and the largest row count that a measured one speaks for.
+    """Return the smallest and the largest number of rows that use a measured row count's outcome.
 
     The bucket of the most rows has no end: it stands for twice as many.
     """
@@ -79,7 +81,7 @@ def bucket_ends(rows: int, measured: Sequence[int]) -> tuple[int, int]:
 
 
 def merge(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Return buckets from the largest `min_rows` on, neighbours of one config as one."""
+    """Return buckets by descending `min_rows`; neighbours with equal configs become one."""
     merged: list[Bucket] = []
     for bucket in sorted(buckets, key=lambda bucket: bucket.min_rows):
         if merged and (merged[-1].config, merged[-1].source) == (bucket.config, bucket.source):
@@ -141,7 +143,7 @@ def cuda_default(spec: KernelSpec, rows: int) -> CudaConfig:
 
 
 def cpu_record_config(record: Mapping[str, Any]) -> cpu_config.CpuConfig:
-    """Return a record's config with a task size that also suits fewer rows than were measured.
+    """Return a record's config, its task size limited for calls of fewer rows than were measured.
 
     A large task left calls at the lower end of a bucket to one thread that ran on two before:
     1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.
@@ -174,7 +176,7 @@ def from_outcomes(outcomes: Mapping[int, Any], decode: Decode, default: Any) -> 
     return merge(buckets) or [Bucket(1, default(1), "heuristic")]
 
 
-def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[str, Any] | None]]:
+def cuda_buckets(spec: KernelSpec, given: Any) -> list[ChosenVariant]:
     """Choose the kernels of a spec for CUDA, in the order in which the entry point tries them.
 
     Tuned records hold for the layouts that the heuristic's aligned kernels are for, and only where
@@ -196,54 +198,40 @@ def cuda_buckets(spec: KernelSpec, given: Any) -> list[tuple[Any, str, Mapping[s
     variants = default_variants(spec, given)
     if given is not None:
         return [(v, "user" if v.config == given else "heuristic", None) for v in variants]
-    plain = [(variant, "heuristic", None) for variant in variants]
-    if spec.q_cols is None or spec.k_cols is None or len(spec.parsed_target.variants) > 1:
-        return list(plain)
-    device = cuda_device(spec)
-    if device is None:
-        return list(plain)
+    has_fixed_columns = spec.q_cols is not None and spec.k_cols is not None
+    is_for_one_gpu = len(spec.parsed_target.variants) == 1
     outcomes = tuned(
         spec,
         spec.target,
-        device,
+        cuda_device(spec) if has_fixed_columns and is_for_one_gpu else None,
         schedule_version=cuda_sampling.SCHEDULE_VERSION,
         default=lambda rows: cuda_default(spec, rows),
         workload=lambda rows: workload_hash(cuda_workload(spec, rows)),
     )
     if not any(outcome.source == "record" for outcome, _ in outcomes.values()):
-        return list(plain)
+        return [(variant, "heuristic", None) for variant in variants]
     # Columns that allow no aligned kernels are tuned with the others.
     aligned = [v for v in variants if v.alignment is not None] or variants
-    unaligned = [(v, "heuristic", None) for v in variants if v not in aligned]
+    unaligned = [v for v in variants if v not in aligned]
     # Borders are the records' and the heuristic's own: between records that keeps its choices.
-    starts = bucket_starts(list(outcomes))
-
-    def decode(record: Mapping[str, Any]) -> CudaConfig:
-        return CudaConfig.from_dict(dict(record))
-
-    rows_at = {start: rows for rows, start in starts.items()}
-    borders = sorted({*rows_at, *(v.min_rows for v in aligned)})
+    rows_at = {start: rows for rows, start in bucket_starts(list(outcomes)).items()}
     buckets = []
-    for border in borders:
+    for border in sorted({*rows_at, *(v.min_rows for v in aligned)}):
         rows = rows_at[max(start for start in rows_at if start <= border)]
-        outcome, place = outcomes[rows]
+        outcome, device = outcomes[rows]
         if outcome.source == "record":
-            buckets.append(_from_record(border, rows, outcome, place, decode))
+            buckets.append(_from_record(border, rows, outcome, device, _cuda_record_config))
         else:
             buckets.append(Bucket(border, cuda_default(spec, border), "heuristic"))
-    template = aligned[0]
-    chosen: list[tuple[Any, str, Mapping[str, Any] | None]] = [
-        (
-            dataclasses.replace(
-                template,
-                name=f"rows_{bucket.min_rows}",
-                config=bucket.config,
-                min_rows=bucket.min_rows,
-                stride_unit=template.stride_unit,
-            ),
-            bucket.source,
-            bucket.record,
+    chosen: list[ChosenVariant] = []
+    for bucket in merge(buckets):
+        name, min_rows = f"rows_{bucket.min_rows}", bucket.min_rows
+        variant = dataclasses.replace(
+            aligned[0], name=name, config=bucket.config, min_rows=min_rows
         )
-        for bucket in merge(buckets)
-    ]
-    return [*chosen, *unaligned]
+        chosen.append((variant, bucket.source, bucket.record))
+    return [*chosen, *((variant, "heuristic", None) for variant in unaligned)]
+
+
+def _cuda_record_config(record: Mapping[str, Any]) -> CudaConfig:
+    return CudaConfig.from_dict(dict(record))

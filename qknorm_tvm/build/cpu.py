@@ -61,10 +61,10 @@ def cpu_features(cpu: str) -> tuple[str, ...]:
             f"target must be a CPU that LLVM {codegen.llvm_version_major()} knows, got {cpu!r}; "
             "for example x86-64-v3, znver4 or sapphirerapids; every AArch64 CPU's is 'aarch64'"
         )
-    found = codegen.llvm_get_cpu_features(
+    available = codegen.llvm_get_cpu_features(
         tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": cpu})
     )
-    return tuple(sorted(set(map(str, found)) & set(X86_FEATURES)))
+    return tuple(sorted(set(map(str, available)) & set(X86_FEATURES)))
 
 
 def llvm_target(cpu: str) -> tvm.target.Target:
@@ -91,7 +91,7 @@ def variants_of(
 
     Those for `min_rows` of more than 1 leave rows over, which the functions for fewer rows take.
     """
-    found = []
+    variants = []
     tile_rows = max(config.row_tile, min_rows)
     vector_bytes = config.vector * spec.out_bytes
     streams = spec.operation.normalises and not spec.operation.rotates
@@ -107,7 +107,7 @@ def variants_of(
             min_out_bytes=config.streaming_bytes,
             bytes_per_task=config.bytes_per_task,
         )
-        found.append(stream)
+        variants.append(stream)
     if config.row_tile > 1:
         tile = Variant(
             "tile",
@@ -116,13 +116,13 @@ def variants_of(
             row_tile=config.row_tile,
             bytes_per_task=config.bytes_per_task,
         )
-        found.append(tile)
+        variants.append(tile)
     if config.row_tile == 1 or min_rows == 1:
         row = Variant(
             "row", f"{prefix}_row", min_rows=min_rows, bytes_per_task=config.bytes_per_task
         )
-        found.append(row)
-    return found
+        variants.append(row)
+    return variants
 
 
 def scheduled(spec: KernelSpec, config: CpuConfig, variant: Variant) -> tirx.PrimFunc:

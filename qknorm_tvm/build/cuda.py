@@ -237,9 +237,9 @@ def find_nvcc() -> Path:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home and (Path(home) / "bin" / "nvcc").is_file():
         return Path(home) / "bin" / "nvcc"
-    found = shutil.which("nvcc")
-    if found:
-        return Path(found)
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return Path(on_path)
     for folder in sys.path:
         for candidate in sorted(Path(folder or ".").glob("nvidia/cu*/bin/nvcc")):
             return candidate
@@ -247,7 +247,7 @@ def find_nvcc() -> Path:
 
 
 def ptx_arch(archs: Sequence[str]) -> str | None:
-    """Return the architecture whose PTX serves GPUs to come: the first that waits, or the first.
+    """Return the architecture whose PTX later GPUs run: the oldest from sm_90 on, or the oldest.
 
     Code for older ones would run on a new GPU too, but without programmatic dependent launch.
     """

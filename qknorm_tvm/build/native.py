@@ -249,9 +249,9 @@ def find_c_compiler(given: str | None = None) -> str:
     """
     candidates = [given] if given else ["gcc", "cc", "clang"]
     for name in candidates:
-        found = shutil.which(name)
-        if found:
-            return found
+        path = shutil.which(name)
+        if path:
+            return path
     missing = f"$CC names {given!r}, which is" if given else "gcc, cc and clang are"
     raise BuildError(
         f"a C compiler is needed to link a module, but {missing} not on the PATH: install one, "
@@ -275,9 +275,9 @@ def c_compiler(machine: str) -> str:
     variable = f"QKNORM_TVM_{machine.upper()}_CC"
     name, packages = _CROSS[machine]
     given = os.environ.get(variable)
-    found = shutil.which(given or name)
-    if found:
-        return found
+    path = shutil.which(given or name)
+    if path:
+        return path
     missing = f"${variable} names {given!r}, which" if given else name
     here = MACHINES.get(host_machine(), host_machine())
     own = "aarch64" if host_machine() == "aarch64" else "cpu"

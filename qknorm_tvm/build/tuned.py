@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -159,18 +159,20 @@ def log_folders() -> list[Path]:
         folders = [Path(text) for text in given.split(os.pathsep) if text]
         for folder in folders:
             if not folder.is_dir():
-                warnings.warn(
-                    f"{ENVIRONMENT} names {folder}, which is no folder: no tuned records are read "
-                    "there",
-                    RuntimeWarning,
-                    stacklevel=1,  # a build asks from several places: one warning
-                )
+                _warn_of(folder)
         return folders
     folders = []
     with contextlib.suppress(FileNotFoundError):  # a user without a home
         folders.append(user_logs())
     package = package_logs()
     return [*folders, *([package] if package else [])]
+
+
+@functools.cache  # a build asks from several places: one warning
+def _warn_of(folder: Path) -> None:
+    warn_caller(
+        f"{ENVIRONMENT} names {folder}, which is no folder: no tuned records are read there"
+    )
 
 
 def default_logs() -> Path:

@@ -439,7 +439,7 @@ def as_list(scale: Any) -> Any:
 
 
 def _check_bounds(name: str, indices: Any, of: Any) -> None:
-    """Refuse indices that a tensor does not have, in the words of the module on CPUs."""
+    """Refuse positions or slots that are out of range, with the message of a CPU module."""
     if indices is None or not all(indices.shape):
         return
     least, largest = adapter_of(name, indices).bounds(indices)
@@ -465,9 +465,9 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
     for name, given in (("q_out", q_out), ("k_out", k_out)):
         if given is None:
             continue
-        found = adapter_of(name, given).dtype(given)
-        if dtype is not None and found != dtype:
-            raise TypeError(f"{name} must be {dtype} like out_dtype, got {found}")
+        own = adapter_of(name, given).dtype(given)
+        if dtype is not None and own != dtype:
+            raise TypeError(f"{name} must be {dtype} like out_dtype, got {own}")
     given = q_out if q_out is not None else k_out
     if dtype is None:
         source = q if given is None else given
@@ -513,9 +513,10 @@ def spec_of(
 def _find_entry(
     op: str, key: tuple | None, *, q: Any, k: Any, q_out: Any = None, **choices: Any
 ) -> Callable[..., Any]:
-    """Return a function of the module's arguments and a stream, for calls like this one.
+    """Return a function of the module's arguments and a stream that serves calls like this one.
 
-    The next one finds it in `entries`, by `key`: what its operation above asks of its arguments.
+    It is kept in `cache.entries` by `key`, the properties of the arguments that the operation's
+    function above looks at, so that the next such call does not come here.
     """
     operation = OPERATIONS[op]
     adapter = adapter_of("q", q)
@@ -572,7 +573,7 @@ def _general(
 
 
 def _number(name: str, value: Any) -> float:
-    """Return a scalar as a float; numbers of NumPy and torch, and arrays of no dimension, are."""
+    """Return a scalar as a float; it may be of NumPy or torch, or an array without dimensions."""
     kind = getattr(value, "dtype", None)
     if not isinstance(value, (bool, str, bytes)) and str(kind) not in ("bool", "torch.bool"):
         try:

@@ -88,6 +88,11 @@ class Adapter:
 
     def bounds(self, array: Any) -> tuple[int, int]:
         """Return the least and the largest number of an array that has some; waits for the GPU."""
+        if not hasattr(array, "min"):
+            raise ValueError(
+                f"validate must be False for {type(array).__name__}, whose numbers cannot be "
+                "looked at, got True"
+            )
         return int(array.min()), int(array.max())
 
     def fast_call(self, function: Call, general: Call, spec: KernelSpec) -> Call:

@@ -33,7 +33,7 @@ entries: dict[str, dict[tuple, Callable[..., Any]]] = {op: {} for op in OPERATIO
 
 
 def forget_entries() -> None:
-    """Look for the module again at the next call, whatever it is like."""
+    """Forget which function served which calls: the next one looks for its module again."""
     for known in entries.values():
         known.clear()
 
@@ -43,7 +43,7 @@ _lock_handles: set[int] = set()
 
 
 def _new_locks() -> None:
-    """Replace the lock, and give files' back: in a forked child the thread that held it is gone."""
+    """Replace the lock and close those of files: the threads that held them are not in a fork."""
     global _lock
     _lock = threading.Lock()
     while _lock_handles:
@@ -141,7 +141,7 @@ def cache_key(spec: KernelSpec) -> str:
 
 
 def _usable(path: Path, spec: KernelSpec) -> ModuleFile | None:
-    """Return a cached file if it is whole, ours or root's, and this spec's; else it is built again.
+    """Return a cached file, or None where it is damaged, another user's, or another spec's.
 
     Owner and mode are those of the file that was read. So it does not matter who may write to the
     folders above: what nobody but this user could write is what is loaded.
@@ -183,7 +183,7 @@ def _load_or_build(spec: KernelSpec) -> Module:
 
 @contextlib.contextmanager
 def _lock_file(path: Path) -> Iterator[OSError | None]:
-    """Hold a lock of processes for a while; yields the error where the system has none to give."""
+    """Hold a lock between processes; yields the error where the system has none to give."""
     handle = refusal = None
     try:
         try:
@@ -281,7 +281,7 @@ def module_for(spec: KernelSpec) -> Module:
         with _lock:
             module = _loaded.get(spec)
             if module is None:
-                given = next((one for one in _given if _holds(one, spec)), None)
+                given = next((module for module in _given if _holds(module, spec)), None)
                 module = given or packs.module_for(spec) or _load_or_build(spec)
                 _loaded[spec] = module
     return module

@@ -152,35 +152,38 @@ def compile(
         A compiler is missing or refused; the message says what to do.
     """
     specs = [spec] if isinstance(spec, KernelSpec) else list(spec)
-    for one in specs:
-        if not isinstance(one, KernelSpec):
-            raise TypeError(f"spec must be a KernelSpec, got {type(one).__name__}")
+    for item in specs:
+        if not isinstance(item, KernelSpec):
+            raise TypeError(f"spec must be a KernelSpec, got {type(item).__name__}")
     if not specs:
         raise ValueError("spec must name at least one KernelSpec, got none")
-    if len({one.target for one in specs}) > 1:
+    if len({spec.target for spec in specs}) > 1:
         raise ValueError(
             "specs of one module must share a target, got "
-            + ", ".join(sorted({one.target for one in specs}))
+            + ", ".join(sorted({spec.target for spec in specs}))
         )
     if len(set(specs)) < len(specs):
         raise ValueError("spec must not name the same KernelSpec twice")
     # The entry point takes the first that fits a call: fixed columns have the faster code.
-    specs.sort(key=lambda one: (one.q_cols is None) + (one.k_cols is None))
+    specs.sort(key=lambda spec: (spec.q_cols is None) + (spec.k_cols is None))
     kind = specs[0].parsed_target.kind
     given: Any = config
     if isinstance(given, Mapping) and any(isinstance(name, str) for name in given):
         configs = _changes(specs, kind, given)
     else:
-        configs = [given.get(one) if isinstance(given, Mapping) else given for one in specs]
+        configs = [given.get(spec) if isinstance(given, Mapping) else given for spec in specs]
         _check_configs(kind, configs)
     metadata = {
         "format": FORMAT,
-        "ops": sorted({one.op for one in specs}),
+        "ops": sorted({spec.op for spec in specs}),
         "target": specs[0].target,
-        "specs": [one.to_dict() for one in specs],
+        "specs": [spec.to_dict() for spec in specs],
         "versions": versions(),
         "requires": {"apache-tvm-ffi": ">=0.1.11", "system": "Linux, glibc"},
     }
+    from ..build.tuned import log_folders
+
+    log_folders()  # warns of one that is none, also where the target or a config needs no records
     if kind == "cuda":
         from ..build.cuda import build
     else:
@@ -233,8 +236,9 @@ def _check_configs(kind: str, configs: Sequence[Config]) -> None:
         from ..schedules.cuda_config import CudaConfig as Wanted
     else:
         from ..schedules.cpu_config import CpuConfig as Wanted  # type: ignore[assignment]
-    for one in configs:
-        if one is not None and not isinstance(one, Wanted):
+    for config in configs:
+        if config is not None and not isinstance(config, Wanted):
             raise TypeError(
-                f"config must be a {Wanted.__name__} for a {kind} target, got {type(one).__name__}"
+                f"config must be a {Wanted.__name__} for a {kind} target, got "
+                f"{type(config).__name__}"
             )

@@ -127,7 +127,7 @@ def read_index(folder: Path) -> tuple[PackedModule, ...]:
 
 
 def check_trusted(path: Path) -> None:
-    """Refuse a file or folder that somebody could change who cannot change this package's code.
+    """Refuse a file or folder that others can change than those who can change this package.
 
     Raises
     ------
@@ -156,10 +156,10 @@ def _package_status() -> os.stat_result:
 
 
 def serves(held: KernelSpec, spec: KernelSpec) -> bool:
-    """Whether code for one spec serves calls of another: but for open columns and the target.
+    """Whether code for one spec serves calls of another.
 
-    Every other field of a spec decides the bits of a result. What is loaded runs on this machine:
-    of the target only the kind of device counts.
+    Its columns may be open, and of its target only the kind of device counts, as what is loaded
+    runs on this machine. Every other field decides the bits of a result, and must be equal.
     """
     columns = {
         name: getattr(spec, name) for name in ("q_cols", "k_cols") if getattr(held, name) is None
@@ -205,7 +205,7 @@ def _find(matches: Callable[[KernelSpec], bool], gpu: str | None) -> Module | No
 
 
 def _sources() -> Iterator[Path]:
-    """Yield packs in the order in which they are tried; installed ones only if it comes to them."""
+    """Yield packs in the order in which they are tried; installed ones are looked up last."""
     for text in os.environ.get(ENVIRONMENT, "").split(os.pathsep):
         if text:
             yield Path(text).absolute()

@@ -15,7 +15,7 @@ from ..operations import Operation
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, Any, Any, Any]:
-    """Return a tensor's first byte in its storage, rows, bytes from row to row, bytes of a row."""
+    """Return where a tensor lies in its storage: offset, rows, stride and width, in bytes."""
     rows, step = (tensor.shape[0], tensor.stride(0)) if tensor.dim() == 2 else (1, 0)
     size = tensor.element_size()
     return tensor.storage_offset() * size, rows, step * size, tensor.shape[-1] * size

@@ -137,7 +137,7 @@ class _Memory:
 
 
 def _layout_of(tensor: TensorArgument, layout: str) -> str:
-    """Return where a tensor lies: without Q's or K's columns there is no projection to slice."""
+    """Return the layout for one tensor: only Q, K, V and caches can be slices of something."""
     if tensor.is_stream or tensor.is_cache:
         return layout
     if tensor.is_output or layout not in ("misaligned", "strided", "in place, strided"):

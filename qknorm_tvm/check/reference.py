@@ -99,7 +99,7 @@ def _add_square(x: npt.NDArray, total: npt.NDArray) -> npt.NDArray:
 
 
 def _adder(x: npt.NDArray, fused: bool) -> Callable[[npt.NDArray, npt.NDArray], npt.NDArray]:
-    """Return what adds squares of `x`'s float32 values: one rounding, by the shortest way to it.
+    """Return the fastest function that adds squares of values like `x`'s with one rounding.
 
     Squares of 16-bit elements have at most 22 bits, so that float32 holds them exactly unless they
     are among its smallest numbers.

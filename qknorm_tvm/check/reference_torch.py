@@ -6,8 +6,9 @@ import functools
 import importlib.util
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+
+from ..dtypes import ELEMENT_TYPES
 
 
 @functools.lru_cache(maxsize=1)
@@ -21,21 +22,22 @@ def torch_or_none() -> Any:
 
 
 def to_torch(array: npt.NDArray) -> Any:
-    """Return a tensor on the memory of a packed, aligned NumPy array."""
+    """Return a tensor on the memory of a NumPy array, which must be aligned."""
     import torch
 
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    element = ELEMENT_TYPES.get(array.dtype.name)
+    if element is not None and element.storage:
+        return torch.from_numpy(array.view(element.storage)).view(element.torch)
     return torch.from_numpy(array)
 
 
 def to_numpy(tensor: Any) -> npt.NDArray:
-    """Return a NumPy array on the memory of a CPU tensor, bfloat16 as ml_dtypes'."""
-    import ml_dtypes
+    """Return a NumPy array on the memory of a CPU tensor, with ml_dtypes' types where needed."""
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    element = ELEMENT_TYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if element is not None and element.storage:
+        return tensor.view(getattr(torch, element.storage)).numpy().view(element.numpy)
     return tensor.numpy()
 
 

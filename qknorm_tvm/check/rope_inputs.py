@@ -38,7 +38,7 @@ def special_rope_inputs(
     if spec.operation.has_cache:
         slots = a.rows - a.rows // 8
         inputs["v"] = a.k[rng.permutation(a.rows)]
-        inputs |= _paged(spec, slots, _CASE_BLOCK_SIZES[a.rows % 3], rng)
+        inputs |= _paged(spec, slots, rng, _CASE_BLOCK_SIZES[a.rows % 3])
         places = inputs["slot_mapping"]
         inputs["slot_mapping"] = np.where(rng.random(slots) < 0.2, -1 - places, places)
         for name in ("k_cache", "v_cache"):
@@ -64,19 +64,23 @@ def with_model_inputs(spec: KernelSpec, a: Activations, seed: int = 0) -> Activa
     if spec.operation.has_cache:
         v = rng.standard_normal(a.k.shape, dtype=np.float32)
         inputs["v"] = aligned_copy(_as_type(v, spec.in_dtype))
-        inputs |= _paged(spec, a.rows, _BLOCK_SIZE, rng)
+        inputs |= paged_inputs(spec, a.rows, seed)
     if spec.has_scales:
         inputs |= {name: np.full(1, 1 / 64, np.float32) for name in ("k_scale", "v_scale")}
     return dataclasses.replace(a, extra=inputs)
 
 
+def paged_inputs(spec: KernelSpec, rows: int, seed: int = 0) -> dict[str, npt.NDArray]:
+    """Return `slot_mapping` and the caches of an engine: a slot for every row, in any order."""
+    return _paged(spec, rows, np.random.default_rng(seed))
+
+
 def _paged(
-    spec: KernelSpec, slots: int, block_size: int, rng: np.random.Generator
+    spec: KernelSpec, slots: int, rng: np.random.Generator, block_size: int = _BLOCK_SIZE
 ) -> dict[str, npt.NDArray]:
     """Return caches that hold zeros, and different slots in them."""
     assert spec.head_dim is not None
     blocks = -(-slots // block_size) + 1
-    assert spec.head_dim is not None
     shape = (blocks, block_size, spec.kv_heads, spec.head_dim)
     dtype = ELEMENT_TYPES[str(spec.cache_dtype)].numpy
     inputs = {"slot_mapping": aligned_copy(rng.permutation(blocks * block_size)[:slots])}

@@ -59,7 +59,7 @@ def special_gamma(kind: str, cols: int) -> npt.NDArray:
 
 
 def all_patterns(dtype: str) -> npt.NDArray:
-    """Return every bit pattern of a 16-bit type; of float32 every upper half with several lower.
+    """Return every bit pattern of a 16-bit type; of float32 every upper half with some lower ones.
 
     The lower halves are those around which rounding to bfloat16 turns, and two random ones, so
     that the NaNs with all payload bits set are among them.

@@ -6,7 +6,9 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -79,7 +81,9 @@ def run_command(arguments: Sequence[str] | None) -> int:
     from ..errors import QKNormError
 
     given = None if arguments is None else list(arguments)
+    show = warnings.showwarning
     try:
+        warnings.showwarning = _show_warning
         status = commands.main(given, prog_name="qknorm-tvm", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
@@ -99,7 +103,15 @@ def run_command(arguments: Sequence[str] | None) -> int:
             raise
         echo(f"Error: {error_text(error)}", err=True)
         return 2
+    finally:
+        if warnings.showwarning is _show_warning:
+            warnings.showwarning = show
     return status if isinstance(status, int) else 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning without a line of Python's: at a command line the caller has none."""
+    echo(f"Warning: {message}", err=True)
 
 
 def error_text(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from .options import (
     dtype_choice,
     is_given,
     parse_config,
+    refuse_unused,
     spec_choices,
 )
 
@@ -104,7 +105,7 @@ def export(
         specs = [KernelSpec.from_text(text) for text in texts]
     else:
         fields = spec_choices(choices)
-        _refuse_unused(ops, fields)
+        refuse_unused(ops, fields)
         specs = []
         for op in dict.fromkeys(ops):
             own = {name: x for name, x in fields.items() if name in OPERATIONS[op].spec_fields}
@@ -129,14 +130,6 @@ def export(
     written = size(out.stat().st_size)
     printer.print(f"wrote {out} ({written}) in {seconds:.1f} s", soft_wrap=True)
     printer.print(describe(out, compiled.metadata))
-
-
-def _refuse_unused(ops: tuple[str, ...], fields: dict[str, Any]) -> None:
-    """Refuse a choice that none of the operations has."""
-    for choice in CHOICES:
-        if choice.name in fields and not set(ops) & set(choice.operations):
-            option = "--" + choice.name.replace("_", "-")
-            raise click.UsageError(f"{option} is for --op {', '.join(choice.operations)}")
 
 
 def _refuse_fields(ctx: click.Context) -> None:

@@ -74,6 +74,7 @@ def prove(request: dict[str, Any], event: Callable[[str], None]) -> dict[str, An
     from ..bench.timing import SCALAR, TORCH_COMPILE, TWO_COPIES
     from ..bench.workload import BENCHMARKS
     from ..check.inputs import generate, read_activations
+    from ..check.rope_inputs import with_model_inputs
     from ..load.module import load
     from ..spec import KernelSpec
     from .modules import facts_of
@@ -98,6 +99,8 @@ def prove(request: dict[str, Any], event: Callable[[str], None]) -> dict[str, An
             columns = request["q_cols"], request["k_cols"]
             a = generate(m, *columns, request["dtype"], seed=request["seed"])
         a = dataclasses.replace(a, epsilon=request["epsilon"])
+        if spec.operation.rotates:
+            a = with_model_inputs(spec, a)
         rows += compare(
             workload(spec, module, a, **options),
             names,

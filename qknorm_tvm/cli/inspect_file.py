@@ -58,7 +58,7 @@ def inspect_file(file: Path, as_json: bool) -> None:
 
 
 def runs_here(file: Path, metadata: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return whether this machine has what a module needs, and a sentence on it."""
+    """Return whether this machine can run a module, and the reason for people."""
     from ..load.module_file import machine_of
     from ..targets import MACHINES, host_features, host_machine, runs_on_gpu
 

@@ -1,4 +1,4 @@
-"""Modules for a device: given as files, or compiled; and what is said of them."""
+"""Modules for a device, loaded from files or compiled, and their description."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_modules(files: Sequence[Path], device: str) -> list[Module]:
 
 
 def need_compiler(instead: str) -> None:
-    """Refuse to compile where TVM is not installed, before anything else fails for it."""
+    """Refuse to compile where TVM is not installed, with what to do `instead`."""
     if importlib.util.find_spec("tvm") is None:
         raise click.UsageError(
             f"compiling needs apache-tvm, which is not installed; {instead} on a machine that "

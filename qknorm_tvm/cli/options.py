@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ import click
 
 from ..dtypes import DTYPE_BYTES
 from ..errors import printable
-from ..spec import CHOICES
+from ..operations import OPERATIONS
+from ..spec import CHOICES, Choice, KernelSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 _debug = False
@@ -155,26 +157,28 @@ class Names(Separated):
         return text.strip()
 
 
-#: What the options of a spec's choices say, by field; their names, types and defaults are the
-#: spec's.
-_CHOICE_HELP = {
-    "reproducible": "CUDA: an rsqrt that gives the CPU's bits; CPUs give them always.",
-    "cast_before_gamma": "Round to dtype before gamma multiplies, as MiniMax-M2 does.",
-    "statistics": "Rotation: mean squares that calls give, or computed in the launch.",
-    "head_dim": "Rotation: columns of a head.",
-    "rotary_dim": "Rotation: a head's first columns that are rotated; 0: none.",
-    "rotary_dtype": "Rotation: element type of cosines and sines.",
-    "interleaved": "Rotation: neighbouring columns with one another, as GPT-J does.",
-    "cache_dtype": "Paged cache: its element type.",
-    "writes_k_out": "Paged cache: write K to k_out too.",
-}
+def _choice_help(choice: Choice) -> str:
+    """Return what an option of a spec's choice says: the first sentence of the spec's own words."""
+    words = inspect.getdoc(KernelSpec) or ""
+    said = re.search(rf"^{choice.name} : .*\n((?:    .*\n)+)", words, re.MULTILINE)
+    if said is None:
+        return ""
+    text = re.sub(r"^Of [^:]*: ", "", " ".join(said[1].split()))
+    sentence = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
+    sentence = sentence.replace("in_dtype", "dtype").replace("`", "")
+    operations = [OPERATIONS[name] for name in choice.operations]
+    if all(operation.has_cache for operation in operations):
+        return f"Paged cache: {sentence}"
+    if all(operation.rotates for operation in operations):
+        return f"Rotation: {sentence}"
+    return sentence
 
 
 def choice_options(function: F) -> F:
     """Add an option for each field of a spec that only some operations have."""
     for choice in reversed(CHOICES):
         declared = f"--{choice.name.replace('_', '-')}"
-        shown: dict[str, Any] = {"help": _CHOICE_HELP[choice.name]}
+        shown: dict[str, Any] = {"help": _choice_help(choice)}
         if isinstance(choice.default, bool):
             shown["is_flag"] = True
         elif choice.texts:
@@ -196,6 +200,14 @@ def spec_choices(options: dict[str, Any]) -> dict[str, Any]:
         for choice in CHOICES
         if values[choice.name] != choice.default
     }
+
+
+def refuse_unused(ops: Collection[str], fields: Collection[str]) -> None:
+    """Refuse a choice that none of the operations has."""
+    for choice in CHOICES:
+        if choice.name in fields and not set(ops) & set(choice.operations):
+            option = "--" + choice.name.replace("_", "-")
+            raise click.UsageError(f"{option} is for --op {', '.join(choice.operations)}")
 
 
 def is_given(ctx: click.Context, name: str) -> bool:

@@ -29,7 +29,7 @@ _HEADERS = {
 
 
 class _Console(Console):
-    """A console to which no text sends control sequences; styles are its own."""
+    """A console that escapes control sequences in text."""
 
     def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
         for segment in super().render(*arguments, **options):
@@ -72,7 +72,7 @@ def table(*headers: str, title: str | None = None, left: Iterable[int] = (0,)) -
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """Return lines of a name and what there is to say about it."""
+    """Return pairs of a name and a text, a line each."""
     lines = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     lines.add_column(style="bold", no_wrap=True)
     lines.add_column(overflow="fold")

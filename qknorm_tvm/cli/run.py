@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..operations import OPERATIONS
+from ..spec import CHOICES, OPS
 from .options import (
     Numbers,
     check_device,
     check_module_path,
+    choice_options,
     debug_option,
     device_option,
     dtype_choice,
+    is_given,
+    refuse_unused,
+    spec_choices,
 )
 
 if TYPE_CHECKING:
@@ -26,9 +32,13 @@ if TYPE_CHECKING:
 
 #: MiniMax-M2's Q and K of one rank at tensor parallel 4.
 Q_COLS, K_COLS, ROWS = 1536, 256, (1, 16, 512, 4096)
+#: Its heads.
+HEADS = {"head_dim": 128, "rotary_dim": 64}
 
 
 @click.command(short_help="Compile, prove, time.")
+@click.option("--op", type=click.Choice(OPS), default=OPS[0], show_default=True,
+              metavar="OPERATION", help=f"One of {', '.join(OPS)}.")  # fmt: skip
 @click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Real activations: .safetensors or .npz with q, k, gamma_q, gamma_k and "
               "perhaps qk_var. Shapes and dtype are the file's.")  # fmt: skip
@@ -38,6 +48,7 @@ Q_COLS, K_COLS, ROWS = 1536, 256, (1, 16, 512, 4096)
 @click.option(
     "--out-dtype", type=dtype_choice, help="Element type of the outputs.  [default: dtype]"
 )
+@choice_options
 @click.option("--rows", type=Numbers(0),
               help=f"Values of M.  [default: {','.join(map(str, ROWS))}]")  # fmt: skip
 @click.option("--epsilon", type=float, default=1e-6, show_default=True,
@@ -56,7 +67,10 @@ Q_COLS, K_COLS, ROWS = 1536, 256, (1, 16, 512, 4096)
 @click.option("--torch-compile/--no-torch-compile", default=True,
               help="Time torch.compile too, where torch is installed.")  # fmt: skip
 @debug_option
+@click.pass_context
 def run(
+    ctx: click.Context,
+    op: str,
     input_file: Path | None,
     device: str,
     output: Path | None,
@@ -76,7 +90,9 @@ def run(
     torch.compile. With --device cuda all of that happens on the GPU: equal to unfused torch on that
     GPU, timed inside a CUDA graph.
 
-    Without options: the Q and K projections of MiniMax-M2 on one rank at tensor parallel 4.
+    Without options: the Q and K projections of MiniMax-M2 on one rank at tensor parallel 4, with
+    its heads where the operation rotates. What that takes besides is made: positions and slots in
+    any order, angles as a model's.
 
     \b
     Examples:
@@ -85,6 +101,7 @@ def run(
       qknorm-tvm run --dtype float16 --output qk.so
       qknorm-tvm run --input activations.safetensors
       qknorm-tvm run --device cuda
+      qknorm-tvm run --op qk_rms_norm_rope_cache
 
     Exit status: 0, 1 when a result is not exact, 2 when the input is wrong or something cannot be
     built.
@@ -100,12 +117,19 @@ def run(
     from ..spec import KernelSpec
     from .modules import need_compiler, target_for
 
+    choices = spec_choices(given)
+    refuse_unused([op], choices)
+    if OPERATIONS[op].rotates:
+        heads = {name: x for name, x in HEADS.items() if not is_given(ctx, name)}
+        choices = {**choices, **heads}
     spec = KernelSpec(
+        op=op,
         in_dtype=request["dtype"],
-        out_dtype=given["out_dtype"] or request["dtype"],
+        out_dtype=given["out_dtype"],
         q_cols=request["q_cols"],
         k_cols=request["k_cols"],
         target=target_for(device, target),
+        **choices,
     )
     if module_file is not None and not module_file.is_file():
         raise click.UsageError(f"{module_file}: no such file")
@@ -172,9 +196,13 @@ def _keep(compiled: CompiledModule, spec: KernelSpec) -> Path:
     """Export a module to the cache, or where that cannot be written to a temporary folder."""
     from ..call.cache import cache_directory
 
-    name = (
-        f"{spec.op}-{spec.q_cols}x{spec.k_cols}-{spec.in_dtype}-{spec.out_dtype}-{spec.target}.so"
+    # Choices have no place in a name; its digest does.
+    choices = any(getattr(spec, choice.name) != choice.default for choice in CHOICES)
+    name = "-".join(
+        [spec.op, f"{spec.q_cols}x{spec.k_cols}", spec.in_dtype, spec.out_dtype, spec.target]
+        + [spec.digest] * choices
     )
+    name += ".so"
     try:
         folder = cache_directory() / "run"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -231,6 +259,8 @@ def _print_proof(rows: Sequence[Row], *, with_compiler: bool) -> bool:
     title = f"Outputs, bit for bit, in a fresh process {compiler} the compiler"
     proof = table("M", "elements", *graphs, title=title)
     words = {True: "equal", False: "DIFFERS", None: "not installed"}
+    if any(row.candidate == TORCH and row.measured for row in rows):
+        words[None] = "sums in another order"
     exact = True
     by_torch = {row.rows: row.exact for row in rows if row.candidate == TORCH and row.measured}
     for row in rows:
@@ -239,7 +269,8 @@ def _print_proof(rows: Sequence[Row], *, with_compiler: bool) -> bool:
         equal = [row.exact]
         if not on_gpu:
             # Both are compared with NumPy: torch equals ours where both equal that.
-            equal.append((row.exact and by_torch[row.rows]) if row.rows in by_torch else None)
+            torch_equal = by_torch.get(row.rows)
+            equal.append(None if torch_equal is None else row.exact and torch_equal)
         exact = exact and False not in equal
         elements = row.rows * (row.q_cols + row.k_cols)
         proof.add_row(f"{row.rows:,}", f"{elements:,}", *(words[answer] for answer in equal))

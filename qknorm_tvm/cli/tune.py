@@ -7,12 +7,17 @@ from typing import Any
 
 import click
 
-from ..operations import OPERATIONS
-from ..spec import OPS
+from ..spec import CHOICES, OPS
 from ..tuning.api import COST_MODELS, ROWS
-from .options import Numbers, Shapes, debug_option, dtype_choice
-
-TUNABLE = [name for name, operation in OPERATIONS.items() if not operation.rotates]
+from .options import (
+    Numbers,
+    Shapes,
+    choice_options,
+    debug_option,
+    dtype_choice,
+    refuse_unused,
+    spec_choices,
+)
 
 
 @click.command(short_help="Search for faster configs on this device, or on a fleet.")
@@ -21,7 +26,7 @@ TUNABLE = [name for name, operation in OPERATIONS.items() if not operation.rotat
               "LLVM name, cuda (this machine's GPU) or one architecture such as "
               "cuda:sm_90.")  # fmt: skip
 @click.option("--op", type=click.Choice(OPS), default=OPS[0], show_default=True,
-              metavar="OPERATION", help=f"One of {', '.join(TUNABLE)}.")  # fmt: skip
+              metavar="OPERATION", help=f"One of {', '.join(OPS)}.")  # fmt: skip
 @click.option("--shapes", type=Shapes(), metavar="Nq/Nk,...",
               help="Columns to tune.  [default: one rank of MiniMax-M2, OLMo-2 7B and 32B on 1, 2, "
               "4 and 8 ranks]")  # fmt: skip
@@ -29,6 +34,7 @@ TUNABLE = [name for name, operation in OPERATIONS.items() if not operation.rotat
               help="Element type of q and k.")  # fmt: skip
 @click.option("--out-dtype", type=dtype_choice,
               help="Element type of q_out and k_out.  [default: dtype]")  # fmt: skip
+@choice_options
 @click.option("--rows", type=Numbers(least=1), default=",".join(map(str, ROWS)), show_default=True,
               help="Row counts to tune for; each speaks for those around it.")  # fmt: skip
 @click.option("--trials", type=int, default=64, show_default=True,
@@ -68,12 +74,12 @@ def tune(
       qknorm-tvm tune --shapes 1536/256 --rows 1,64
       # another operation, this machine's GPU
       qknorm-tvm tune --target cuda --op qk_rms_norm
+      qknorm-tvm tune --op qk_rms_norm_rope_cache \\
+          --head-dim 128 --rotary-dim 64
       # four servers of a fleet
       qknorm-tvm tune --tracker 127.0.0.1:9190 --key epyc \\
           --workers 4
     """
-    if op not in TUNABLE:
-        raise click.UsageError(f"--op {op} cannot be tuned; --op must be {', '.join(TUNABLE)}")
     from ..machine import load_warning
     from ..spec import KernelSpec
     from ..targets import parse_target
@@ -84,8 +90,13 @@ def tune(
 
     out = console()
     kind = "cuda" if parse_target(options["target"]).kind == "cuda" else "cpu"
+    choices = spec_choices(options)
+    refuse_unused([op], choices)
+    options = {name: options[name] for name in options.keys() - {one.name for one in CHOICES}}
     specs = [
-        KernelSpec(op=op, in_dtype=dtype, out_dtype=out_dtype, q_cols=q, k_cols=k, target=kind)
+        KernelSpec(
+            op=op, in_dtype=dtype, out_dtype=out_dtype, q_cols=q, k_cols=k, target=kind, **choices
+        )
         for q, k in shapes or default_shapes()
     ]
     if options["tracker"] is None and load_warning():

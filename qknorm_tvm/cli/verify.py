@@ -122,7 +122,7 @@ def _verified(modules: list[Module], device: str, thorough: bool) -> Report:
 
 
 def progress_bar(printer: Any) -> Any:
-    """Return a progress bar that goes when it is done."""
+    """Return a progress bar that disappears at its end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 

@@ -127,7 +127,7 @@ _libraries: dict[tuple[Path, bytes], Any] = {}
 
 
 def _library(path: Path, content: bytes) -> Any:
-    """Load a file's content as a library, whatever has become of its path.
+    """Load a file's content as a library, even where its path has been replaced meanwhile.
 
     The system's loader knows libraries by path and never unloads a module (see the link): given the
     path, it would return the one that it loaded from there before, or what was put there since the
@@ -149,7 +149,7 @@ def _library(path: Path, content: bytes) -> Any:
 
 @contextmanager
 def _copy(content: bytes) -> Iterator[Path]:
-    """Make a copy of a file's content, named so that the loader has never met it, for a while.
+    """Make a temporary copy of a file's content, under a name that is new to the loader.
 
     What is left of it is a name: a debugger, or a traceback from C++, that looks for the library's
     symbols there finds nothing, rather than another file.

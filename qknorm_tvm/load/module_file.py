@@ -181,7 +181,7 @@ def _metadata_in(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     text = data[start + _DIGEST_BYTES : offset + size].split(b"\0", 1)[0]
     try:
         metadata = json.loads(text)
-        found = metadata["format"]
+        version = metadata["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ModuleFileError(f"{path} is damaged: its metadata is no JSON") from None
     nested = [metadata]
@@ -189,15 +189,15 @@ def _metadata_in(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         nested = [inner for value in nested for inner in _inner(value)]
     if nested:  # what looks at it later may recurse
         raise ModuleFileError(f"{path} is damaged: its metadata is nested too deeply")
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ModuleFileError(f"{path} is damaged: its metadata has format {found!r}")
-    if found < FORMAT:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ModuleFileError(f"{path} is damaged: its metadata has format {version!r}")
+    if version < FORMAT:
         raise ModuleFileError(
-            f"{path} has format {found}, of an earlier qknorm-tvm; this one reads format {FORMAT}: "
-            "export it again"
+            f"{path} has format {version}, of an earlier qknorm-tvm; this one reads format "
+            f"{FORMAT}: export it again"
         )
-    if found > FORMAT:
+    if version > FORMAT:
         raise ModuleFileError(
-            f"{path} has format {found}; this qknorm-tvm reads up to {FORMAT}: upgrade it"
+            f"{path} has format {version}; this qknorm-tvm reads up to {FORMAT}: upgrade it"
         )
     return metadata

@@ -1,4 +1,4 @@
-"""Files for a while: in memory where the system lets them be, otherwise where there is space."""
+"""Temporary files: in memory where the system has such, otherwise where there is space."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 def temporary_folder(
     least: int = 0, *, executable: bool = False
 ) -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that is this user's alone and goes again.
+    """Make a temporary folder of this user's own.
 
     Below the temporary folder, or below ``/dev/shm`` where that one is full, read-only or missing.
 

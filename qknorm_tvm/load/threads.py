@@ -31,7 +31,7 @@ os.register_at_fork(after_in_child=_new_lock)
 
 
 def reach_pool(library: Any) -> None:
-    """Take a loaded CPU module's library as the way to the pool, if it is the first."""
+    """Reach the pool through a loaded CPU module's library, if none was loaded before."""
     global _pool
     with _lock:
         if _pool is None:
@@ -76,7 +76,7 @@ def get_num_threads() -> int:
 
 
 def default_num_threads() -> int:
-    """Return what the pool uses where nobody asked for a number."""
+    """Return how many threads the pool uses by default."""
     given = _leading_int(os.environ.get("TVM_NUM_THREADS", ""))
     if given >= 1:
         return min(given, _MOST)

@@ -1,13 +1,14 @@
 """Lowering of a scheduled function to one CUDA kernel: what schedule primitives cannot say.
 
-`schedules.cuda` leaves a loop over tiles of rows, in it one loop over threads for Q and one for K,
-and in each a nest of small loops in which a thread loads, computes and stores. TensorIR has no
-primitive that makes two loops share one range of threads, that moves a statement ahead of its
-neighbours' loops, or that inserts an instruction. `join_operands` does these:
+In: from `schedules.cuda`, a loop over tiles of rows, in it one loop over threads for Q and one for
+K, and in each what a thread does: load, compute and store, by parts of its columns. Out: one loop
+over the grid. TensorIR has no primitive that makes two loops share one range of threads, that
+distributes a loop over the statements in it, or that inserts an instruction. `join_operands` does
+these:
 
-1. *Distribute*: every load of a thread comes before its first store, for all of its rows and
-   vectors. Nothing else keeps several loads in flight: outputs may be the inputs themselves, so
-   the compiler may not move a load over a store.
+1. *Distribute*: every load of a thread comes before its first store, for all parts of its columns.
+   Nothing else keeps several loads in flight: outputs may be the inputs themselves, so the compiler
+   may not move a load over a store.
 2. *Join*: the threads of Q and then those of K become one range, cut into blocks of the kernel.
 3. *Wait*: for programmatic dependent launch, a thread waits for the previous kernel before its
    first load, and lets the next one start where the config says.
@@ -31,119 +32,93 @@ from ..schedules import cuda_device
 from ..schedules.cuda_config import NOTE
 from .substitution import substitute
 
-_Stage = tuple[str, tirx.Stmt]
-
-
 # ---- 1. distribute ---------------------------------------------------------------------------
 
 
 def _compact(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Shrink the buffers in registers to what one thread needs, by TVM's own passes.
-
-    Predicates are set aside for that, since TVM bounds by them what a buffer holds, and a bound
-    that depends on the number of rows cannot be in registers.
-    """
-    predicates: dict[str, tirx.Expr] = {}
-
-    def set_aside(realize: SBlockRealize) -> SBlockRealize:
-        predicates[realize.block.name_hint] = realize.predicate
-        return SBlockRealize(realize.iter_values, tirx.IntImm("bool", 1), realize.block)
-
-    def restore(realize: SBlockRealize) -> SBlockRealize:
-        predicate = predicates.get(realize.block.name_hint, realize.predicate)
-        return SBlockRealize(realize.iter_values, predicate, realize.block)
-
-    func = func.with_body(tvm_ffi.structural_map(func.body, (SBlockRealize, set_aside)))
+    """Shrink the buffers in registers to what one thread needs, by TVM's own passes."""
     passes = [
         s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
         s_tir.transform.ConvertBlocksToOpaque(),
         s_tir.transform.CompactBufferAllocation(),
     ]
-    func = tvm.transform.Sequential(passes)(tvm.IRModule({"main": func}))["main"]
-    return func.with_body(tvm_ffi.structural_map(func.body, (SBlockRealize, restore)))
+    return tvm.transform.Sequential(passes)(tvm.IRModule({"main": func}))["main"]
 
 
-def _holds_several(stmt: tirx.Stmt) -> bool:
-    if isinstance(stmt, tirx.For):
-        return _holds_several(stmt.body)
-    return isinstance(stmt, tirx.SeqStmt) or (
-        isinstance(stmt, SBlockRealize) and not stmt.block.name_hint
-    )
+def _in_stages(thread: tirx.For) -> tuple[dict[str, tirx.Stmt], list[tirx.Buffer]]:
+    """Return what a thread does, a statement for each block by its name, and its registers.
 
+    `compute_at` places the blocks at a part of the thread's columns, for all rows. It cannot place
+    them at the thread: the parts of a thread lie apart, and the registers would have to hold all
+    columns between. So the loop over parts is distributed here.
+    """
+    simplify, bound = tvm.sym.Analyzer().simplify, tvm.sym.Analyzer().const_int_bound
+    # A buffer of the thread or of a part, what replaces it, and the index that comes first then.
+    registers: list[tuple[tirx.Var, tirx.Buffer, list[tirx.Var]]] = []
+    stages: dict[str, tirx.Stmt] = {}
 
-class _Distributor:
-    """Splits a nest of loops into one nest for each block in it, named by the block."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tirx.Buffer] = []
-        self.stages: list[_Stage] = []
-        # A buffer that was private to an iteration, what replaces it, and the loops around it.
-        self._expanded: list[tuple[tirx.Var, tirx.Buffer, list[tirx.Var]]] = []
-
-    def visit(self, stmt: tirx.Stmt, loops: list[tirx.For]) -> None:
-        if isinstance(stmt, tirx.SeqStmt):
-            for one in stmt.seq:
-                self.visit(one, loops)
-        elif isinstance(stmt, SBlockRealize) and not stmt.block.name_hint:
-            for buffer in stmt.block.alloc_buffers:
-                self._expand(buffer, loops)
-            self.visit(stmt.block.body, loops)
-        elif isinstance(stmt, tirx.For) and _holds_several(stmt):
-            self.visit(stmt.body, [*loops, stmt])
-        else:
-            names: list[str] = []
-            tvm_ffi.structural_walk(stmt, (SBlock, lambda block: names.append(block.name_hint)))
-            if len(names) != 1:
-                raise ValueError(f"expected one block in a statement of a thread, got {names}")
-            self.stages.append((names[0], self._alone(stmt, loops)))
-
-    def _expand(self, buffer: tirx.Buffer, loops: list[tirx.For]) -> None:
-        bound = tvm.sym.Analyzer().const_int_bound
-        shape = [loop.extent for loop in loops]
+    def keep(buffer: tirx.Buffer, part: tirx.For | None) -> None:
+        shape = [part.extent] if part else []
         shape += [T.int64(bound(extent).max_value) for extent in buffer.shape]
-        expanded = tirx.decl_buffer(
+        kept = tirx.decl_buffer(
             shape, buffer.dtype, buffer.name, scope=buffer.scope(), data_alignment=16
         )
-        self.buffers.append(expanded)
-        self._expanded.append((buffer, expanded, [loop.loop_var for loop in loops]))
+        registers.append((buffer, kept, [part.loop_var] if part else []))
 
-    def _alone(self, stmt: tirx.Stmt, loops: list[tirx.For]) -> tirx.Stmt:
-        simplify = tvm.sym.Analyzer().simplify
+    def place(buffer: tirx.Var, indices: Any) -> tuple[tirx.Buffer, list[Any]] | None:
+        for own, kept, first in registers:
+            if buffer.same_as(own):
+                return kept, [*first, *map(simplify, indices)]
+        return None
 
-        def place(buffer: tirx.Var, indices: Any) -> tuple[tirx.Buffer, list[Any]] | None:
-            for old, new, around in self._expanded:
-                if buffer.same_as(old):
-                    return new, [*around, *map(simplify, indices)]
-            return None
+    def load(node: TensorLoad) -> tirx.Expr:
+        placed = place(node.source, node.indices)
+        return tirx.BufferLoad(*placed) if placed else node
 
-        def load(node: TensorLoad) -> tirx.Expr:
-            found = place(node.source, node.indices)
-            return tirx.BufferLoad(*found) if found else node
+    def store(node: tirx.BufferStore) -> tirx.Stmt:
+        placed = place(node.buffer, node.indices)
+        return tirx.BufferStore(placed[0], node.value, placed[1]) if placed else node
 
-        def store(node: tirx.BufferStore) -> tirx.Stmt:
-            found = place(node.buffer, node.indices)
-            return tirx.BufferStore(found[0], node.value, found[1]) if found else node
+    def guarded(node: SBlockRealize) -> tirx.Stmt:
+        always = isinstance(node.predicate, tirx.IntImm) and node.predicate.value == 1
+        touched = [region.source for region in (*node.block.reads, *node.block.writes)]
+        # Computing on registers that were not loaded harms nothing, and has no branch.
+        if always or all(buffer.scope() == "local" for buffer in touched):
+            return node.block.body
+        return tirx.IfThenElse(node.predicate, node.block.body, None)
 
-        def plain(node: SBlockRealize) -> tirx.Stmt:
-            always = isinstance(node.predicate, tirx.IntImm) and node.predicate.value == 1
-            # Computing on registers that were not loaded harms nothing, and has no branch.
-            if always or node.block.name_hint.endswith("_out"):
-                return node.block.body
-            return tirx.IfThenElse(node.predicate, node.block.body, None)
-
+    def add(stmt: tirx.Stmt, part: tirx.For | None) -> None:
+        names: list[str] = []
+        tvm_ffi.structural_walk(stmt, (SBlock, lambda block: names.append(block.name_hint)))
+        if len(names) != 1 or names[0] in stages:
+            raise ValueError(f"expected each block in a statement of a thread, got {names}")
         stmt = tvm_ffi.structural_map(
-            stmt,
-            (
-                (TensorLoad, load),
-                (tirx.BufferStore, store),
-                (SBlockRealize, plain),
-            ),
+            stmt, ((TensorLoad, load), (tirx.BufferStore, store), (SBlockRealize, guarded))
         )
-        for loop in reversed(loops):
-            var = tirx.Var(loop.loop_var.name, "int64")
-            body = substitute(stmt, [(loop.loop_var, var)])
-            stmt = tirx.For(var, loop.min, loop.extent, loop.kind, body)
-        return stmt
+        if part:
+            var = tirx.Var(part.loop_var.name, "int64")
+            body = substitute(stmt, [(part.loop_var, var)])
+            stmt = tirx.For(var, part.min, part.extent, part.kind, body)
+        stages[names[0]] = stmt
+
+    def visit(realize: SBlockRealize, part: tirx.For | None) -> None:
+        for buffer in realize.block.alloc_buffers:
+            keep(buffer, part)
+        for stmt in realize.block.body.seq:
+            if isinstance(stmt, tirx.For) and _is_unnamed(stmt.body):
+                visit(stmt.body, stmt)
+            else:
+                add(stmt, part)
+
+    if not _is_unnamed(thread.body):
+        raise ValueError(f"expected a thread's buffers around its statements, got {thread.body}")
+    visit(thread.body, None)
+    return stages, [kept for _, kept, _ in registers]
+
+
+def _is_unnamed(stmt: tirx.Stmt) -> bool:
+    """Whether a statement is the block that TVM puts around buffers and what uses them."""
+    return isinstance(stmt, SBlockRealize) and not stmt.block.name_hint
 
 
 # ---- 2. and 3. join and wait -------------------------------------------------------------------
@@ -156,7 +131,7 @@ def _dependency(action: str) -> tirx.Stmt:
 def _vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
     """Spell out the vector accesses of a thread's stores to global memory."""
 
-    def one_copy(store: tirx.BufferStore, lane: tirx.For) -> tirx.Stmt:
+    def copy(store: tirx.BufferStore, lane: tirx.For) -> tirx.Stmt:
         first = [(lane.loop_var, T.int64(0))]
         index = [substitute(term, first) for term in store.indices]
         registers = substitute(store.value, first)
@@ -169,31 +144,26 @@ def _vector_stores(stage: tirx.Stmt, streaming: bool) -> tirx.Stmt:
         if loop.kind != tirx.ForKind.VECTORIZED:
             return loop
         if isinstance(loop.body, tirx.IfThenElse):
-            guarded = one_copy(loop.body.then_case, loop)
+            guarded = copy(loop.body.then_case, loop)
             return tirx.IfThenElse(loop.body.condition, guarded, None)
-        return one_copy(loop.body, loop)
+        return copy(loop.body, loop)
 
     return tvm_ffi.structural_map(stage, (tirx.For, vectors))
 
 
-def _one_thread(loop: tirx.For, tag: str, config: dict[str, Any]) -> tuple[list[tirx.Stmt], list]:
+def _thread_of(loop: tirx.For, tag: str, config: dict[str, Any]) -> tuple[list[tirx.Stmt], list]:
     """Return what one thread of an operand does, in order, and its registers."""
-    nest = _Distributor()
-    nest.visit(loop.body, [])
-    stages: dict[str, list[tirx.Stmt]] = {}
-    for name, stmt in nest.stages:
-        stages.setdefault(name, []).append(stmt)
+    stages, registers = _in_stages(loop)
     expected = [f"gamma_{tag}_local", f"{tag}_local", f"rs_{tag}", f"{tag}_out", f"{tag}_out_local"]
     if sorted(stages) != sorted(expected):
         raise ValueError(f"expected blocks {sorted(expected)} for {tag}, got {sorted(stages)}")
     gamma, load, rs, compute, store = (stages[name] for name in expected)
-    store = [_vector_stores(stage, bool(config["streaming_stores"])) for stage in store]
-    loads = [*load, *gamma, *rs]
+    loads = [load, gamma, rs]
     if config["dependent_launch"] != "off":
         loads.insert(0, _dependency("wait"))
     if config["dependent_launch"] == "after_loads":
         loads.append(_dependency("launch_dependents"))
-    return [*loads, *compute, *store], nest.buffers
+    return [*loads, compute, _vector_stores(store, bool(config["streaming_stores"]))], registers
 
 
 def bind_axis(var: tirx.Var, extent: tirx.Expr, tag: str, body: tirx.Stmt) -> tirx.For:
@@ -246,15 +216,15 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
     simplify = tvm.sym.Analyzer().simplify
 
     # 1. Every thread's statements, loads first.
-    q_order, q_registers = _one_thread(first, "q", config)
-    k_order, k_registers = _one_thread(second, "k", config)
+    q_order, q_registers = _thread_of(first, "q", config)
+    k_order, k_registers = _thread_of(second, "k", config)
 
     # 2. One range of threads, cut into blocks.
     thread, part = tirx.Var("thread", "int64"), tirx.Var("part", "int64")
     total = simplify(first.extent + second.extent)
     parts = simplify(tirx.floordiv(total + (threads - 1), T.int64(threads)))
-    one_part = isinstance(parts, tirx.IntImm) and parts.value == 1
-    place = thread if one_part else part * threads + thread
+    whole_row = isinstance(parts, tirx.IntImm) and parts.value == 1
+    place = thread if whole_row else part * threads + thread
     q_body = substitute(tirx.SeqStmt(q_order), [(first.loop_var, place)])
     k_body = substitute(tirx.SeqStmt(k_order), [(second.loop_var, place - first.extent)])
     if not (isinstance(total, tirx.IntImm) and total.value % threads == 0):
@@ -266,7 +236,7 @@ def join_operands(func: tirx.PrimFunc) -> tirx.PrimFunc:
         body = tirx.SeqStmt([_dependency("launch_dependents"), body])
     registers = [tirx.AllocBuffer(buffer) for buffer in (*q_registers, *k_registers)]
     body = bind_axis(thread, T.int64(threads), "threadIdx.x", tirx.SeqStmt([*registers, body]))
-    if one_part:
+    if whole_row:
         body = bind_axis(tiles.loop_var, tiles.extent, "blockIdx.x", body)
     elif config["grid_order"] == "rows":
         body = bind_axis(part, parts, "blockIdx.y", body)

@@ -61,6 +61,9 @@ def cuda_host_source(
 ) -> str:
     """Generate one CUDA source for kernels and host functions with tvm-ffi's calling convention.
 
+    TVM's code generator for such sources refuses the attribute that asks for a dependent launch, so
+    the launches in its text are replaced by ones that can ask for it.
+
     Parameters
     ----------
     module : IRModule

@@ -251,14 +251,14 @@ static int check_data(const char* name, const tensor* t) {
   return 0;
 }
 
-/* Check a list of numbers, one for each row or each head. */
-static int check_list(const char* name, const tensor* t, DLDataType dtype, int64_t least,
-                      int64_t most, const char* of) {
+/* Check a one-dimensional tensor, whose length is right where `fits`: in words, `bound` `count`
+ * elements, like `whose`. */
+static int check_list(const char* name, const tensor* t, DLDataType dtype, int fits,
+                      const char* bound, int64_t count, const char* whose) {
   if (check_kind(name, t, 1, dtype)) return -1;
-  if (t->cols < least || t->cols > most) {
-    const char* bound = least == most ? "" : least == 1 ? "1 or " : "at most ";
+  if (!fits) {
     return fail("ValueError", "%s must have %s%" PRId64 " elements like %s, got %" PRId64, name,
-                bound, most, of, t->cols);
+                bound, count, whose, t->cols);
   }
   if (t->cols == 0) return 0;
   return check_contiguous(name, t) || check_data(name, t) ? -1 : 0;
@@ -781,7 +781,7 @@ static int has_choices(const qkn_spec* s, const tensor* t, uint64_t given) {
                                s->head_dim == t[K_CACHE].cols);
 }
 
-PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found) {
+PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* index) {
   char in_type[64], out_type[64];
   int of_op = 0, by_type = -1, by_cols = -1, last = 0, has_out = t[Q_OUT].given;
   for (int i = 0; i < QKN_NUM_SPECS; ++i) {
@@ -795,12 +795,12 @@ PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* found)
     if ((s->q_cols < 0 || s->q_cols == t[Q].cols) && (s->k_cols < 0 || s->k_cols == t[K].cols)) {
       by_cols = i;
       if (!has_choices(s, t, given)) continue;
-      *found = i;
+      *index = i;
       return 0;
     }
   }
   if (of_op == 1) { /* its own check will say what does not fit */
-    *found = last;
+    *index = last;
     return 0;
   }
   if (by_cols >= 0) {
@@ -852,16 +852,17 @@ PER_OPERATION int check_argument(const qkn_argument* a, const qkn_spec* spec, te
     for (int d = 0; d < 4; ++d) wanted[d] = extent(a->shape[d], a->which, spec, t);
     return check_cache(name, given, dtype, wanted, qkn_names[K_CACHE]);
   }
+  int64_t count = given->cols, q_rows = t[Q].rows;
   switch (a->shape[0]) {
-    case QKN_SLOTS: return check_list(name, given, dtype, 0, t[Q].rows, "q's rows");
-    case QKN_SCALES:
-      if (check_list(name, given, dtype, 1, spec->kv_heads, "k's heads")) return -1;
-      if (given->cols == 1 || given->cols == spec->kv_heads) return 0;
-      return fail("ValueError", "%s must have 1 or %" PRId64 " elements like k's heads, got %" PRId64,
-                  name, spec->kv_heads, given->cols);
+    case QKN_SLOTS:
+      return check_list(name, given, dtype, count <= q_rows, "at most ", q_rows, "q's rows");
+    case QKN_SCALES: {
+      int fits = count == 1 || count == spec->kv_heads;
+      return check_list(name, given, dtype, fits, "1 or ", spec->kv_heads, "k's heads");
+    }
     case QKN_ROWS:
       if (a->ndim == 1) {
-        return check_list(name, given, dtype, t[Q].rows, t[Q].rows, "q's rows");
+        return check_list(name, given, dtype, count == q_rows, "", q_rows, "q's rows");
       }
   }
   int64_t rows = a->shape[0] == QKN_ROWS ? t[Q].rows : a->ndim == 2 ? given->rows : 1;

@@ -152,10 +152,10 @@ typedef struct {
 } qkn_environment;
 
 static inline qkn_environment qkn_read_environment(void) {
-  qkn_environment found;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(found.mode) : : "memory");
-  __asm__ volatile("mrs %0, fpsr" : "=r"(found.flags) : : "memory");
-  return found;
+  qkn_environment environment;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(environment.mode) : : "memory");
+  __asm__ volatile("mrs %0, fpsr" : "=r"(environment.flags) : : "memory");
+  return environment;
 }
 
 static inline qkn_environment qkn_enter_environment(void) {

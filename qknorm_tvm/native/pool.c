@@ -140,18 +140,18 @@ static void draw_tasks_in_team(void* unused) {
 }
 
 static openmp_parallel find_openmp(void) {
-  static openmp_parallel found;
+  static openmp_parallel parallel;
   if (openmp_forbidden < 0) {
     const char* text = getenv("QKNORM_TVM_OPENMP");
     openmp_forbidden = text && !strcmp(text, "0");
   }
   if (openmp_forbidden) return NULL;
   /* Asked again as long as there is none: torch may be imported later. */
-  if (!found) {
+  if (!parallel) {
     openmp_member = (int (*)(void))(intptr_t)dlsym(RTLD_DEFAULT, "omp_get_thread_num");
-    if (openmp_member) found = (openmp_parallel)(intptr_t)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (openmp_member) parallel = (openmp_parallel)(intptr_t)dlsym(RTLD_DEFAULT, "GOMP_parallel");
   }
-  return found;
+  return parallel;
 }
 
 /* Only the thread that forked lives on in the child: it starts workers of its own. */
@@ -265,29 +265,29 @@ static int cgroup_quota(void) {
     if (!unified && !strstr(controllers, "cpu")) continue;
     /* Inside a container the group's own path is not mounted: its root then is the group. */
     for (;;) {
-      int found = 0;
+      int is_limited = 0;
       if (unified) {
         snprintf(path, sizeof path, "/sys/fs/cgroup%s/cpu.max", group);
         FILE* limit = fopen(path, "r");
         if (limit) {
-          found = fscanf(limit, "%lld %lld", &quota, &period) == 2;
+          is_limited = fscanf(limit, "%lld %lld", &quota, &period) == 2;
           fclose(limit);
         }
       } else {
         snprintf(path, sizeof path, "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group);
         FILE* limit = fopen(path, "r");
         if (limit) {
-          found = fscanf(limit, "%lld", &quota) == 1 && quota > 0;
+          is_limited = fscanf(limit, "%lld", &quota) == 1 && quota > 0;
           fclose(limit);
         }
         snprintf(path, sizeof path, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
-        limit = found ? fopen(path, "r") : NULL;
+        limit = is_limited ? fopen(path, "r") : NULL;
         if (limit) {
-          found = fscanf(limit, "%lld", &period) == 1;
+          is_limited = fscanf(limit, "%lld", &period) == 1;
           fclose(limit);
         }
       }
-      if (found && period > 0) {
+      if (is_limited && period > 0) {
         long long cpus = (quota + period - 1) / period;
         if (cpus >= 1 && (!best || cpus < best)) best = (int)(cpus > kMaxThreads ? kMaxThreads : cpus);
       }

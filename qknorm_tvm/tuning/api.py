@@ -189,10 +189,6 @@ def _check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:
     for spec in specs:
         if not isinstance(spec, KernelSpec):
             raise TypeError(f"specs must be KernelSpecs, got {type(spec).__name__}")
-        if spec.operation.rotates:
-            raise ValueError(
-                f"specs must not rotate: {spec.op} cannot be tuned yet, it has a heuristic's config"
-            )
         if spec.q_cols is None or spec.k_cols is None:
             raise ValueError(f"specs must have fixed columns to be tuned, got {spec.text}")
         if spec.parsed_target.kind != kind:

@@ -8,6 +8,7 @@ one allocation, and every time is taken at `LAYOUTS` placements.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..check import reference
+from ..check.calls import call_arguments
+from ..check.expected import Graph, outputs_of
 from ..check.inputs import Activations
+from ..check.rope_inputs import with_model_inputs
 from ..dtypes import ELEMENT_TYPES
 from ..spec import KernelSpec
 from ..targets import adds_fused
@@ -24,6 +28,7 @@ from ..targets import adds_fused
 #: Placements of the tensors at which each candidate is timed.
 LAYOUTS = 8
 _PAGE = 4096
+_EPSILON = 1e-6
 #: Seconds of a sample; it is the mean of as many calls as that takes.
 _SAMPLE_S = 0.005
 #: Launches in a CUDA graph.
@@ -83,6 +88,17 @@ def exactness_case(spec: KernelSpec, rows: int) -> Activations:
     return case
 
 
+def _call_arrays(spec: KernelSpec, a: Activations) -> dict[str, npt.NDArray]:
+    """Return what calls of a spec give, by name; outputs but for caches hold zeros."""
+    shapes = spec.operation.shapes(a.rows, a.q_cols, a.k_cols)
+    return {
+        tensor.name: np.zeros(shapes[tensor.name], ELEMENT_TYPES[spec.dtype_of(tensor)].numpy)
+        if tensor.is_output and not tensor.is_cache
+        else a.tensors[tensor.name]
+        for tensor in spec.tensors
+    }
+
+
 class Bench:
     """Checks and times candidates of one spec and row count on a CPU; `open_bench` makes it.
 
@@ -91,8 +107,7 @@ class Bench:
 
     def __init__(self, spec: KernelSpec, rows: int, session: Any = None):
         self.spec, self.rows, self.session = spec, rows, session
-        self._scalars = [1e-6] if spec.operation.has_epsilon else []
-        self._checks: dict[int, tuple[list[Any], tuple[npt.NDArray, ...]]] = {}
+        self._checks: dict[int, tuple[dict[str, npt.NDArray], tuple[npt.NDArray, ...]]] = {}
         self._arenas: list[Any] = []
         self._loads = 0
 
@@ -121,42 +136,54 @@ class Bench:
 
     def check(self, module: Any, rows: int) -> None:
         """Compare a candidate's outputs with the reference, bit by bit, or raise InexactError."""
-        operation = self.spec.operation
+        spec = self.spec
         if rows not in self._checks:
-            case = exactness_case(self.spec, rows)
-            inputs = [getattr(case, name) for name in operation.tensors
-                      if name not in operation.outputs]  # fmt: skip
-            self._checks[rows] = [self._tensor(array) for array in inputs], self._expected(case)
-        tensors, wanted = self._checks[rows]
-        outs = [self._tensor(np.zeros_like(expected)) for expected in wanted]
-        module[self.spec.op](*outs, *tensors, *self._scalars)
-        for name, tensor, expected in zip(operation.outputs, outs, wanted, strict=True):
-            wrong = reference.differing(self._array(tensor), expected)
+            case = exactness_case(spec, rows)
+            self._checks[rows] = _call_arrays(spec, case), self._expected(case)
+        arrays, wanted = self._checks[rows]
+        tensors = {name: self._tensor(array) for name, array in arrays.items()}
+        module[spec.op](*call_arguments(spec.op, tensors, _EPSILON))
+        for name, expected in zip(spec.outputs, wanted, strict=True):
+            wrong = reference.differing(self._array(tensors[name]), expected)
             if wrong:
                 raise InexactError(
                     f"not exact: {name} differs in {wrong} of {expected.size} elements at "
                     f"{rows} rows"
                 )
 
-    def _argument_lists(self, layout: int) -> list[list[Any]]:
+    def _argument_lists(self, layout: int) -> list[tuple[Any, ...]]:
         """Return the arguments of timed calls at one of `LAYOUTS` placements, for each arena."""
+        spec = self.spec
+        arrays = self._timed_arrays
+        sizes = {name: array.nbytes for name, array in arrays.items()}
+        if not self._arenas:
+            self._arenas = self._allocate(arena_bytes(sizes))
+        starts, lists = placements(sizes, layout), []
+        for arena in self._arenas:
+            tensors = {
+                name: self._view(arena, array.shape, array.dtype.name, starts[name])
+                for name, array in arrays.items()
+            }
+            for name, array in arrays.items():
+                if array.dtype == np.int64:  # what they say must be there; other numbers are any
+                    self._write(tensors[name], array)
+            lists.append(call_arguments(spec.op, tensors, _EPSILON))
+        return lists
+
+    @functools.cached_property
+    def _timed_arrays(self) -> dict[str, npt.NDArray]:
+        """The arrays of a timed call by name: their shapes and types, and positions and slots."""
         spec = self.spec
         assert spec.q_cols is not None
         assert spec.k_cols is not None
-        shapes = spec.operation.shapes(self.rows, spec.q_cols, spec.k_cols)
-        dtypes = spec.operation.dtypes(spec.in_dtype, str(spec.out_dtype))
-        sizes = {
-            name: math.prod(shape) * ELEMENT_TYPES[dtypes[name]].bytes
-            for name, shape in shapes.items()
-        }
-        if not self._arenas:
-            self._arenas = self._allocate(arena_bytes(sizes))
-        starts = placements(sizes, layout)
-        return [
-            [*(self._view(arena, shape, dtypes[name], starts[name])
-               for name, shape in shapes.items()), *self._scalars]
-            for arena in self._arenas
-        ]  # fmt: skip
+        # Of one row and many rows alike but for the indices: no numbers are made that nobody reads.
+        q, k = (np.empty((self.rows, cols), ELEMENT_TYPES[spec.in_dtype].numpy)
+                for cols in (spec.q_cols, spec.k_cols))  # fmt: skip
+        qk_var, gamma_q, gamma_k = (
+            np.empty(shape, np.float32) for shape in ((self.rows, 2), spec.q_cols, spec.k_cols)
+        )
+        inputs = with_model_inputs(spec, Activations(q, k, qk_var, gamma_q, gamma_k))
+        return _call_arrays(spec, inputs)
 
     # ---- what a device's kind decides --------------------------------------------------------
 
@@ -192,17 +219,9 @@ class Bench:
     def _expected(self, case: Activations) -> tuple[npt.NDArray, ...]:
         from ..build.cpu import cpu_features
 
-        spec, qk_var = self.spec, case.qk_var
-        if spec.op != "apply_qk_rms_norm":
-            (cpu,) = spec.parsed_target.variants
-            fused = adds_fused(cpu, cpu_features(cpu))
-            qk_var = reference.row_mean_of_squares_qk(case.q, case.k, fused=fused)
-        if not spec.operation.normalises:
-            return (qk_var,)
-        return reference.apply_qk_rms_norm(
-            case.q, case.k, qk_var, case.gamma_q, case.gamma_k, case.epsilon, spec.out_dtype,
-            cast_before_gamma=spec.cast_before_gamma,
-        )  # fmt: skip
+        (cpu,) = self.spec.parsed_target.variants
+        graph = Graph(fused=adds_fused(cpu, cpu_features(cpu)))
+        return outputs_of(graph, case, self.spec)
 
     def _allocate(self, size: int) -> list[Any]:
         """Return arenas, taken in turn, whose elements are normal numbers, whatever their type."""
@@ -217,6 +236,9 @@ class Bench:
 
     def _view(self, arena: Any, shape: tuple[int, ...], dtype: str, start: int) -> Any:
         return arena._create_view(shape, dtype, start)
+
+    def _write(self, tensor: Any, array: npt.NDArray) -> None:
+        tensor.copyfrom(array)
 
     def _timer(self, module: Any, layout: int) -> Callable[[], float]:
         """Return a function that takes one sample, in seconds."""
@@ -274,6 +296,9 @@ class CudaBench(Bench):
         element = getattr(torch, dtype)
         size = math.prod(shape) * element.itemsize
         return arena[start : start + size].view(element).view(shape)
+
+    def _write(self, tensor: Any, array: npt.NDArray) -> None:
+        tensor.copy_(self._tensor(array))
 
     def _timer(self, module: Any, layout: int) -> Callable[[], float]:
         import torch

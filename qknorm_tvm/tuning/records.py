@@ -25,6 +25,15 @@ RECORDS = "database_tuning_record.json"
 NOTE = "qknorm."
 #: What TVM stores for a candidate that failed is more.
 _FAILED_S = 1e9
+#: How many tensors a call may give.
+_TENSOR_COUNTS = {
+    count
+    for operation in OPERATIONS.values()
+    for count in range(
+        sum(tensor.given_if is None for tensor in operation.arguments),
+        len(operation.arguments) + 1,
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +164,7 @@ def _record(text: str, hashes: Sequence[str | None]) -> Record:
     shapes_ok = isinstance(arguments, list) and all(
         isinstance(info, list) and len(info) == 3 and info[0] == "TENSOR" for info in arguments
     )
-    if not shapes_ok or len(arguments) not in {
-        len(operation.tensors) for operation in OPERATIONS.values()
-    }:
+    if not shapes_ok or len(arguments) not in _TENSOR_COUNTS:
         raise ValueError("foreign line: its arguments are no operation's tensors")
     return Record(workload, sampled_fields(trace), [float(time) for time in seconds], text)
 

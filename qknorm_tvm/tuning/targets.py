@@ -25,10 +25,12 @@ from ..build.configs import (
 from ..build.cpu import build as build_cpu
 from ..build.cpu import cpu_features
 from ..build.cuda import build as build_cuda
-from ..schedules import cpu_config, cuda_sampling
+from ..dtypes import ELEMENT_TYPES
+from ..operations import K_COLS
+from ..schedules import cpu_config, cuda_sampling, cuda_variants
 from ..schedules.cpu_config import ROUNDINGS, CpuConfig, default_config
 from ..schedules.cuda_config import DEPENDENT_LAUNCHES, GRID_ORDERS, CudaConfig, vector_width
-from ..schedules.cuda_row_config import CHUNK, partition_chunks
+from ..schedules.cuda_row_config import CHUNK, operand_cols, partition_chunks
 from ..schedules.cuda_variants import default_variants
 from ..spec import KernelSpec
 from ..targets import parse_target
@@ -124,33 +126,33 @@ class CpuTarget(Target):
 
     def choices(self, spec: KernelSpec, rows: int) -> dict[str, list[int]]:
         """Return the values of each field worth trying, the default's among them."""
-        base = self.default(spec, rows)
+        base, used = self.default(spec, rows), cpu_config.fields_used(spec)
         assert spec.q_cols is not None
         assert spec.k_cols is not None
-        if not spec.operation.normalises:
-            # The order of summation leaves nothing else to choose.
-            fixed = {name: [value] for name, value in self.encode(base).items()}
-            return {**fixed, "bytes_per_task": self._task_sizes(spec, rows, base.bytes_per_task)}
-        widths = {base.vector * factor // 2 for factor in (1, 2, 4, 8)} | {base.vector}
-        # A vector wider than the columns is never filled.
-        widest = max(8, base.vector, spec.q_cols, spec.k_cols)
-        tiles = [tile for tile in (1, 2, 4, 8, 16) if tile <= rows]
-        if base.row_tile > rows:
-            tiles = [base.row_tile, *(tile for tile in tiles if tile > 1)]
-        roundings = range(len(ROUNDINGS)) if spec.out_dtype == "bfloat16" else [
-            ROUNDINGS.index(base.rounding)
-        ]  # fmt: skip
-        out_bytes = rows * (spec.q_cols + spec.k_cols) * spec.out_bytes
+        options = {"bytes_per_task": self._task_sizes(spec, rows, base.bytes_per_task)}
+        if spec.operation.normalises:  # else the order of summation leaves nothing else to choose
+            # A vector wider than the columns, or than a head's pairs, is never filled.
+            widest = max(8, spec.q_cols, spec.k_cols)
+            widths = [base.vector * factor // 2 for factor in (1, 2, 4, 8)]
+            if spec.operation.rotates:
+                assert spec.head_dim is not None
+                widest = max(8, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
+                widths = [8, 16, 32, 64]
+            options["vector"] = [width for width in widths if 8 <= width <= min(128, widest)]
+            # Rows of a head and its partners fill the registers sooner, and take long to compile.
+            most = min(rows, 8 if spec.operation.rotates else 16)
+            tiles = [tile for tile in (1, 2, 4, 8, 16) if tile <= most]
+            # A tile that no call fills is the code for single rows.
+            options["row_tile"] = tiles[base.row_tile > rows :]
+        if "rounding" in used:
+            options["rounding"] = list(range(len(ROUNDINGS)))
         # Stores past the caches below the threshold look fast here, and make the next operation
         # wait for memory: only whether to stream above it is for a measurement to say.
-        streams = 0 < base.streaming_bytes <= out_bytes
-        return {
-            "vector": sorted(width for width in widths if 8 <= width <= min(128, widest)),
-            "row_tile": sorted(tiles),
-            "rounding": list(roundings),
-            "bytes_per_task": self._task_sizes(spec, rows, base.bytes_per_task),
-            "streaming_bytes": [0, base.streaming_bytes] if streams else [base.streaming_bytes],
-        }
+        out_bytes = rows * (spec.q_cols + spec.k_cols) * spec.out_bytes
+        if "streaming_bytes" in used and 0 < base.streaming_bytes <= out_bytes:
+            options["streaming_bytes"] = [0]
+        encoded = self.encode(base)
+        return {name: sorted({value, *options.get(name, ())}) for name, value in encoded.items()}
 
     def _task_sizes(self, spec: KernelSpec, rows: int, default: int) -> list[int]:
         """Return sizes that cut a call into different numbers of tasks, the default's included.
@@ -160,10 +162,7 @@ class CpuTarget(Target):
         threads = self.threads or 64
         if threads == 1:
             return [default]
-        assert spec.q_cols is not None
-        assert spec.k_cols is not None
-        out_bytes = spec.out_bytes if spec.operation.normalises else 0
-        total = rows * (spec.q_cols + spec.k_cols) * (spec.in_bytes + out_bytes)
+        total = rows * _row_bytes(spec)
         by_tasks: dict[int, int] = {}
         for size in (default, *(1 << shift for shift in range(14, MOST_TASK_BYTES.bit_length()))):
             tasks = total // size
@@ -224,7 +223,9 @@ class CudaTarget(Target):
             options = self._apply_options(spec)
         else:
             options = self._statistics_options(spec, base)
-        options["rows"] = [tile for tile in (1, 2, 4, 8) if tile <= rows]
+        # What rotates holds partners and cosines too: more rows would spill.
+        tiles = (1, 2) if spec.operation.rotates else (1, 2, 4, 8)
+        options["rows"] = [tile for tile in tiles if tile <= rows]
         return {name: sorted({value, *options.get(name, ())}) for name, value in base.items()}
 
     @property
@@ -248,9 +249,7 @@ class CudaTarget(Target):
         self, spec: KernelSpec, base: Mapping[str, int]
     ) -> dict[str, Sequence[int]]:
         """Return what the order of summation leaves to be chosen."""
-        assert spec.q_cols is not None
-        assert spec.k_cols is not None
-        chunks = [-(-cols // CHUNK) for cols in (spec.q_cols, spec.k_cols)]
+        chunks = [-(-(cols or 1) // CHUNK) for cols in operand_cols(spec)]
 
         def partition(columns: int) -> Any:
             return partition_chunks(chunks, columns) or (columns, None)  # none: a row in rounds
@@ -262,7 +261,10 @@ class CudaTarget(Target):
             parts, warps = partition(columns)
             by_warps.setdefault(warps or parts, columns)
         aligned = default_variants(spec)[0].alignment is not None
+        # Where nothing is added up several blocks may share a row.
+        shares_rows = "threads" in cuda_variants.fields_used(spec)
         return {
+            "threads": [128, 256, 512, 1024] if shares_rows else [],
             "columns": [columns for columns in by_warps.values()
                         if partition(columns) != partition(base["columns"])],
             # "off" has nothing that "exit" lacks.
@@ -277,6 +279,19 @@ class CudaTarget(Target):
         """Build the product's module, for this architecture alone."""
         path = build_cuda([spec], [config], {}, directory)
         return Built(str(path), (1, 4 * config.rows + 1))
+
+
+def _row_bytes(spec: KernelSpec) -> int:
+    """Return the bytes of a row that a call reads and writes, as entry.c counts them."""
+    sizes = {
+        tensor.name: int(spec.k_cols or 0) if tensor.is_cache or tensor.shape[1:] == (K_COLS,)
+        else int(spec.q_cols or 0)
+        for tensor in spec.tensors if tensor.is_cache or tensor.is_stream
+    }  # fmt: skip
+    return sum(
+        sizes[tensor.name] * ELEMENT_TYPES[spec.dtype_of(tensor)].bytes
+        for tensor in spec.tensors if tensor.name in sizes
+    )  # fmt: skip
 
 
 TunableTarget = CpuTarget | CudaTarget

@@ -16,7 +16,7 @@ from fuzz_device import run_cases
 _GIVEN = os.environ.get("QKNORM_TVM_FUZZ_CASES")
 _CASES = int(_GIVEN or 2000)
 #: The API takes the last that fits: not the fused operation whose rsqrt is 1 / sqrt.
-_MODULES = ("open", "fixed", "cast_before_gamma", "layer_other_outputs", "layer")
+_MODULES = ("open", "fixed", "cast_before_gamma", "layer_other_outputs", "layer", "rotating")
 
 
 def test_exact_or_refused(module_path: Callable[[str], Path]) -> None:

@@ -1,0 +1,86 @@
+"""The attention layers of SGLang that `qknorm_tvm.integrations.sglang` changes; needs both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..tensor_parallel import HeadLayout
+from .engine_norm import AttentionNorm, Layer, agree_over, norm_for, widen
+
+#: By what is replaced: a hook for after the class's ``__init__``, and one around it.
+Hooks = dict[str, tuple[Callable[..., None], Callable[..., Any]]]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def minimax_m2_hooks() -> Hooks:
+    """Return the hooks of ``sglang.srt.models.minimax_m2``."""
+    from sglang.srt.layers.dp_attention import attn_tp_all_reduce
+    from sglang.srt.runtime_context import get_parallel
+
+    def after_init(result: None, self: Any, q_norm: Any, k_norm: Any) -> None:
+        ranks = q_norm.attn_tp_size
+        self._qknorm_tvm = norm_for(
+            Layer(
+                "sglang", type(self).__name__, "forward", torch.get_default_dtype(),
+                q_norm.weight.device, len(q_norm.weight), len(k_norm.weight),
+                agree_over(get_parallel().attn_tp_group if ranks > 1 else None),
+            ),
+            epsilon=q_norm.variance_epsilon,
+            cast_before_gamma=False,
+            ranks=ranks,
+            all_reduce=attn_tp_all_reduce,
+        )  # fmt: skip
+        if self._qknorm_tvm is not None:
+            widen(q_norm)
+            widen(k_norm)
+
+    def forward(original: Callable, self: Any, q: torch.Tensor, k: torch.Tensor) -> Pair:
+        norm: AttentionNorm | None = self._qknorm_tvm
+        if norm is None:
+            return original(self, q, k)
+        return norm(q, k, self._q_norm.weight, self._k_norm.weight)
+
+    return {"MiniMaxM2QKRMSNorm.forward": (after_init, forward)}
+
+
+def olmo2_hooks() -> Hooks:
+    """Return the hooks of ``sglang.srt.models.olmo2``, which serves OLMo-3 too."""
+    from sglang.srt.distributed import (
+        get_tp_group,
+        tensor_model_parallel_all_gather,
+        tensor_model_parallel_all_reduce,
+    )
+
+    def after_init(result: None, self: Any, *args: Any, **options: Any) -> None:
+        q_norm, k_norm, ranks = self.q_norm, self.k_norm, self.tp_size
+        heads = HeadLayout(
+            self.total_num_heads, self.total_num_kv_heads, self.head_dim, ranks, self.tp_rank
+        )
+        self._qknorm_tvm = norm_for(
+            Layer(
+                "sglang", type(self).__name__, "_apply_qk_norm", torch.get_default_dtype(),
+                q_norm.weight.device, heads.q_cols, heads.k_cols,
+                agree_over(get_tp_group() if ranks > 1 else None),
+            ),
+            epsilon=q_norm.variance_epsilon,
+            cast_before_gamma=False,
+            ranks=ranks,
+            all_reduce=tensor_model_parallel_all_reduce,
+            gather=tensor_model_parallel_all_gather,
+        )  # fmt: skip
+        if self._qknorm_tvm is not None:
+            widen(q_norm)
+            widen(k_norm)
+            self._qknorm_tvm_parts = heads.q_slice, heads.k_slice
+
+    def apply_qk_norm(original: Callable, self: Any, q: torch.Tensor, k: torch.Tensor) -> Pair:
+        norm: AttentionNorm | None = self._qknorm_tvm
+        if norm is None:
+            return original(self, q, k)
+        q_part, k_part = self._qknorm_tvm_parts
+        return norm(q, k, self.q_norm.weight[q_part], self.k_norm.weight[k_part])
+
+    return {"Olmo2Attention._apply_qk_norm": (after_init, apply_qk_norm)}
