@@ -77,8 +77,8 @@ class PeerWorkspace:
     ------
     RuntimeError
         The process group is not initialised.
-    TypeError, ValueError
-        An argument is wrong, on any rank.
+    ValueError
+        An argument is wrong, on any rank: all raise.
     PeerError
         The ranks cannot reach one another's memory: they are too many, on several hosts, some share
         a GPU and others do not, or GPUs have no peer access to one another. All ranks raise.
@@ -104,8 +104,8 @@ class PeerWorkspace:
         places = _gathered(place, members)
         wrong = _unreachable(places, place, device)
         if wrong is not None:
-            kind = type(failure) if isinstance(failure, (TypeError, ValueError)) else PeerError
-            raise kind(wrong) from failure
+            argument = any(one.error.startswith(("TypeError", "ValueError")) for one in places)
+            raise (ValueError if argument else PeerError)(wrong) from failure
         shares_gpu = members.world_size > 1 and places[0].gpu == places[-1].gpu
         slots: Any = None
         pointers: list[int] = []
