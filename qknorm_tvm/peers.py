@@ -1,9 +1,10 @@
 """The memory through which ranks exchange sums: a layout that kernels and workspaces share.
 
-Every rank has *slots*, float32 ``[SETS, max_rows, 2, ranks]``, to which the other ranks write: the
-sum of squares of a row of Q (0) and of K (1) of each rank; and a *state*, int64
+Every rank has *slots*, float32 ``[SETS, max_rows, 2, MAX_RANKS]``, to which the other ranks write:
+the sum of squares of a row of Q (0) and of K (1) of each rank; and a *state*, int64
 ``[TURNS + max_rows]``, that only its own launches write: words that all rows share, then each
-row's turn. Imports nothing.
+row's turn. However few ranks there are, a row's slots are a line of the GPU's cache, 128 bytes, so
+that rows do not wait for one another. Imports nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ EMPTY = 0x80000000
 TIMEOUT, FAILURE, REPORT, TURNS = 0, 1, 2, 3
 
 
-def slot_count(max_rows: int, ranks: int) -> int:
+def slot_count(max_rows: int) -> int:
     """Return how many slots a rank has."""
-    return SETS * max_rows * 2 * ranks
+    return SETS * max_rows * 2 * MAX_RANKS
 
 
 def failure_of(word: int) -> tuple[int, int]:

@@ -204,6 +204,17 @@ class KernelSpec:
         """Whether the launch exchanges statistics with other ranks."""
         return self.statistics == "peers"
 
+    def check_alone(self, doing: str) -> None:
+        """Refuse a spec whose launches wait for other ranks, where there are none.
+
+        Raises
+        ------
+        ValueError
+            It is one; the message says what was to be done with it.
+        """
+        if self.has_peers:
+            raise ValueError(f"specs must be of one rank to be {doing}, got {self.text}")
+
     @property
     def has_scales(self) -> bool:
         """Whether calls give `k_scale` and `v_scale`: the cache's type needs them."""

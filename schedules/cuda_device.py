@@ -12,6 +12,8 @@ from tvm.script import tirx as T
 
 from .cuda_config import ACCESS_BYTES
 
+#: TVM's name for the blocks of a kernel that a multiprocessor is to hold at least.
+MIN_BLOCKS_ATTR = "tirx.launch_bounds_min_blocks_per_sm"
 #: Attribute of a function: whether it is to be launched as a dependent of the kernel before it.
 DEPENDENT_ATTR = "qknorm.dependent_launch"
 

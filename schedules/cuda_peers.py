@@ -1,9 +1,10 @@
 """The exchange of a launch with other ranks: its protocol, and what the device does for it.
 
-A row's sums of squares of Q and of K are exchanged by themselves, and each row by itself. Of a row,
-the operand's first warp writes its sum to a slot in every rank's memory, 4 bytes each; then each of
-its warps reads its own rank's slots until none is empty, and adds them up in the order of ranks. So
-all ranks, and all warps, have the same bits, and no block waits for another one of its own launch.
+Each row is exchanged by itself. A block's first warp writes the row's sums of squares, of Q from
+its first 16 lanes and of K from the others, to slots in every rank's memory, a lane for each rank;
+then it reads its own rank's slots, a line of 128 bytes, until none is empty, and adds them up in
+the order of ranks. So all ranks have the same bits, and no block waits for another one of its own
+launch.
 
 A row has three sets of slots, which its launches use in turn: ``set`` is counted in the rank's own
 memory, row by row, so that launches of a graph, replays and eager ones agree. While a launch uses a
@@ -41,7 +42,7 @@ from tvm import tirx
 from tvm.backend.cuda.op import cuda_func_call
 from tvm.script import tirx as T
 
-from qknorm_tvm.peers import EMPTY, FAILURE, REPORT, SETS, TIMEOUT, TURNS
+from qknorm_tvm.peers import EMPTY, FAILURE, MAX_RANKS, REPORT, SETS, TIMEOUT, TURNS
 
 from .cuda_device import device_call
 
@@ -49,10 +50,10 @@ from .cuda_device import device_call
 _READS = 512
 
 
-def first_slot(state: Any, ranks: Any, turn: Any, row: Any, operand: int) -> Any:
-    """Return the place of the first rank's slot of a row, counted in slots."""
+def row_slots(state: Any, turn: Any, row: Any) -> Any:
+    """Return where a row's slots begin in a rank's memory, in bytes."""
     rows = state.shape[0] - TURNS
-    return ((turn * rows + row) * 2 + operand) * ranks
+    return (turn * rows + row) * (2 * MAX_RANKS * 4)
 
 
 def next_turn(turn: Any) -> Any:
@@ -66,21 +67,20 @@ def turn_before(turn: Any) -> Any:
 
 
 # Relaxed, of the system's scope: neither the compiler nor a cache keeps one back.
-_STORE_SLOT = """(int64_t slots, int64_t slot, float sum) {
-  int64_t address = slots + slot * 4;
+_STORE_SLOT = """(int64_t address, float sum) {
   asm volatile("st.relaxed.sys.global.f32 [%0], %1;" : : "l"(address), "f"(sum) : "memory");
 }
 """
 
 
-def store_slot(slots: Any, slot: Any, total: Any) -> tirx.Expr:
-    """Write a sum to the slot of a rank, whose memory begins at the address `slots`."""
-    return device_call("qknorm_store_slot", slots, slot, total, code=_STORE_SLOT)
+def store_slot(address: Any, total: Any) -> tirx.Expr:
+    """Write a sum to a slot."""
+    return device_call("qknorm_store_slot", address, total, code=_STORE_SLOT)
 
 
-def empty_slot(slots: Any, slot: Any) -> tirx.Expr:
+def empty_slot(address: Any) -> tirx.Expr:
     """Empty a slot."""
-    return store_slot(slots, slot, T.reinterpret("float32", T.uint32(EMPTY)))
+    return store_slot(address, T.reinterpret("float32", T.uint32(EMPTY)))
 
 
 _GIVES_UP = f"""
@@ -104,26 +104,24 @@ __device__ __forceinline__ bool qknorm_gives_up(int64_t* state, uint64_t* start,
 """
 
 # Sums are 0 or more, so that those of lanes beyond the ranks, +0, change no sum.
-_GATHER = f"""(int64_t slots, int64_t slot, int64_t ranks, int64_t row, int64_t failure,
-               int64_t* state) {{
-  int lane = threadIdx.x % 32;
+_GATHER = f"""(int64_t address, int64_t ranks, int64_t row, int64_t failure, int64_t* state) {{
+  int rank = threadIdx.x % {MAX_RANKS}, first = threadIdx.x % 32 - rank;
   float sum = 0.0f;
-  if (lane < ranks) {{
-    int64_t address = slots + (slot + lane) * 4;
+  if (rank < ranks) {{
     uint64_t start = 0;
     bool waits = failure == 0;
     sum = __uint_as_float(0x{EMPTY:x}u);
     for (unsigned reads = 1; waits; ++reads) {{
       asm volatile("ld.relaxed.sys.global.f32 %0, [%1];" : "=f"(sum) : "l"(address) : "memory");
       waits = __float_as_uint(sum) == 0x{EMPTY:x}u;
-      if (waits && reads % {_READS} == 0) waits = !qknorm_gives_up(state, &start, lane, row);
+      if (waits && reads % {_READS} == 0) waits = !qknorm_gives_up(state, &start, rank, row);
     }}
     if (__float_as_uint(sum) == 0x{EMPTY:x}u) sum = __uint_as_float(0x7fffffffu);
   }}
   float total = 0.0f;
-  for (int first = 0; first < ranks; first += 4) {{
+  for (int other = 0; other < ranks; other += 4) {{
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total += __shfl_sync(0xffffffffu, sum, first + i);
+    for (int i = 0; i < 4; ++i) total += __shfl_sync(0xffffffffu, sum, first + other + i);
   }}
   return total;
 }}
@@ -131,16 +129,14 @@ _GATHER = f"""(int64_t slots, int64_t slot, int64_t ranks, int64_t row, int64_t 
 
 
 def gather_sums(
-    slots: Any, slot: Any, ranks: Any, row: Any, failure: Any, state: tirx.Buffer
+    address: Any, ranks: Any, row: Any, failure: Any, state: tirx.Buffer
 ) -> tirx.Expr:
-    """Wait for the sums of all ranks, and return their sum, in every lane of a warp.
+    """Wait for the sums of all ranks, and return their sum: of Q in a warp's first half, of K.
 
     Parameters
     ----------
-    slots : int64
-        Address of this rank's memory.
-    slot : int64
-        The first rank's, see `first_slot`.
+    address : int64
+        The lane's slot in this rank's memory.
     ranks, row : int64
     failure : int64
         The state's word: nothing is waited for after a failure.
@@ -150,5 +146,5 @@ def gather_sums(
     source = f"{_GIVES_UP}\n__device__ __forceinline__ float {name}{_GATHER}"
     words = T.address_of(tirx.BufferLoad(state, [T.int64(0)]))
     return cuda_func_call(
-        name, slots, slot, ranks, row, failure, words, source_code=source, return_type="float32"
+        name, address, ranks, row, failure, words, source_code=source, return_type="float32"
     )

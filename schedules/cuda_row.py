@@ -59,12 +59,13 @@ from tvm.script import tirx as T
 from qknorm_tvm.declare import steps
 from qknorm_tvm.declare.parsing import parses_script
 from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
-from qknorm_tvm.peers import FAILURE, TURNS
+from qknorm_tvm.peers import FAILURE, MAX_RANKS, TURNS
 
 from . import cuda_device, cuda_peers
 from .cuda_config import NOTE
 from .cuda_row_config import (
     MAX_PARTS,
+    RESIDENT_THREADS,
     ROUND_WARPS,
     check_row_fits,
     partition_chunks,
@@ -174,8 +175,6 @@ class _Operand:
     out: Any
     cache: Any
     scales: Any
-    divisor: Any
-    weight: Any
     head_dim: int | None
     rotation: _Rotation | None
     is_summed: bool
@@ -325,6 +324,7 @@ class _Thread:
     failure: Any
     peer_slots: Any
     own_slots: Any
+    roots: Any
     blocks: Any
 
     @property
@@ -336,6 +336,16 @@ class _Thread:
 
     def has_row(self, i: Any) -> Any:
         return True if self.rows == 1 else self.row(i) < self.total_rows
+
+
+def _rank_of_lane(t: _Thread) -> Any:
+    """Return the rank to which a lane writes, and from whose slot it reads."""
+    return tirx.floormod(t.thread, T.int64(MAX_RANKS))
+
+
+def _of_operand(t: _Thread, of_q: Any, of_k: Any) -> Any:
+    """Return Q's in the lanes that exchange Q's sums, and K's in those that exchange K's."""
+    return T.Select(_lane(t.thread) < T.int64(MAX_RANKS), of_q, of_k)
 
 
 def _lane(thread: Any) -> Any:
@@ -429,8 +439,6 @@ def _operands(spec: KernelSpec, params: dict[str, Any], wanted: int) -> tuple[_O
             out=params.get(f"{tag}_out"),
             cache=params.get(f"{tag}_cache"),
             scales=params.get(f"{tag}_scale"),
-            divisor=params.get(f"{tag}_divisor"),
-            weight=params.get(f"{tag}_weight", 1),
             head_dim=spec.head_dim,
             rotation=None,
             is_summed=tag != "v" and not spec.has_given_statistics,
@@ -572,14 +580,15 @@ def _load_variances(t, operand):
 
 @T.inline
 def _load_turns(t):
-    """Load where the rows' sums go, and come from; a lane has the memory of its rank."""
-    peers, state = T.meta_var(t.params["peers"]), T.meta_var(t.params["peer_state"])
-    for i in _unrolled(t.rows):
-        if t.has_row(i):
-            t.turn[i] = state[TURNS + t.row(i)]
-    t.failure[0] = state[FAILURE]
-    t.own_slots[0] = peers[t.params["peer_rank"]]
-    t.peer_slots[0] = peers[T.min(_lane(t.thread), peers.shape[0] - 1)]
+    """Load, in the warp that exchanges, where the rows' sums go and come from."""
+    if t.thread < T.int64(WARP):
+        peers, state = T.meta_var(t.params["peers"]), T.meta_var(t.params["peer_state"])
+        for i in _unrolled(t.rows):
+            if t.has_row(i):
+                t.turn[i] = state[TURNS + t.row(i)]
+        t.failure[0] = state[FAILURE]
+        t.own_slots[0] = peers[t.params["peer_rank"]]
+        t.peer_slots[0] = peers[T.min(_rank_of_lane(t), peers.shape[0] - 1)]
 
 
 @T.inline
@@ -605,7 +614,7 @@ def _load(t, operand):
         _load_slots(t)
     if operand.is_normalised and t.spec.has_given_statistics:
         _load_variances(t, operand)
-    if operand.is_normalised and t.spec.has_peers:
+    if t.spec.has_peers:
         _load_turns(t)
     if not operand.in_rounds:
         _load_x(t, operand, T.int64(0), None)
@@ -736,48 +745,73 @@ def _write_means(t, operand):
 
 
 @T.inline
-def _exchange(t, operand):
-    """Make the sums of this rank's rows those of all ranks; then the next kernel may start."""
-    ranks, state = T.meta_var(t.params["peers"].shape[0]), T.meta_var(t.params["peer_state"])
-    rank, lane = T.meta_var(t.params["peer_rank"]), T.meta_var(_lane(t.thread))
-    if operand.warp(t.thread) == T.int64(0):
-        if lane < ranks:
-            for i in _unrolled(t.rows):
-                if t.has_row(i):
-                    place = T.meta_var((t.row(i), operand.index))
-                    slot = T.meta_var(cuda_peers.first_slot(state, ranks, t.turn[i], *place))
-                    cuda_peers.store_slot(t.peer_slots[0], slot + rank, t.total[i] * operand.weight)
-            for i in _unrolled(t.rows):
-                if t.has_row(i):
-                    place = T.meta_var((t.row(i), operand.index))
-                    before = T.meta_var(cuda_peers.turn_before(t.turn[i]))
-                    slot = T.meta_var(cuda_peers.first_slot(state, ranks, before, *place))
-                    cuda_peers.empty_slot(t.own_slots[0], slot + lane)
-                    # After the barrier: all of the block's warps have loaded it.
-                    if lane == T.int64(0) and operand.index == 0:
-                        state[TURNS + t.row(i)] = cuda_peers.next_turn(t.turn[i])
-    for i in _unrolled(t.rows):
-        if t.has_row(i):
-            place = T.meta_var((t.row(i), operand.index))
-            slot = T.meta_var(cuda_peers.first_slot(state, ranks, t.turn[i], *place))
-            t.total[i] = cuda_peers.gather_sums(
-                t.own_slots[0], slot, ranks, t.row(i), t.failure[0], state
-            )
-    if t.config.dependent_launch == "after_loads":
-        if (t.tile + t.blocks) * t.rows >= t.total_rows:
-            cuda_device.grid_dependency("launch_dependents")
+def _empty_slots(t):
+    """Empty the rows' slots of the launch before, and note the turn of the next one."""
+    state = T.meta_var(t.params["peer_state"])
+    if t.thread < T.int64(WARP):
+        for i in _unrolled(t.rows):
+            if t.has_row(i):
+                before = T.meta_var(cuda_peers.turn_before(t.turn[i]))
+                slots = T.meta_var(cuda_peers.row_slots(state, before, t.row(i)))
+                if _rank_of_lane(t) < t.params["peers"].shape[0]:
+                    cuda_peers.empty_slot(t.own_slots[0] + slots + t.thread * 4)
+                if t.thread == T.int64(0):
+                    state[TURNS + t.row(i)] = cuda_peers.next_turn(t.turn[i])
 
 
 @T.inline
-def _roots_of_peers(t, operand):
-    epsilon = T.meta_var(t.params["epsilon"])
-    divisor = T.meta_var(operand.divisor)
+def _sum_both(t, operands, i):
+    """Add up what the warps have left of a row of Q, and of K in the lanes that exchange it."""
+    q, k = T.meta_var(operands[0]), T.meta_var(operands[1])
+    width = T.meta_var(max(q.slot_width, k.slot_width))
+    if width <= MAX_RANKS:
+        slot = T.meta_var(tirx.floormod(t.thread, T.int64(width)))
+        count = T.meta_var(_of_operand(t, T.int64(q.slot_count), T.int64(k.slot_count)))
+        first = T.meta_var(_of_operand(t, T.int64(q.first_sum), T.int64(k.first_sum)))
+        t.total[i] = T.float32(0)
+        if slot < count:
+            t.total[i] = t.sums[i * t.sums_of_row + (first + slot)]
+        if width > 1:
+            t.total[i] = T.cuda.warp_sum(t.total[i], width)
+    else:
+        _sum_slots(t, k, i)
+        t.variance[i] = t.total[i]
+        _sum_slots(t, q, i)
+        t.total[i] = _of_operand(t, t.total[i], t.variance[i])
+
+
+@T.inline
+def _exchange(t, operands):
+    """Make the sums of this rank's rows those of all ranks, and leave the rows' roots."""
+    state, ranks = T.meta_var(t.params["peer_state"]), T.meta_var(t.params["peers"].shape[0])
+    weight = T.meta_var(_of_operand(t, T.float32(1), t.params["k_weight"]))
+    divisor = T.meta_var(_of_operand(t, t.params["q_divisor"], t.params["k_divisor"]))
+    of_k = T.meta_var(_of_operand(t, T.int64(0), T.int64(MAX_RANKS)))
     for i in _unrolled(t.rows):
-        _sum_slots(t, operand, i)
-    _exchange(t, operand)
+        if t.has_row(i):
+            _sum_both(t, operands, i)
+            slots = T.meta_var(cuda_peers.row_slots(state, t.turn[i], t.row(i)))
+            if _rank_of_lane(t) < ranks:
+                own = T.meta_var((of_k + t.params["peer_rank"]) * 4)
+                cuda_peers.store_slot(t.peer_slots[0] + slots + own, t.total[i] * weight)
     for i in _unrolled(t.rows):
-        variance = T.meta_var(steps.over_columns(t.total[i], divisor))
-        t.rs[i] = steps.inverse_root(variance, epsilon, reproducible=t.spec.reproducible)
+        if t.has_row(i):
+            slots = T.meta_var(cuda_peers.row_slots(state, t.turn[i], t.row(i)))
+            t.total[i] = cuda_peers.gather_sums(
+                t.own_slots[0] + slots + t.thread * 4, ranks, t.row(i), t.failure[0], state
+            )
+            variance = T.meta_var(steps.over_columns(t.total[i], divisor))
+            t.rs[i] = steps.inverse_root(
+                variance, t.params["epsilon"], reproducible=t.spec.reproducible
+            )
+            if _rank_of_lane(t) == T.int64(0):
+                t.roots[2 * i + _of_operand(t, T.int64(0), T.int64(1))] = t.rs[i]
+
+
+@T.inline
+def _load_roots(t, operand):
+    for i in _unrolled(t.rows):
+        t.rs[i] = t.roots[2 * i + operand.index]
 
 
 @T.inline
@@ -881,7 +915,7 @@ def _store_cache(t, operand, registers):
 def _write_outputs(t, operand):
     if operand.is_normalised:
         if t.spec.has_peers:
-            _roots_of_peers(t, operand)
+            _load_roots(t, operand)
         else:
             _roots(t, operand)
         if operand.in_rounds:
@@ -924,10 +958,27 @@ def _take_tile(t, operands, waits_for_warps):
         _by_operand(t, operands, _load_rotation)
     if t.sums_of_row > 0:
         _by_operand(t, operands, _sum_chunks)
+    if t.spec.has_peers:
+        _empty_slots(t)
     if waits_for_warps:
         # Of the block's barriers, the one that TVM knows: beside another it puts its own.
         T.tvm_storage_sync("shared")
-    if t.spec.operation.normalises:
+    if t.spec.has_peers:
+        if t.thread < T.int64(WARP):
+            _exchange(t, operands)
+        elif len(operands) > 2:
+            if t.thread >= operands[2].first_thread:
+                _write_outputs(t, operands[2])  # V does not wait
+        T.tvm_storage_sync("shared")
+        if t.config.dependent_launch == "after_loads":
+            # The peers' sums are what it loads last.
+            if (t.tile + t.blocks) * t.rows >= t.total_rows:
+                cuda_device.grid_dependency("launch_dependents")
+        if t.thread < operands[1].first_thread:
+            _write_outputs(t, operands[0])
+        elif len(operands) == 2 or t.thread < operands[2].first_thread:
+            _write_outputs(t, operands[1])
+    elif t.spec.operation.normalises:
         _by_operand(t, operands, _write_outputs)
     else:
         _by_operand(t, operands, _write_means)
@@ -976,6 +1027,9 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
     blocks = params["row_blocks"] if spec.has_peers else tiles * pieces
     own_tile = tirx.Var("tile", "int64") if spec.has_peers else None
 
+    holds_little = operands[0].aligned and parts == 1 and rows == 1
+    min_blocks = max(1, RESIDENT_THREADS // threads) if holds_little else 1
+
     def tile_of(block: Any) -> Any:
         return _quotient_of(block, pieces) if own_tile is None else own_tile
 
@@ -1011,6 +1065,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                 failure = _registers((1,), "int64")
                 peer_slots = _registers((1,), "int64")
                 own_slots = _registers((1,), "int64")
+                roots = T.alloc_buffer((2 * rows,), scope="shared", align=16)
                 next_tile = _registers((1,), "int64")
                 t = T.meta_var(
                     _Thread(
@@ -1018,7 +1073,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                         thread, x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out,
                         variance, position, cosine, sine, partner, partner_gamma, slot,
                         place_block, offset, scale, quotient, float8, turn, failure, peer_slots,
-                        own_slots, blocks,
+                        own_slots, roots, blocks,
                     )
                 )  # fmt: skip
                 if in_rounds:
@@ -1032,13 +1087,12 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                     cuda_device.grid_dependency("wait")
                 if spec.has_peers:
                     next_tile[0] = block
-                    while next_tile[0] < tiles:
-                        T.bind(next_tile[0], var=tile)
-                        _take_tile(t, operands, waits_for_warps)
-                        next_tile[0] = next_tile[0] + blocks
-                        if next_tile[0] < tiles:
-                            # All have read the sums that the next tile's replace.
-                            T.tvm_storage_sync("shared")
+                    # Registers for so many blocks: ranks that share a GPU share them.
+                    with T.attr(0, cuda_device.MIN_BLOCKS_ATTR, min_blocks):
+                        while next_tile[0] < tiles:
+                            T.bind(next_tile[0], var=tile)
+                            _take_tile(t, operands, waits_for_warps)
+                            next_tile[0] = next_tile[0] + blocks
                 else:
                     _take_tile(t, operands, waits_for_warps)
 

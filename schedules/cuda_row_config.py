@@ -49,6 +49,9 @@ MAX_PARTS = 4
 ROUND_WARPS = 8
 # Most warps of a block.
 _MAX_WARPS = 32
+#: Threads of a kernel that waits for other ranks of which a multiprocessor holds that many at
+#: least, where rows are in vectors: 64 registers each.
+RESIDENT_THREADS = 1024
 # Warps of a row, with a vector a thread, beyond which a thread has several vectors of it,
 _MANY_WARPS = 16
 # and up to which a block takes four rows, where that saves starting more than 2,700 blocks.

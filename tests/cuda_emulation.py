@@ -17,7 +17,8 @@ import numpy as np
 
 HEADER = Path(__file__).parent / "native" / "cuda_emulation.h"
 _KERNEL = re.compile(
-    r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{', re.MULTILINE
+    r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, \d+)?\) (\w+)\(([^)]*)\) \{',
+    re.MULTILINE,
 )
 _STORE = re.compile(r'asm volatile\("st\.global.*;$', re.MULTILINE)
 #: What ranks do with one another's memory, and the clock.

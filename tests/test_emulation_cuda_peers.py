@@ -48,9 +48,7 @@ class Ranks:
 
     def __init__(self, count: int, max_rows: int, timeout: float = 0):
         self.count, self.max_rows = count, max_rows
-        self.slots = [
-            _shared((peers.slot_count(max_rows, count),), np.uint32) for _ in range(count)
-        ]
+        self.slots = [_shared((peers.slot_count(max_rows),), np.uint32) for _ in range(count)]
         self.states = [_shared((peers.TURNS + max_rows,), np.int64) for _ in range(count)]
         self.reports = [_shared((1,), np.int64) for _ in range(count)]
         self.addresses = np.array([slots.ctypes.data for slots in self.slots], np.int64)

@@ -235,3 +235,6 @@ def test_statistics_of_peers() -> None:
         local.replace(statistics="given")
     with pytest.raises(ValueError, match=r"^statistics must be local for target 'cpu'"):
         peers.replace(target="cpu")
+    local.check_alone("timed")
+    with pytest.raises(ValueError, match=r"^specs must be of one rank to be timed, got"):
+        peers.check_alone("timed")

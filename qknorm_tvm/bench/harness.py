@@ -129,6 +129,7 @@ def measure_all(
     """
     measured = Measured()
     for spec in specs:
+        spec.check_alone("timed")
         status(f"compiling {spec.text}")
         module, kind = module_for(spec), spec.parsed_target.kind
         facts = facts_of(module)

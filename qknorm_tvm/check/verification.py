@@ -304,5 +304,6 @@ def iterate(
     """Generate every case of every spec of some modules."""
     for module in modules:
         for spec in module.specs:
+            spec.check_alone("verified")
             for case in device.cases(module, spec, thorough=thorough):
                 yield module, case

@@ -59,7 +59,7 @@ class PeerWorkspace:
     group : ProcessGroup, optional
         By default the default group. At most 16 ranks, on one host.
     max_rows : int
-        Most rows of a launch; 16 bytes of each rank's memory, three times, for each row and rank.
+        Most rows of a launch; each takes 392 bytes of GPU memory on each rank.
     device : torch.device, optional
         This rank's GPU; by default the current one.
     timeout : float
@@ -77,8 +77,8 @@ class PeerWorkspace:
     ------
     RuntimeError
         The process group is not initialised.
-    TypeError, ValueError
-        An argument is wrong, on any rank.
+    ValueError
+        An argument is wrong, on any rank: all raise.
     PeerError
         The ranks cannot reach one another's memory: they are too many, on several hosts, some share
         a GPU and others do not, or GPUs have no peer access to one another. All ranks raise.
@@ -104,8 +104,8 @@ class PeerWorkspace:
         places = _gathered(place, members)
         wrong = _unreachable(places, place, device)
         if wrong is not None:
-            kind = type(failure) if isinstance(failure, (TypeError, ValueError)) else PeerError
-            raise kind(wrong) from failure
+            argument = any(one.error.startswith(("TypeError", "ValueError")) for one in places)
+            raise (ValueError if argument else PeerError)(wrong) from failure
         shares_gpu = members.world_size > 1 and places[0].gpu == places[-1].gpu
         slots: Any = None
         pointers: list[int] = []
@@ -140,7 +140,7 @@ class PeerWorkspace:
         check_int("max_rows", max_rows, 1, 1 << 24)
         check_timeout(timeout)
         device = _cuda_device(device)
-        slots = [_empty_slots(max_rows, ranks, device) for _ in range(ranks)]
+        slots = [_empty_slots(max_rows, device) for _ in range(ranks)]
         pointers = [one.data_ptr() for one in slots]
         workspaces = []
         for rank in range(ranks):
@@ -308,7 +308,7 @@ def workspace_of(handle: int) -> PeerWorkspace:
 # ---- those that are made where they are wanted ------------------------------------------------
 
 #: Rows up to which one launch is faster than three steps, see docs/tensor-parallel.md.
-AUTO_ROWS = 512
+AUTO_ROWS = 256
 #: A group, and its workspace or None where its ranks cannot have one; by its name and device.
 _automatic: dict[tuple[str, torch.device], tuple[Any, PeerWorkspace | None]] = {}
 
@@ -394,9 +394,9 @@ def _unreachable(places: Sequence[_Place], own: _Place, device: Any) -> str | No
     return None
 
 
-def _empty_slots(max_rows: int, ranks: int, device: torch.device, make: Any = None) -> torch.Tensor:
+def _empty_slots(max_rows: int, device: torch.device, make: Any = None) -> torch.Tensor:
     make = make or torch.empty
-    slots = make(peers.slot_count(max_rows, ranks), dtype=torch.float32, device=device)
+    slots = make(peers.slot_count(max_rows), dtype=torch.float32, device=device)
     slots.view(torch.int32).fill_(peers.EMPTY - (1 << 32))
     torch.cuda.synchronize(device)  # before another rank knows of it
     return slots
@@ -407,7 +407,7 @@ def _ipc_slots(
 ) -> tuple[list[torch.Tensor], list[int]]:
     from torch.multiprocessing.reductions import reduce_tensor
 
-    own = _empty_slots(max_rows, members.world_size, device)
+    own = _empty_slots(max_rows, device)
     everyones = _gathered(reduce_tensor(own), members)
     slots = [
         own if rank == members.rank else rebuild(*arguments)
@@ -427,6 +427,6 @@ def _symmetric_slots(
 ) -> tuple[Any, list[int]]:
     from torch.distributed import _symmetric_memory
 
-    own = _empty_slots(max_rows, members.world_size, device, _symmetric_memory.empty)
+    own = _empty_slots(max_rows, device, _symmetric_memory.empty)
     handle = _symmetric_memory.rendezvous(own, _resolved(members.group))
     return (own, handle), [int(pointer) for pointer in handle.buffer_ptrs]

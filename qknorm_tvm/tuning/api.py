@@ -194,6 +194,7 @@ def _check_specs(specs: Sequence[Any], text: str) -> list[KernelSpec]:
             raise ValueError(f"specs must have fixed columns to be tuned, got {spec.text}")
         if spec.parsed_target.kind != kind:
             raise ValueError(f"specs must be for {text}, which is tuned, got {spec.text}")
+        spec.check_alone("tuned")
         checked.append(spec.replace(target=text))
     if not checked:
         raise ValueError("specs must name at least one KernelSpec, got none")

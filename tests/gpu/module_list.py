@@ -152,22 +152,25 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
         ],
         # Of one rank of two, which are timed: MiniMax-M2 and OLMo-2 32B.
         "peer_times": [
-            KernelSpec(
-                op=op,
-                q_cols=q,
-                k_cols=k,
-                target=target,
-                **({"head_dim": 128, "rotary_dim": rotary} if "rope" in op else {}),
-                **({} if statistics is None else {"statistics": statistics}),
-            )
-            for q, k, rotary in ((3072, 512, 64), (2560, 512, 128))
-            for op, statistics in (
-                ("qk_rms_norm", "peers"),
-                ("qk_rms_norm_rope_cache", "peers"),
-                ("row_mean_of_squares_qk", None),
-                ("apply_qk_rms_norm", None),
-                ("qk_rms_norm_rope_cache", "given"),
-            )
+            KernelSpec(op="qk_rms_norm", q_cols=768, k_cols=128, statistics="peers", target=target),
+            *(
+                KernelSpec(
+                    op=op,
+                    q_cols=q,
+                    k_cols=k,
+                    target=target,
+                    **({"head_dim": 128, "rotary_dim": rotary} if "rope" in op else {}),
+                    **({} if statistics is None else {"statistics": statistics}),
+                )
+                for q, k, rotary in ((3072, 512, 64), (2560, 512, 128))
+                for op, statistics in (
+                    ("qk_rms_norm", "peers"),
+                    ("qk_rms_norm_rope_cache", "peers"),
+                    ("row_mean_of_squares_qk", None),
+                    ("apply_qk_rms_norm", None),
+                    ("qk_rms_norm_rope_cache", "given"),
+                )
+            ),
         ],
         "layer_other_outputs": [
             KernelSpec(

@@ -1,7 +1,12 @@
-"""A rank as a process, for test_cuda_peers: MODULE, and ``all`` or ``absent``; under torchrun."""
+"""A rank as a process, for test_cuda_peers: MODULE, and ``all``, ``absent`` or ``killed``.
+
+As under torchrun, by environment variables. With a GPU for each rank each has its own.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import pytest
@@ -39,17 +44,24 @@ def main(module: str, how: str) -> None:
     assert own.differing(wanted) == 0
     workspace.check()
     dist.barrier()
-    if how == "absent" and rank == 0:
+    if how == "killed" and rank == 1:
+        for _ in range(3):
+            own.call()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how != "all" and rank == 0:
         workspace.timeout = 1.0
-        own.call()
+        for _ in range(4):
+            own.call()
         torch.cuda.synchronize()
         with pytest.raises(PeerError, match="rank 1 must send its sums within 1 s"):
             workspace.check()
+        assert own.q_out.isnan().all()
     if how == "all":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for rows in (32, 1, 5, 32):
                 own.call(rows)
+        torch.cuda.synchronize()
         own.q_out.fill_(float("nan"))
         for _ in range(5):
             graph.replay()
@@ -57,9 +69,11 @@ def main(module: str, how: str) -> None:
         torch.cuda.synchronize()
         assert own.differing(wanted) == 0
     workspace.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    if how != "killed":
+        dist.barrier()
+        dist.destroy_process_group()
     print("done", flush=True)
+    os._exit(0)  # without waiting for a rank that is not there
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +70,8 @@ class Attention:
         qk_var = qknorm_tvm.row_mean_of_squares_qk(r.q, r.k)
         tp.reduce_row_mean_of_squares(qk_var, group=group)
         if dist.get_world_size(group) == 1:
-            dist.all_reduce(qk_var, group=group)
+            # Not a sum: of one rank NCCL would do nothing.
+            dist.all_reduce(qk_var, op=dist.ReduceOp.AVG, group=group)
         if cache:
             qknorm_tvm.qk_rms_norm_rope_cache(
                 q=r.q, k=r.k, v=r.v, gamma_q=r.gamma_q, gamma_k=r.gamma_k, epsilon=EPSILON,
@@ -79,6 +81,17 @@ class Attention:
             qknorm_tvm.apply_qk_rms_norm(
                 r.q, r.k, qk_var, r.gamma_q, r.gamma_k, EPSILON, q_out=r.q_out, k_out=r.k_out
             )
+
+
+def unfused(layer: Attention) -> tuple[torch.Tensor, ...]:
+    """Normalise as models do, with torch's own operations; all ranks' columns are equal."""
+    r, outputs = layer.rank, []
+    var = torch.stack([x.float().pow(2).mean(-1) for x in (r.q, r.k)], dim=1)
+    dist.all_reduce(var, op=dist.ReduceOp.AVG)
+    for column, (x, gamma) in enumerate(((r.q, r.gamma_q), (r.k, r.gamma_k))):
+        rs = torch.rsqrt(var[:, column] + EPSILON)[:, None]
+        outputs.append(((x.float() * rs) * gamma).to(x.dtype))
+    return tuple(outputs)
 
 
 def _timed(stream: torch.cuda.Stream, others: Callable[[], None], own: Callable[[], None]) -> float:
@@ -143,7 +156,7 @@ def one_gpu(only: int) -> None:
     if only:
         return
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29611", world_size=1, rank=0)
-    for rows in (1, 16, 64, 256, 512, 1024, 2048, 4096):
+    for rows in (1, 16, 64, 128, 256, 512, 1024):
         workspace = tp.PeerWorkspace.local(1, rows)[0]
         layer = Attention(Rank(workspace, rows, 1536, 256), 64)
         beside(layer, workspace, f"1 rank, M {rows}")
@@ -153,7 +166,9 @@ def one_gpu(only: int) -> None:
 # ---- one launch beside three steps ------------------------------------------------------------
 
 
-def beside(layer: Attention, workspace: tp.PeerWorkspace, name: str) -> None:
+def beside(
+    layer: Attention, workspace: tp.PeerWorkspace, name: str, compiled: bool = False
+) -> None:
     """Time calls of one layer in CUDA graphs; all ranks do the same."""
     qk_var = torch.rand(len(layer.rank.q), 2, device="cuda")
     timed = {
@@ -161,8 +176,13 @@ def beside(layer: Attention, workspace: tp.PeerWorkspace, name: str) -> None:
         "norm, three steps": lambda: layer.three_steps(False),
         "norm, rope, cache, one launch": lambda: layer.cache(workspace),
         "norm, rope, cache, three steps": lambda: layer.three_steps(True),
-        "all-reduce alone": lambda: dist.all_reduce(qk_var),
+        "norm, unfused torch": lambda: unfused(layer),
+        "all-reduce alone": lambda: dist.all_reduce(qk_var, op=dist.ReduceOp.AVG),
     }
+    if compiled:
+        torch.compiler.reset()
+        by_torch = torch.compile(unfused, dynamic=False)
+        timed["norm, torch.compile"] = lambda: by_torch(layer)
     graphs = {}
     for what, call in timed.items():
         for _ in range(3):
@@ -190,16 +210,18 @@ def beside(layer: Attention, workspace: tp.PeerWorkspace, name: str) -> None:
             _line(f"{name}, {what}", max((one[what] for one in everyones), key=statistics.median))
 
 
-def processes(stress: int) -> None:
+def processes(counts: Sequence[int], stress: int, compile_torch: bool) -> None:
     """Check and time a rank for each process, each on its own GPU."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
     torch.set_default_device(None)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     workspace = tp.PeerWorkspace(max_rows=4096, timeout=20.0)
+    if stress:
+        _stress(workspace, stress)
     layouts = (("MiniMax-M2", 6144, 1024, 64), ("OLMo-2 32B", 5120, 1024, 128))
     for name, q_cols, k_cols, rotary_dim in layouts:
-        for rows in (1, 16, 64, 256, 1024, 4096):
+        for rows in counts:
             layer = Attention(Rank(workspace, rows, q_cols // world, k_cols // world), rotary_dim)
             layer.norm(None)
             three = [x.clone() for x in (layer.rank.q_out, layer.rank.k_out)]
@@ -207,61 +229,67 @@ def processes(stress: int) -> None:
             torch.cuda.synchronize()
             for one, other in zip((layer.rank.q_out, layer.rank.k_out), three, strict=True):
                 assert torch.allclose(one.float(), other.float(), rtol=2**-7, atol=1e-6), "differs"
-            if world == 2:  # one addition has one order
-                same = all(
-                    torch.equal(bits(one), bits(other))
-                    for one, other in zip((layer.rank.q_out, layer.rank.k_out), three, strict=True)
-                )
-                print(f"rank {rank}, {name}, M {rows}: equal to three steps: {same}", flush=True)
-            beside(layer, workspace, f"{world} GPUs, {name}, M {rows}")
-    if stress:
-        _stress(workspace, stress)
+            compiled = compile_torch and name == layouts[0][0]
+            beside(layer, workspace, f"{world} GPUs, {name}, M {rows}", compiled)
     workspace.close()
     dist.destroy_process_group()
 
 
 def _stress(workspace: tp.PeerWorkspace, launches: int) -> None:
     """Replay graphs of launches of other rows and inputs, with delays; compare every one."""
-    rank, sets, rows = dist.get_rank(), 5, 64
+    rank, world, sets, rows = dist.get_rank(), dist.get_world_size(), 5, 64
     generator = torch.Generator().manual_seed(1)  # the same on all ranks
-    own = [Rank(workspace, rows, 3072, 512, seed=number) for number in range(sets)]
-    wanted = []
-    for one in own:
-        one.call()
-        torch.cuda.synchronize()
-        wanted.append([x.clone() for x in (one.q_out, one.k_out)])
-    bad = torch.zeros((), dtype=torch.int64, device="cuda")
-
-    def step(number: int, some: int) -> None:
-        own[number].call(some)
-        for got, value in zip((own[number].q_out, own[number].k_out), wanted[number], strict=True):
-            bad.add_((bits(got[:some]) != bits(value[:some])).sum())
-
-    step(0, rows)
+    everyone = []  # of each set, of each rank
+    for number in range(sets):
+        others = []
+        for other in range(world):
+            stand_in = types.SimpleNamespace(rank=other, world_size=world)
+            others.append(Rank(stand_in, rows, 768, 128, seed=number))
+        others[rank].workspace = workspace
+        everyone.append(others)
+    wanted = [others[rank].expected(statistics_of(others)) for others in everyone]
+    own = [others[rank] for others in everyone]
     numbers = torch.randint(0, sets, (LAUNCHES,), generator=generator).tolist()
     counts = torch.randint(1, rows + 1, (LAUNCHES,), generator=generator).tolist()
+    steps = list(zip(numbers, counts, strict=True))
+    logs = [torch.zeros(LAUNCHES, *x.shape, device="cuda").bfloat16() for x in (own[0].q, own[0].k)]
+    values = [x.clone() for x in logs]
+    for place, (number, some) in enumerate(steps):
+        for x, value in zip(values, wanted[number], strict=True):
+            x[place, :some] = value[:some]
 
-    def work() -> None:
-        for place, arguments in enumerate(zip(numbers, counts, strict=True)):
-            if (place + rank) % 11 == 0:
+    def work(sleeps: bool) -> None:
+        for place, (number, some) in enumerate(steps):
+            if sleeps and (place + 5 * rank) % 11 == 0:
                 torch.cuda._sleep(20_000)
-            step(*arguments)
+            one, (q_out, k_out) = own[number], logs
+            tp.qk_rms_norm(
+                one.q[:some], one.k[:some], one.gamma_q, one.gamma_k, EPSILON,
+                q_out=q_out[place, :some], k_out=k_out[place, :some], workspace=workspace,
+            )  # fmt: skip
 
-    graph, start = capture(own[0], work), time.perf_counter()
-    for replay in range(launches // LAUNCHES):
-        if (replay + rank) % 7 == 0:
-            torch.cuda._sleep(100_000)
-        graph.replay()
-        step(replay % sets, 1 + replay % rows)
-        if replay % 50 == 0:
-            torch.cuda.synchronize()
+    work(False)
     torch.cuda.synchronize()
+    graphs = [capture(own[0], lambda sleeps=sleeps: work(sleeps)) for sleeps in (False, True)]
+    bad, start, made = torch.zeros((), dtype=torch.int64, device="cuda"), time.perf_counter(), 0
+    while made < launches:
+        for kind in range(3):
+            for x in logs:
+                x.zero_()
+            if (made + rank + kind) % 7 == 0:
+                torch.cuda._sleep(100_000)
+            work(True) if kind == 2 else graphs[kind].replay()
+            for x, value in zip(logs, values, strict=True):
+                bad += (bits(x) != bits(value)).sum()
+            made += LAUNCHES
+        torch.cuda.synchronize()
     workspace.check()
     print(
-        f"rank {rank}: {launches // LAUNCHES * (LAUNCHES + 1):,} launches, {int(bad)} elements "
-        f"differ, {time.perf_counter() - start:.1f} s",
+        f"rank {rank}: {made:,} launches, {int(bad)} elements differ from the rank-ordered "
+        f"reference, {time.perf_counter() - start:.1f} s",
         flush=True,
     )
+    assert not bad
 
 
 def main() -> int:
@@ -269,12 +297,17 @@ def main() -> int:
     parser.add_argument("--module", help="an exported module, where code cannot be compiled")
     parser.add_argument("--ranks", type=int, default=0, help="time only so many ranks as streams")
     parser.add_argument("--stress", type=int, default=0, help="launches compared, by processes")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 16, 64, 128, 256, 512, 1024, 4096],
+        help="of launches that are timed, by processes",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     given = parser.parse_args()
     if given.module:
         qknorm_tvm.use(qknorm_tvm.load(given.module))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if "RANK" in os.environ:
-        processes(given.stress)
+        processes(given.rows, given.stress, given.compile)
     else:
         one_gpu(given.ranks)
     return 0

@@ -20,7 +20,7 @@ using std::min;
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 /* One block runs at a time. */
 #define __shared__ static
 

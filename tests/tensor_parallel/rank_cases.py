@@ -18,6 +18,7 @@ import qknorm_tvm
 from qknorm_tvm import tensor_parallel as tp
 from qknorm_tvm.call import api
 from qknorm_tvm.check import reference_torch
+from qknorm_tvm.errors import PeerError
 
 EPSILON = 1e-6
 #: How far outputs may be from the unsharded layer's, whose mean squares are summed in float64. The
@@ -447,6 +448,69 @@ def check_compiled(backend: str = "aot_eager") -> None:
             check_same(mine, other)
 
 
+def check_attention_input() -> None:
+    """Rotation and cache after the all-reduce: of other statistics, heads, slots or positions."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    case = Case(q_heads=3 * world, kv_heads=world, head_dim=32, rows=7)
+    q, k, gamma_q, gamma_k = case.whole_layer()
+    layer = tp.TensorParallelQKNorm(3 * world, world, 32, EPSILON, validate=True)
+    layer.load_full(gamma_q, gamma_k)
+    layout = layer.layout
+    q, k = q[:, layout.q_slice], k[:, layout.k_slice]
+    generator = torch.Generator().manual_seed(rank)
+    v = torch.randn(k.shape, generator=generator).to(k.dtype)
+    angles = torch.randn(40, 16, generator=generator).to(k.dtype)
+    positions = torch.randint(0, 40, (7,), generator=generator)
+    slots = torch.tensor([5, -1, 0, 9, 2])
+    qk_var = reduced(q, k, "fused")
+    gammas = layer.gamma_q, layer.gamma_k
+    heads = {"head_dim": 32, "epsilon": EPSILON, "qk_var": qk_var}
+    wanted = qknorm_tvm.qk_rms_norm_rope(q, k, *gammas, positions, angles, **heads)
+    rotation = {"positions": positions, "cos_sin_cache": angles}
+    for got, value in zip(layer.attention_input(q, k, **rotation), wanted, strict=True):
+        check_same(got, value)
+    caches = [torch.zeros(3, 4, 1, 32, dtype=k.dtype) for _ in range(4)]
+    q_out, _ = qknorm_tvm.qk_rms_norm_rope_cache(
+        q, k, v, *gammas, positions, angles, *caches[:2], slots, **heads
+    )
+    stored = {"k_cache": caches[2], "v_cache": caches[3], "slot_mapping": slots}
+    got, k_out = layer.attention_input(q, k, v, **rotation, **stored)
+    assert k_out is None
+    check_same(got, q_out)
+    check_same(caches[2], caches[0])
+    check_same(caches[3], caches[1])
+    # What one rank alone finds wrong, all are told, and nothing is stored.
+    before = [cache.clone() for cache in caches[2:]]
+    wrong = v[:, 1:] if rank == world - 1 else v
+    raises(
+        ValueError,
+        f"arguments must be right on every rank, got on rank {world - 1}: ValueError: v must have "
+        "32 columns, got 31",
+        lambda: layer.attention_input(q, k, wrong, **rotation, **stored),
+    )
+    for cache, value in zip(caches[2:], before, strict=True):
+        check_same(cache, value)
+
+
+def check_no_workspace() -> None:
+    """Ranks that cannot reach one another's memory, and wait; a layer that needs that."""
+    if torch.cuda.is_available():
+        return
+    none = f"PeerError: a CUDA device is needed, got none (torch {torch.__version__}) on rank"
+    wrong = "every rank must be able to take part, got"
+    raises(PeerError, f"{wrong} {none} 0; {none} 1", lambda: tp.PeerWorkspace())
+    raises(
+        ValueError,
+        f"{wrong} {none} 0; ValueError: max_rows must be from 1 to 16777216, got 0 on rank 1",
+        lambda: tp.PeerWorkspace(max_rows=4 * (1 - dist.get_rank())),
+    )
+    q, k = torch.ones(2, 32), torch.ones(2, 16)
+    gammas = torch.ones(32), torch.ones(16)
+    wanted = tp.qk_rms_norm(q, k, *gammas)
+    for got, value in zip(tp.qk_rms_norm(q, k, *gammas, workspace="auto"), wanted, strict=True):
+        check_same(got, value)
+
+
 def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
     """Return what to run with so many ranks, by name."""
     listed: list[tuple[str, Callable[[], object]]] = []
@@ -478,6 +542,8 @@ def cases(world: int) -> list[tuple[str, Callable[[], object]]]:
         ("disagreement", check_disagreement),
         ("what only apply refuses", check_what_only_apply_refuses),
     ]
-    if world == 2:  # once: it takes seconds
+    if world == 2:  # once: they take seconds
         listed.append(("torch.compile", check_compiled))
+        listed.append(("rotation and cache", check_attention_input))
+        listed.append(("no workspace", check_no_workspace))
     return listed
