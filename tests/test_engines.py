@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -241,8 +242,7 @@ def as_engines_do(x: Any, gamma: Any, epsilon: float, *, cast: bool = False) -> 
 
 
 @torch_only
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(("dtype", "cast"), [("float32", False), ("bfloat16", True)])
 def test_torch_statistics_give_the_bits_of_the_engine(
     dtype: str, cast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -255,7 +255,7 @@ def test_torch_statistics_give_the_bits_of_the_engine(
     for statistics in ("torch", "fused"):
         monkeypatch.setenv(engines.STATISTICS, statistics)
         with caplog.at_level(logging.INFO):
-            norm = norm_for(layer(dtype), all_reduce=alone, **options)
+            norm = norm_for(layer(dtype), all_reduce=alone, group=None, **options)
         got = norm(q, k, gamma_q, gamma_k)
         for one, other in zip(got, expected, strict=True):
             if statistics == "torch":
@@ -294,7 +294,7 @@ def test_two_ranks_give_the_norm_of_the_whole_row(
         return whole[name]
 
     norm = norm_for(
-        layer(), epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=all_reduce,
+        layer(), epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=all_reduce, group=None,
         gather=gather if gathers else None,
     )  # fmt: skip
     assert norm is not None
@@ -309,6 +309,52 @@ def test_two_ranks_give_the_norm_of_the_whole_row(
         assert not sent
     else:
         assert [x.numel() * x.element_size() for x in sent] == [8 * ROWS]
+
+
+@torch_only
+@pytest.mark.parametrize("rotates", [False, True])
+def test_ranks_on_gpus_exchange_within_the_launch_where_they_can(
+    rotates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workspace is made with the layer, not by a call that a CUDA graph may capture."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from qknorm_tvm.integrations import engine_norm
+
+    group, made, calls = object(), [], []
+    monkeypatch.setattr(
+        engine_norm, "automatic_workspace", lambda *where: made.append(where) or object()
+    )
+    monkeypatch.setattr(engine_norm, "_has_module", lambda spec: spec.statistics == "peers")
+    monkeypatch.setattr(engine_norm, "_specs", lambda layer, norm, rotary: [specs(norm)])
+
+    def specs(norm: Any) -> Any:
+        assert norm.group is group
+        return types.SimpleNamespace(statistics="peers")
+
+    for name in ("qk_rms_norm", "qk_rms_norm_rope"):
+        monkeypatch.setattr(
+            engine_norm.over_ranks, name,
+            lambda *args, name=name, **options: calls.append((name, args, options)),
+        )  # fmt: skip
+    norm = engine_norm.AttentionNorm(1e-6, False, 2, alone, "fused", head_dim=HEAD_DIM * rotates)
+    on_cpu = layer()
+    on_gpu = dataclasses.replace(on_cpu, device=torch.device("cuda", 0))
+    for model, other, can in (
+        (on_cpu, {}, False),
+        (on_gpu, {"statistics": "torch"}, False),
+        (on_gpu, {"ranks": 1}, False),
+        (dataclasses.replace(on_gpu, agree=lambda ok: False), {}, False),
+        (on_gpu, {}, True),
+    ):
+        asked = dataclasses.replace(norm, **other)
+        assert engine_norm._can_exchange(model, asked, None, group) is can
+    assert not engine_norm._can_exchange(on_gpu, norm, None, None)
+    assert made == [(group, on_gpu.device)]
+    dataclasses.replace(norm, group=group)("q", "k", "gamma_q", "gamma_k", "positions", "table")
+    ((name, args, options),) = calls
+    assert name == ("qk_rms_norm_rope" if rotates else "qk_rms_norm")
+    assert args == ("q", "k", "gamma_q", "gamma_k", *["positions", "table"][: 2 * rotates])
+    assert (options["group"], options["workspace"]) == (group, "auto")
 
 
 def contract_rotation(rotary: Any) -> Any:
@@ -352,7 +398,7 @@ def test_a_rotation_is_fused_where_its_bits_are_the_contracts(
     def norm_with(**options: Any) -> Any:
         return norm_for(
             layer(), epsilon=1e-6, cast_before_gamma=False, ranks=ranks,
-            all_reduce=lambda x: 2 * x, **options,
+            all_reduce=lambda x: 2 * x, group=None, **options,
         )  # fmt: skip
 
     caplog.set_level(logging.INFO)
@@ -395,7 +441,7 @@ def test_a_missing_module_is_said_once_with_the_command_that_makes_it(
     try:
         for _ in range(3):
             norm = engine_norm.norm_for(
-                model, epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=alone
+                model, epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=alone, group=None
             )
             assert norm is None
     finally:
@@ -420,7 +466,7 @@ def test_ranks_replace_a_layer_together_or_not(caplog: pytest.LogCaptureFixture)
 
     model = layer(agree=lambda ok: False)
     options: dict[str, Any] = {"epsilon": 1e-6, "cast_before_gamma": False, "ranks": 2}
-    assert norm_for(model, all_reduce=alone, **options) is None
+    assert norm_for(model, all_reduce=alone, group=None, **options) is None
     (record,) = caplog.records
     assert "another rank cannot go on" in record.getMessage()
 
