@@ -484,3 +484,113 @@ def test_weights_are_widened_before_a_checkpoint_is_loaded() -> None:
     assert norm.weight.weight_loader is loader
     assert not norm.weight.requires_grad
     assert list(norm.state_dict()) == ["weight"]
+
+
+# ---- vLLM's layers, on stand-ins ----------------------------------------------------------------
+
+
+@pytest.fixture
+def minimax_m2(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `vllm_layers` reaches of vLLM's MiniMax-M2: one rank, no projections, no cache."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Norm(torch.nn.Module):
+        def __init__(self, cols: int):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(cols), requires_grad=False)
+            self.variance_epsilon, self.tp_world = 1e-6, 1
+
+        @staticmethod
+        def forward_qkv(q_norm: Any, k_norm: Any, qkv: Any, q_size: int, kv_size: int) -> Any:
+            q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+            return as_engines_do(q, q_norm.weight, 1e-6), as_engines_do(k, k_norm.weight, 1e-6), v
+
+    class RotaryEmbedding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head_size, self.rotary_dim, self.is_neox_style = HEAD_DIM, ROTARY_DIM, True
+            angles = torch.rand(32, ROTARY_DIM // 2) * 6
+            self.cos_sin_cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+        def forward_cpu(self, positions: Any, q: Any, k: Any) -> Any:
+            return contract_rotation(self)(positions, q, k)
+
+    class MiniMaxM2Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_size, self.kv_size = Q_COLS, K_COLS
+            self.q_norm, self.k_norm = Norm(Q_COLS), Norm(K_COLS)
+            self.rotary_emb = RotaryEmbedding()
+            self.qkv_proj = self.o_proj = lambda x: (x, None)
+            self.attn = lambda *parts: torch.cat(parts, dim=-1)
+
+        def forward(self, positions: Any, hidden_states: Any) -> Any:
+            qkv, _ = self.qkv_proj(hidden_states)
+            q, k, v = Norm.forward_qkv(self.q_norm, self.k_norm, qkv, self.q_size, self.kv_size)
+            q, k = self.rotary_emb.forward_cpu(positions, q, k)
+            return self.attn(q, k, v)
+
+    config = types.SimpleNamespace(additional_config={})
+    group = types.SimpleNamespace(world_size=1, device_group=None)
+    modules = {
+        "vllm.config": {"get_current_vllm_config": lambda: config},
+        "vllm.distributed": {
+            "get_tp_group": lambda: group,
+            "tensor_model_parallel_all_reduce": alone,
+        },
+        "vllm.model_executor.layers.rotary_embedding.base": {"RotaryEmbedding": RotaryEmbedding},
+    }
+    for name, contents in modules.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            parent = ".".join(parts[:end])
+            if parent not in sys.modules or end == len(parts):
+                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        sys.modules[name].__dict__.update(contents)
+    model = types.ModuleType("minimax_m2")
+    model.__dict__.update(MiniMaxM2Attention=MiniMaxM2Attention, MiniMaxText01RMSNormTP=Norm)
+    return types.SimpleNamespace(module=model, config=config, rotary=RotaryEmbedding)
+
+
+@torch_only
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("has_key", [True, False])
+def test_vllm_layers_are_replaced_and_named_in_its_caches(
+    rotates: bool, has_key: bool, minimax_m2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph compiled without the kernels that is loaded in place of one with them."""
+    import torch
+
+    from qknorm_tvm.integrations import engine_norm, vllm_layers
+
+    calls = []
+    own_call = engine_norm.AttentionNorm.__call__
+
+    def counted(self: Any, q: Any, *args: Any) -> Any:
+        calls.append(self.rotates)
+        return own_call(self, q, *args)
+
+    if not has_key:
+        minimax_m2.config.additional_config = object()
+    if not rotates:
+        monkeypatch.setattr(
+            minimax_m2.rotary, "forward_cpu", lambda self, positions, q, k: (q + 1, k + 1)
+        )
+    attention = minimax_m2.module.MiniMaxM2Attention
+    torch.manual_seed(0)
+    own = attention()
+    for _ in range(2):  # engines may load a plugin again
+        vllm_layers.change_minimax_m2(minimax_m2.module)
+    torch.manual_seed(0)
+    changed = attention()
+    monkeypatch.setattr(engine_norm.AttentionNorm, "__call__", counted)
+    positions, hidden = torch.tensor([0, 31, 4]), torch.randn(3, Q_COLS + 2 * K_COLS)
+    expected, got = own(positions, hidden), changed(positions, hidden)
+    assert calls == ([rotates] if has_key else [])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    if has_key:
+        (key,) = minimax_m2.config.additional_config.items()
+        assert key[0] == "qknorm_tvm MiniMaxM2Attention"
+        assert f"statistics fused, rotates {rotates}" in key[1]
+    else:
+        assert torch.equal(got, expected)

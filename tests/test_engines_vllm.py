@@ -79,7 +79,10 @@ def modules_of(model: str, dtype: str, ranks: int, kv_heads: int) -> str:
         in_dtype=dtype, q_cols=layout.q_cols, k_cols=layout.k_cols, target=OWN,
         cast_before_gamma=model != "minimax-m2" and dtype != "float32",
     )  # fmt: skip
-    statistics = base.replace(op="row_mean_of_squares_qk", cast_before_gamma=False)
+    statistics = KernelSpec(
+        op="row_mean_of_squares_qk", in_dtype=dtype, q_cols=layout.q_cols, k_cols=layout.k_cols,
+        target=OWN,
+    )  # fmt: skip
     groups = [[base, base.replace(op="qk_rms_norm") if ranks == 1 else statistics]]
     if model == "minimax-m2":
         rope = base.replace(

@@ -303,8 +303,11 @@ def _refusal(layer: Layer, norm: AttentionNorm, rotation: AttentionNorm | None, 
         missing += [spec for spec in _specs(layer, rotation, rotary) if not _has_module(spec)]
     if missing:
         return _how_to_make(missing)
+    q, k = layer.inputs(rows=2)
     try:
-        _alone(norm)(*layer.inputs(rows=2), *layer.gammas())
+        _alone(norm)(q, k, *layer.gammas())
+        if norm.ranks > 1 and norm.statistics == "fused":
+            torch_ops.row_mean_of_squares_qk(q, k)
     except _FAILURES as error:
         return f"{type(error).__name__}: {error}"
     return ""
