@@ -179,9 +179,11 @@ class Bench:
         # Of one row and many rows alike but for the indices: no numbers are made that nobody reads.
         q, k = (np.empty((self.rows, cols), ELEMENT_TYPES[spec.in_dtype].numpy)
                 for cols in (spec.q_cols, spec.k_cols))  # fmt: skip
-        var, *gammas = (np.empty(shape, np.float32)
-                        for shape in ((self.rows, 2), spec.q_cols, spec.k_cols))  # fmt: skip
-        return _call_arrays(spec, with_model_inputs(spec, Activations(q, k, var, *gammas)))
+        qk_var, gamma_q, gamma_k = (
+            np.empty(shape, np.float32) for shape in ((self.rows, 2), spec.q_cols, spec.k_cols)
+        )
+        inputs = with_model_inputs(spec, Activations(q, k, qk_var, gamma_q, gamma_k))
+        return _call_arrays(spec, inputs)
 
     # ---- what a device's kind decides --------------------------------------------------------
 
