@@ -242,14 +242,17 @@ def norm_for(
     group : ProcessGroup or None
         The engine's own of these ranks, on their devices.
     rotary : object, optional
-        The layer's rotary embedding where its class is the contract's, with the attributes of
-        vLLM's: `head_size`, `rotary_dim`, `is_neox_style` and `cos_sin_cache`.
+        The layer's rotary embedding, where the plugin can fuse it, with the attributes of vLLM's:
+        `head_size`, `rotary_dim`, `is_neox_style` and `cos_sin_cache`.
     rotate : callable, optional
         The engine's kernel of `rotary`, ``(positions, q, k) -> (q, k)``, which may write in place.
+        None where the class of `rotary` is not the contract's.
     """
     norm = AttentionNorm(epsilon, cast_before_gamma, ranks, all_reduce, statistics(), gather)
-    rotation, left = None, "of another class than the contract's"
-    if rotary is not None and rotate is not None:
+    rotation, left = None, "this plugin fuses none here"
+    if rotary is not None and rotate is None:
+        left = f"{type(rotary).__name__} is not the contract's class"
+    elif rotary is not None:
         rotation, left = _rotation(layer, norm, rotary)
     refusal = _refusal(layer, norm, rotation, rotary)
     if not layer.agree(not refusal):
@@ -260,7 +263,7 @@ def norm_for(
         assert rotate is not None, "with a rotary embedding"
         left = _difference(layer, norm, rotation, rotary, rotate)
     if not layer.agree(not left):
-        rotation, left = None, left or "of another kind on another rank"
+        rotation, left = None, left or "it is of another kind on another rank"
     chosen = rotation or norm
     if _can_exchange(layer, chosen, rotary, group):
         chosen = dataclasses.replace(chosen, group=group)
