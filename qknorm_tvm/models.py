@@ -23,7 +23,7 @@ class Model:
         Added to the mean squares.
     cast_before_gamma : tuple of bool
         Forms of the norm that are in use. MiniMax-M2's rounds before gamma in Hugging Face's code,
-        and not in vLLM's and SGLang's.
+        and not in vLLM's and SGLang's; OLMo's in vLLM's alone.
     dtypes : tuple of str
         Element types in which it is published.
     """
@@ -102,12 +102,12 @@ MODELS = {
     # MiniMax-M2 to M2.7.
     "minimax-m2": Model(48, 8, rotary_dim=64, cast_before_gamma=(True, False)),
     # OLMo-2 and OLMo-3; OLMo-3 has no 1B and 13B.
-    "olmo2-1b": Model(16, 16),
-    "olmo2-7b": Model(32, 32),
-    "olmo2-13b": Model(40, 40),
-    "olmo2-32b": Model(40, 8),
-    "olmo3-7b": Model(32, 32),
-    "olmo3-32b": Model(40, 8),
+    "olmo2-1b": Model(16, 16, cast_before_gamma=(False, True)),
+    "olmo2-7b": Model(32, 32, cast_before_gamma=(False, True)),
+    "olmo2-13b": Model(40, 40, cast_before_gamma=(False, True)),
+    "olmo2-32b": Model(40, 8, cast_before_gamma=(False, True)),
+    "olmo3-7b": Model(32, 32, cast_before_gamma=(False, True)),
+    "olmo3-32b": Model(40, 8, cast_before_gamma=(False, True)),
     # Every fourth layer has attention, and positions only from the layers between.
     "olmo-hybrid-7b": Model(30, 30, rotary_dim=0),
     "olmoe": Model(16, 16, epsilon=1e-5),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -241,8 +242,7 @@ def as_engines_do(x: Any, gamma: Any, epsilon: float, *, cast: bool = False) -> 
 
 
 @torch_only
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(("dtype", "cast"), [("float32", False), ("bfloat16", True)])
 def test_torch_statistics_give_the_bits_of_the_engine(
     dtype: str, cast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -255,7 +255,7 @@ def test_torch_statistics_give_the_bits_of_the_engine(
     for statistics in ("torch", "fused"):
         monkeypatch.setenv(engines.STATISTICS, statistics)
         with caplog.at_level(logging.INFO):
-            norm = norm_for(layer(dtype), all_reduce=alone, **options)
+            norm = norm_for(layer(dtype), all_reduce=alone, group=None, **options)
         got = norm(q, k, gamma_q, gamma_k)
         for one, other in zip(got, expected, strict=True):
             if statistics == "torch":
@@ -294,7 +294,7 @@ def test_two_ranks_give_the_norm_of_the_whole_row(
         return whole[name]
 
     norm = norm_for(
-        layer(), epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=all_reduce,
+        layer(), epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=all_reduce, group=None,
         gather=gather if gathers else None,
     )  # fmt: skip
     assert norm is not None
@@ -309,6 +309,52 @@ def test_two_ranks_give_the_norm_of_the_whole_row(
         assert not sent
     else:
         assert [x.numel() * x.element_size() for x in sent] == [8 * ROWS]
+
+
+@torch_only
+@pytest.mark.parametrize("rotates", [False, True])
+def test_ranks_on_gpus_exchange_within_the_launch_where_they_can(
+    rotates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workspace is made with the layer, not by a call that a CUDA graph may capture."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from qknorm_tvm.integrations import engine_norm
+
+    group, made, calls = object(), [], []
+    monkeypatch.setattr(
+        engine_norm, "automatic_workspace", lambda *where: made.append(where) or object()
+    )
+    monkeypatch.setattr(engine_norm, "_has_module", lambda spec: spec.statistics == "peers")
+    monkeypatch.setattr(engine_norm, "_specs", lambda layer, norm, rotary: [specs(norm)])
+
+    def specs(norm: Any) -> Any:
+        assert norm.group is group
+        return types.SimpleNamespace(statistics="peers")
+
+    for name in ("qk_rms_norm", "qk_rms_norm_rope"):
+        monkeypatch.setattr(
+            engine_norm.over_ranks, name,
+            lambda *args, name=name, **options: calls.append((name, args, options)),
+        )  # fmt: skip
+    norm = engine_norm.AttentionNorm(1e-6, False, 2, alone, "fused", head_dim=HEAD_DIM * rotates)
+    on_cpu = layer()
+    on_gpu = dataclasses.replace(on_cpu, device=torch.device("cuda", 0))
+    for model, other, can in (
+        (on_cpu, {}, False),
+        (on_gpu, {"statistics": "torch"}, False),
+        (on_gpu, {"ranks": 1}, False),
+        (dataclasses.replace(on_gpu, agree=lambda ok: False), {}, False),
+        (on_gpu, {}, True),
+    ):
+        asked = dataclasses.replace(norm, **other)
+        assert engine_norm._can_exchange(model, asked, None, group) is can
+    assert not engine_norm._can_exchange(on_gpu, norm, None, None)
+    assert made == [(group, on_gpu.device)]
+    dataclasses.replace(norm, group=group)("q", "k", "gamma_q", "gamma_k", "positions", "table")
+    ((name, args, options),) = calls
+    assert name == ("qk_rms_norm_rope" if rotates else "qk_rms_norm")
+    assert args == ("q", "k", "gamma_q", "gamma_k", *["positions", "table"][: 2 * rotates])
+    assert (options["group"], options["workspace"]) == (group, "auto")
 
 
 def contract_rotation(rotary: Any) -> Any:
@@ -352,7 +398,7 @@ def test_a_rotation_is_fused_where_its_bits_are_the_contracts(
     def norm_with(**options: Any) -> Any:
         return norm_for(
             layer(), epsilon=1e-6, cast_before_gamma=False, ranks=ranks,
-            all_reduce=lambda x: 2 * x, **options,
+            all_reduce=lambda x: 2 * x, group=None, **options,
         )  # fmt: skip
 
     caplog.set_level(logging.INFO)
@@ -360,7 +406,9 @@ def test_a_rotation_is_fused_where_its_bits_are_the_contracts(
         norm_with(rotary=rotary, rotate=rotate),
         norm_with(rotary=rotary, rotate=otherwise),
     )
-    assert (fused.rotates, left.rotates, norm_with().rotates) == (True, False, False)
+    assert (fused.rotates, left.rotates) == (True, False)
+    assert not norm_with(rotary=rotary).rotates
+    assert not norm_with().rotates
     q, k, *gammas = operands("float32")
     positions = torch.tensor([0, 31, 7, 7, 1])
     expected = rotate(positions, *left(q, k, *gammas))
@@ -368,10 +416,11 @@ def test_a_rotation_is_fused_where_its_bits_are_the_contracts(
         fused(q, k, *gammas, positions, rotary.cos_sin_cache), expected, strict=True
     ):
         assert torch.equal(one, other)
-    first, second, third = (record.getMessage() for record in caplog.records)
+    first, second, third, fourth = (record.getMessage() for record in caplog.records)
     assert "norms and rotation in one launch" in first
     assert "the bits of SimpleNamespace are not those of the contract" in second
-    assert "of another class" in third
+    assert "SimpleNamespace is not the contract's class" in third
+    assert "the model rotates" in fourth
     rotary.is_neox_style = False
     assert not norm_with(rotary=rotary, rotate=rotate).rotates, "other pairs"
 
@@ -395,7 +444,7 @@ def test_a_missing_module_is_said_once_with_the_command_that_makes_it(
     try:
         for _ in range(3):
             norm = engine_norm.norm_for(
-                model, epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=alone
+                model, epsilon=1e-6, cast_before_gamma=False, ranks=2, all_reduce=alone, group=None
             )
             assert norm is None
     finally:
@@ -420,7 +469,7 @@ def test_ranks_replace_a_layer_together_or_not(caplog: pytest.LogCaptureFixture)
 
     model = layer(agree=lambda ok: False)
     options: dict[str, Any] = {"epsilon": 1e-6, "cast_before_gamma": False, "ranks": 2}
-    assert norm_for(model, all_reduce=alone, **options) is None
+    assert norm_for(model, all_reduce=alone, group=None, **options) is None
     (record,) = caplog.records
     assert "another rank cannot go on" in record.getMessage()
 
@@ -438,3 +487,113 @@ def test_weights_are_widened_before_a_checkpoint_is_loaded() -> None:
     assert norm.weight.weight_loader is loader
     assert not norm.weight.requires_grad
     assert list(norm.state_dict()) == ["weight"]
+
+
+# ---- vLLM's layers, on stand-ins ----------------------------------------------------------------
+
+
+@pytest.fixture
+def minimax_m2(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `vllm_layers` reaches of vLLM's MiniMax-M2: one rank, no projections, no cache."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Norm(torch.nn.Module):
+        def __init__(self, cols: int):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(cols), requires_grad=False)
+            self.variance_epsilon, self.tp_world = 1e-6, 1
+
+        @staticmethod
+        def forward_qkv(q_norm: Any, k_norm: Any, qkv: Any, q_size: int, kv_size: int) -> Any:
+            q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+            return as_engines_do(q, q_norm.weight, 1e-6), as_engines_do(k, k_norm.weight, 1e-6), v
+
+    class RotaryEmbedding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head_size, self.rotary_dim, self.is_neox_style = HEAD_DIM, ROTARY_DIM, True
+            angles = torch.rand(32, ROTARY_DIM // 2) * 6
+            self.cos_sin_cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+        def forward_cpu(self, positions: Any, q: Any, k: Any) -> Any:
+            return contract_rotation(self)(positions, q, k)
+
+    class MiniMaxM2Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_size, self.kv_size = Q_COLS, K_COLS
+            self.q_norm, self.k_norm = Norm(Q_COLS), Norm(K_COLS)
+            self.rotary_emb = RotaryEmbedding()
+            self.qkv_proj = self.o_proj = lambda x: (x, None)
+            self.attn = lambda *parts: torch.cat(parts, dim=-1)
+
+        def forward(self, positions: Any, hidden_states: Any) -> Any:
+            qkv, _ = self.qkv_proj(hidden_states)
+            q, k, v = Norm.forward_qkv(self.q_norm, self.k_norm, qkv, self.q_size, self.kv_size)
+            q, k = self.rotary_emb.forward_cpu(positions, q, k)
+            return self.attn(q, k, v)
+
+    config = types.SimpleNamespace(additional_config={})
+    group = types.SimpleNamespace(world_size=1, device_group=None)
+    modules = {
+        "vllm.config": {"get_current_vllm_config": lambda: config},
+        "vllm.distributed": {
+            "get_tp_group": lambda: group,
+            "tensor_model_parallel_all_reduce": alone,
+        },
+        "vllm.model_executor.layers.rotary_embedding.base": {"RotaryEmbedding": RotaryEmbedding},
+    }
+    for name, contents in modules.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            parent = ".".join(parts[:end])
+            if parent not in sys.modules or end == len(parts):
+                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        sys.modules[name].__dict__.update(contents)
+    model = types.ModuleType("minimax_m2")
+    model.__dict__.update(MiniMaxM2Attention=MiniMaxM2Attention, MiniMaxText01RMSNormTP=Norm)
+    return types.SimpleNamespace(module=model, config=config, rotary=RotaryEmbedding)
+
+
+@torch_only
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("has_key", [True, False])
+def test_vllm_layers_are_replaced_and_named_in_its_caches(
+    rotates: bool, has_key: bool, minimax_m2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph compiled without the kernels that is loaded in place of one with them."""
+    import torch
+
+    from qknorm_tvm.integrations import engine_norm, vllm_layers
+
+    calls = []
+    own_call = engine_norm.AttentionNorm.__call__
+
+    def counted(self: Any, q: Any, *args: Any) -> Any:
+        calls.append(self.rotates)
+        return own_call(self, q, *args)
+
+    if not has_key:
+        minimax_m2.config.additional_config = object()
+    if not rotates:
+        monkeypatch.setattr(
+            minimax_m2.rotary, "forward_cpu", lambda self, positions, q, k: (q + 1, k + 1)
+        )
+    attention = minimax_m2.module.MiniMaxM2Attention
+    torch.manual_seed(0)
+    own = attention()
+    for _ in range(2):  # engines may load a plugin again
+        vllm_layers.change_minimax_m2(minimax_m2.module)
+    torch.manual_seed(0)
+    changed = attention()
+    monkeypatch.setattr(engine_norm.AttentionNorm, "__call__", counted)
+    positions, hidden = torch.tensor([0, 31, 4]), torch.randn(3, Q_COLS + 2 * K_COLS)
+    expected, got = own(positions, hidden), changed(positions, hidden)
+    assert calls == ([rotates] if has_key else [])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    if has_key:
+        (key,) = minimax_m2.config.additional_config.items()
+        assert key[0] == "qknorm_tvm MiniMaxM2Attention"
+        assert f"statistics fused, rotates {rotates}" in key[1]
+    else:
+        assert torch.equal(got, expected)

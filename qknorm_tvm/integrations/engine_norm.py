@@ -21,6 +21,8 @@ from ..call.arrays import adapter_of
 from ..call.packs import ENVIRONMENT
 from ..errors import QKNormError
 from ..spec import KernelSpec
+from ..tensor_parallel import functional as over_ranks
+from ..tensor_parallel.workspace import automatic_workspace
 from .engines import say, statistics
 
 Tensor = torch.Tensor
@@ -30,8 +32,9 @@ Tensor = torch.Tensor
 class AttentionNorm:
     """Normalises this rank's columns of Q and K by the mean squares of the whole rows.
 
-    One launch where one rank holds the whole layer. Otherwise a launch for the statistics, the
-    engine's own all-reduce of 8 bytes a row, and a launch for the rest.
+    One launch where one rank holds the whole layer, and over ranks where `group` is given and the
+    rows are few (`qknorm_tvm.tensor_parallel`, workspace ``"auto"``). Otherwise a launch for the
+    statistics, the engine's own all-reduce of 8 bytes a row, and a launch for the rest.
 
     Parameters
     ----------
@@ -52,6 +55,8 @@ class AttentionNorm:
         Where the layer's rotation is fused: columns of a head; otherwise 0.
     interleaved : bool
         Which pairs are rotated.
+    group : ProcessGroup, optional
+        Of the ranks, where they exchange their sums within the launch.
     """
 
     epsilon: float
@@ -62,6 +67,7 @@ class AttentionNorm:
     gather: Callable[[Tensor], Tensor] | None = None
     head_dim: int = 0
     interleaved: bool = False
+    group: Any = None
 
     @property
     def is_local(self) -> bool:
@@ -91,23 +97,27 @@ class AttentionNorm:
         positions, cos_sin_cache : torch.Tensor, optional
             Where the rotation is fused.
         """
+        options: dict[str, Any] = {"cast_before_gamma": self.cast_before_gamma}
+        heads: dict[str, Any] = {"head_dim": self.head_dim, "interleaved": self.interleaved}
+        if self.group is not None:
+            options |= {"epsilon": self.epsilon, "group": self.group, "workspace": "auto"}
+            if self.rotates:
+                return over_ranks.qk_rms_norm_rope(
+                    q, k, gamma_q, gamma_k, positions, cos_sin_cache, **heads, **options
+                )
+            return over_ranks.qk_rms_norm(q, k, gamma_q, gamma_k, **options)
         qk_var = self.mean_squares(q, k)
         if self.rotates:
             return torch_ops.qk_rms_norm_rope(
                 q, k, gamma_q, gamma_k, positions, cos_sin_cache, qk_var=qk_var,
-                epsilon=self.epsilon, head_dim=self.head_dim, interleaved=self.interleaved,
-                cast_before_gamma=self.cast_before_gamma,
+                epsilon=self.epsilon, **heads, **options,
             )  # fmt: skip
-        options: dict[str, Any] = {"cast_before_gamma": self.cast_before_gamma}
         if qk_var is None:
             return torch_ops.qk_rms_norm(q, k, gamma_q, gamma_k, self.epsilon, **options)
         return torch_ops.apply_qk_rms_norm(q, k, qk_var, gamma_q, gamma_k, self.epsilon, **options)
 
     def mean_squares(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Return the mean squares of whole rows, ``[M, 2]``; None where the launch computes them.
-
-        The one place where ranks communicate.
-        """
+        """Return the mean squares of whole rows, ``[M, 2]``; None where the launch has them."""
         if self.statistics == "torch":
             return self._mean_squares_by_torch(q, k)
         if self.is_local:
@@ -214,6 +224,7 @@ def norm_for(
     cast_before_gamma: bool,
     ranks: int,
     all_reduce: Callable[[Tensor], Tensor],
+    group: Any,
     gather: Callable[[Tensor], Tensor] | None = None,
     rotary: Any = None,
     rotate: Callable[..., tuple[Tensor, Tensor]] | None = None,
@@ -228,15 +239,20 @@ def norm_for(
     layer : Layer
     epsilon, cast_before_gamma, ranks, all_reduce, gather
         As `AttentionNorm`'s.
+    group : ProcessGroup or None
+        The engine's own of these ranks, on their devices.
     rotary : object, optional
-        The layer's rotary embedding where its class is the contract's, with the attributes of
-        vLLM's: `head_size`, `rotary_dim`, `is_neox_style` and `cos_sin_cache`.
+        The layer's rotary embedding, where the plugin can fuse it, with the attributes of vLLM's:
+        `head_size`, `rotary_dim`, `is_neox_style` and `cos_sin_cache`.
     rotate : callable, optional
         The engine's kernel of `rotary`, ``(positions, q, k) -> (q, k)``, which may write in place.
+        None where the class of `rotary` is not the contract's.
     """
     norm = AttentionNorm(epsilon, cast_before_gamma, ranks, all_reduce, statistics(), gather)
-    rotation, left = None, "of another class than the contract's"
-    if rotary is not None and rotate is not None:
+    rotation, left = None, "this plugin fuses none here"
+    if rotary is not None and rotate is None:
+        left = f"{type(rotary).__name__} is not the contract's class"
+    elif rotary is not None:
         rotation, left = _rotation(layer, norm, rotary)
     refusal = _refusal(layer, norm, rotation, rotary)
     if not layer.agree(not refusal):
@@ -247,11 +263,28 @@ def norm_for(
         assert rotate is not None, "with a rotary embedding"
         left = _difference(layer, norm, rotation, rotary, rotate)
     if not layer.agree(not left):
-        rotation, left = None, left or "of another kind on another rank"
+        rotation, left = None, left or "it is of another kind on another rank"
+    chosen = rotation or norm
+    if _can_exchange(layer, chosen, rotary, group):
+        chosen = dataclasses.replace(chosen, group=group)
     form = f"{ranks} rank{'s' if ranks > 1 else ''}, statistics {norm.statistics}"
+    form += ", exchanged within the launch" if chosen.group is not None else ""
     done = "norms and rotation in one launch" if rotation else f"the model rotates: {left}"
     layer.say(f"{layer.replaces} replaced by qknorm_tvm's kernels ({form}); {done}")
-    return rotation or norm
+    return chosen
+
+
+def _can_exchange(layer: Layer, norm: AttentionNorm, rotary: Any, group: Any) -> bool:
+    """Return whether the ranks can have one launch: GPUs with modules and memory for it.
+
+    The workspace is made here, by all ranks: a call in a graph that is captured could not.
+    """
+    suits = norm.ranks > 1 and norm.statistics == "fused" and layer.device.type == "cuda"
+    if not suits or group is None:
+        return False
+    exchanging = dataclasses.replace(norm, group=group)
+    has_modules = all(_has_module(spec) for spec in _specs(layer, exchanging, rotary))
+    return layer.agree(has_modules) and automatic_workspace(group, layer.device) is not None
 
 
 def _rotation(layer: Layer, norm: AttentionNorm, rotary: Any) -> tuple[AttentionNorm | None, str]:
@@ -273,8 +306,11 @@ def _refusal(layer: Layer, norm: AttentionNorm, rotation: AttentionNorm | None, 
         missing += [spec for spec in _specs(layer, rotation, rotary) if not _has_module(spec)]
     if missing:
         return _how_to_make(missing)
+    q, k = layer.inputs(rows=2)
     try:
-        _alone(norm)(*layer.inputs(rows=2), *layer.gammas())
+        _alone(norm)(q, k, *layer.gammas())
+        if norm.ranks > 1 and norm.statistics == "fused":
+            torch_ops.row_mean_of_squares_qk(q, k)
     except _FAILURES as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -310,7 +346,7 @@ _FAILURES = (QKNormError, OSError, RuntimeError, TypeError, ValueError)
 def _alone(norm: AttentionNorm) -> AttentionNorm:
     """Return a norm that needs the same modules but no other rank."""
     kind = "fused" if norm.is_local else "torch"
-    return dataclasses.replace(norm, ranks=1, gather=None, statistics=kind)
+    return dataclasses.replace(norm, ranks=1, gather=None, statistics=kind, group=None)
 
 
 # ---- modules ------------------------------------------------------------------------------------
@@ -327,6 +363,9 @@ def _specs(layer: Layer, norm: AttentionNorm, rotary: Any) -> list[KernelSpec]:
         choices |= api.rotation_fields(table, table, norm.head_dim, norm.interleaved)
     else:
         op = "qk_rms_norm" if norm.is_local else "apply_qk_rms_norm"
+    if norm.group is not None:
+        op = "qk_rms_norm_rope" if norm.rotates else "qk_rms_norm"
+        choices["statistics"] = "peers"
     calls = [(op, choices)]
     if norm.ranks > 1 and norm.statistics == "fused":
         calls.append(("row_mean_of_squares_qk", {}))

@@ -22,16 +22,18 @@ def minimax_m2_hooks() -> Hooks:
 
     def after_init(result: None, self: Any, q_norm: Any, k_norm: Any) -> None:
         ranks = q_norm.attn_tp_size
+        group = get_parallel().attn_tp_group if ranks > 1 else None
         self._qknorm_tvm = norm_for(
             Layer(
                 "sglang", type(self).__name__, "forward", torch.get_default_dtype(),
                 q_norm.weight.device, len(q_norm.weight), len(k_norm.weight),
-                agree_over(get_parallel().attn_tp_group if ranks > 1 else None),
+                agree_over(group),
             ),
             epsilon=q_norm.variance_epsilon,
             cast_before_gamma=False,
             ranks=ranks,
             all_reduce=attn_tp_all_reduce,
+            group=getattr(group, "device_group", None),
         )  # fmt: skip
         if self._qknorm_tvm is not None:
             widen(q_norm)
@@ -56,6 +58,7 @@ def olmo2_hooks() -> Hooks:
 
     def after_init(result: None, self: Any, *args: Any, **options: Any) -> None:
         q_norm, k_norm, ranks = self.q_norm, self.k_norm, self.tp_size
+        group = get_tp_group() if ranks > 1 else None
         heads = HeadLayout(
             self.total_num_heads, self.total_num_kv_heads, self.head_dim, ranks, self.tp_rank
         )
@@ -63,12 +66,13 @@ def olmo2_hooks() -> Hooks:
             Layer(
                 "sglang", type(self).__name__, "_apply_qk_norm", torch.get_default_dtype(),
                 q_norm.weight.device, heads.q_cols, heads.k_cols,
-                agree_over(get_tp_group() if ranks > 1 else None),
+                agree_over(group),
             ),
             epsilon=q_norm.variance_epsilon,
             cast_before_gamma=False,
             ranks=ranks,
             all_reduce=tensor_model_parallel_all_reduce,
+            group=getattr(group, "device_group", None),
             gather=tensor_model_parallel_all_gather,
         )  # fmt: skip
         if self._qknorm_tvm is not None:

@@ -107,7 +107,8 @@ def _prepare_minimax_m2(attention: Any, *, may_rotate: bool) -> None:
         cast_before_gamma=False,
         ranks=q_norm.tp_world,
         all_reduce=tensor_model_parallel_all_reduce,
-        rotary=rotary if rotates else None,
+        group=get_tp_group().device_group,
+        rotary=rotary if may_rotate else None,
         rotate=getattr(rotary, f"forward_{device.type}", None) if rotates else None,
     )  # fmt: skip
     if norm is None:
@@ -187,6 +188,7 @@ def _prepare_olmo(attention: Any, config: Any) -> None:
         cast_before_gamma=q_norm.weight.dtype != torch.float32,
         ranks=projection.tp_size,
         all_reduce=tensor_model_parallel_all_reduce,
+        group=get_tp_group().device_group,
         gather=tensor_model_parallel_all_gather,
     )  # fmt: skip
     if norm is None:

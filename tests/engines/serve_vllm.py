@@ -79,7 +79,6 @@ def run(options: dict[str, Any], folder: Path, *, eager: bool, spoilt: bool) -> 
         disable_log_stats=True,
         **options.get("engine", {}),
     )
-    llm.collective_rpc(count)
     if spoilt:
         llm.collective_rpc(spoil_k)
     prompts = [
@@ -90,6 +89,9 @@ def run(options: dict[str, Any], folder: Path, *, eager: bool, spoilt: bool) -> 
         temperature=0.0, max_tokens=NEW, min_tokens=NEW, logprobs=5, ignore_eos=True,
         detokenize=False,
     )  # fmt: skip
+    # What is counted is what has been called before.
+    llm.generate(prompts[:1], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    llm.collective_rpc(count)
     outputs = [output.outputs[0] for output in llm.generate(prompts, parameters, use_tqdm=False)]
     result = {
         "tokens": [list(output.token_ids) for output in outputs],
