@@ -152,6 +152,7 @@ def test_address_sanitizer_finds_nothing(callers: int) -> None:
     assert _calls(done) > 3000
 
 
+@pytest.mark.slow
 def test_address_sanitizer_watches() -> None:
     """A module that is not instrumented passes whatever it does."""
     driver, module = _driver(_ADDRESS), _instrumented(_ADDRESS, _FIXED[0])

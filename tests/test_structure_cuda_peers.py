@@ -8,7 +8,10 @@ import pytest
 from cuda_code import Built, built, used
 
 
-@pytest.fixture(scope="module", params=["peers-few", pytest.param("peers", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("peers-few", "peers")],
+)
 def kernels(request: pytest.FixtureRequest) -> Built:
     return built(request.param)
 
