@@ -110,7 +110,7 @@ def _packed(request: Request) -> tuple[bytes, list[np.ndarray]]:
             tensors.append(struct.pack(f"<4i{1 + 2 * _DIMS}q", -1, *[0] * (4 + 2 * _DIMS)))
             continue
         base = base_of(array)
-        index = next((i for i, base in enumerate(bases) if base is base), len(bases))
+        index = next((i for i, known in enumerate(bases) if known is base), len(bases))
         if index == len(bases):
             bases.append(base)
         rest = [0] * (_DIMS - array.ndim)

@@ -114,14 +114,9 @@ def _check(
 # ---- exactness -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("out_dtype", "gamma"),
-    [
-        pytest.param(out_dtype, gamma, marks=() if (out_dtype, gamma) == ("bfloat16", 0) else slow)
-        for out_dtype in ("bfloat16", "float32")
-        for gamma in range(0, len(GAMMAS), 2)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", range(0, len(GAMMAS), 2))
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
 def test_every_bfloat16_pattern(machine: AArch64, out_dtype: str, gamma: int) -> None:
     """A NaN rounded to a number, a denormal flushed, an estimate of the root."""
     spec = KernelSpec(out_dtype=out_dtype, target=TARGET)
@@ -151,7 +146,7 @@ def test_float32_patterns(machine: AArch64, out_dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("in_dtype", "out_dtype"),
-    [pytest.param(*pair, marks=() if pair[0] == "bfloat16" else slow) for pair in PAIRINGS],
+    [pytest.param(*pair, marks=() if pair == ("bfloat16",) * 2 else slow) for pair in PAIRINGS],
 )
 def test_shapes_and_layouts(machine: AArch64, in_dtype: str, out_dtype: str) -> None:
     """Columns beyond the last vector, rows beyond the last tile, places at every alignment."""
@@ -174,6 +169,7 @@ def test_two_threads(machine: AArch64, layout: str) -> None:
 _MODES = {"flush": 1 << 24, "up": 1 << 22, "down": 2 << 22, "nan": 1 << 25, "all": 0x3400000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", _MODES)
 def test_bits_do_not_depend_on_a_callers_mode(machine: AArch64, mode: str) -> None:
     """A pool whose threads keep the mode of whoever called first: wrong bits for all others.
@@ -213,6 +209,7 @@ def test_bits_do_not_depend_on_a_callers_mode(machine: AArch64, mode: str) -> No
         assert wrong == [0] * 4, (op, wrong)
 
 
+@pytest.mark.slow
 def test_stores_past_the_caches(machine: AArch64) -> None:
     """The one config that no default has: another way to store, on aligned rows alone."""
     config = CpuConfig(vector=8, row_tile=4, streaming_bytes=1, bytes_per_task=1)
@@ -227,7 +224,8 @@ def test_stores_past_the_caches(machine: AArch64) -> None:
     _check(machine, module, case, ["packed", "misaligned"], [2])
 
 
-@pytest.mark.parametrize(("q_cols", "k_cols"), [pytest.param(1536, 256, marks=slow), (1025, 7)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("q_cols", "k_cols"), [(1536, 256), (1025, 7)])
 def test_cast_before_gamma(machine: AArch64, q_cols: int, k_cols: int) -> None:
     """The rounding in the middle dropped, in a vector or in the columns beyond the last one."""
     spec = SPEC.replace(cast_before_gamma=True, q_cols=q_cols, k_cols=k_cols)
@@ -509,6 +507,7 @@ def test_export_command(tmp_path: Path) -> None:
     assert read_metadata(out)["target"] == TARGET
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes() -> None:
     aarch64.cross_compiler()
     spec = SPEC.replace(in_dtype="float16", q_cols=3, k_cols=5)
