@@ -136,13 +136,15 @@ def _different(variants: list[CudaVariant]) -> list[CudaVariant]:
     return list(by_code.values())
 
 
+# Fast tests emulate kernels with these sums in those of rotation and of several ranks.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "dtype", "q_cols", "k_cols"),
     [
-        pytest.param(FUSED, "bfloat16", 1536, 256, marks=_SLOW),
+        (FUSED, "bfloat16", 1536, 256),
         (STATISTICS, "float16", 640, 128),
-        pytest.param(FUSED, "float32", 1537, 257, marks=_SLOW),
-        pytest.param(STATISTICS, "bfloat16", 8200, 64, marks=_SLOW),
+        (FUSED, "float32", 1537, 257),
+        (STATISTICS, "bfloat16", 8200, 64),
         *(
             (op, dtype, *columns)
             for op in (STATISTICS, FUSED)

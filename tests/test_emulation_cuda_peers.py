@@ -208,7 +208,7 @@ CACHE = KernelSpec(
     [
         (1, NORM, 0),
         (2, NORM, 0),
-        (3, CACHE, 0),
+        pytest.param(3, CACHE, 0, marks=_SLOW),
         pytest.param(2, CACHE, 1, marks=_SLOW),
         pytest.param(5, NORM, 0, marks=_SLOW),
         pytest.param(2, NORM.replace(q_cols=391, k_cols=7), 0, marks=_SLOW),
@@ -235,6 +235,7 @@ def test_exchange(count: int, spec: KernelSpec, pick: int) -> None:
         assert list(state[peers.TURNS :]) == turns
 
 
+@pytest.mark.slow
 def test_unequal_shards() -> None:
     """A mean over this rank's columns, or over all ranks' as if they had as many."""
     ranks = Ranks(2, 3)
