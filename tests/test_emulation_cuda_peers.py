@@ -267,7 +267,7 @@ def test_a_rank_that_does_not_come() -> None:
         if rank == 0:
             start = time.monotonic()
             shards[rank].launch(3, 2)
-            assert 0.15 < time.monotonic() - start < 5
+            assert 0.15 < time.monotonic() - start < 30  # a busy machine; the next would take 60
             ranks.states[0][peers.TIMEOUT] = int(60e9)
             shards[rank].launch(4, 4)  # at once
 

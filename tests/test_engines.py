@@ -275,8 +275,7 @@ def test_two_ranks_give_the_norm_of_the_whole_row(
     statistics: str, gathers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 bytes a row are sent, and no more, but for statistics of whole rows as the engine has."""
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is not installed")
     from qknorm_tvm.integrations.engine_norm import norm_for
 
     monkeypatch.setenv(engines.STATISTICS, statistics)
@@ -465,6 +464,7 @@ def test_a_missing_module_is_said_once_with_the_command_that_makes_it(
 @torch_only
 def test_ranks_replace_a_layer_together_or_not(caplog: pytest.LogCaptureFixture) -> None:
     """A rank that lacks a module never sends the statistics that the others would wait for."""
+    pytest.importorskip("torch", reason="torch is not installed")
     from qknorm_tvm.integrations.engine_norm import norm_for
 
     model = layer(agree=lambda ok: False)
