@@ -262,6 +262,7 @@ def _rows_of(dtype: str, cols: int, rows: int, pad: int, *, wild: bool) -> np.nd
     return whole[:, :cols]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=() if d == "bfloat16" else slow) for d in DTYPES]
 )
@@ -293,6 +294,7 @@ CACHE = KernelSpec(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

@@ -128,6 +128,7 @@ def _needs_root() -> None:
         pytest.skip("gives a file to another user, which only root may")
 
 
+@pytest.mark.slow
 def test_file_of_somebody_else_is_built_again(folder: Path, built: bytes) -> None:
     """Code that another user put into a folder that was open once."""
     _needs_root()
@@ -149,6 +150,7 @@ def test_file_that_a_group_or_others_may_write_to_is_not_used(
     assert not cache._usable(path, _spec())
 
 
+@pytest.mark.slow
 def test_link_is_judged_by_what_it_leads_to(folder: Path, built: bytes, tmp_path: Path) -> None:
     """A link of ours to a file that somebody else may change at any time."""
     path = _fill(folder, built)

@@ -459,6 +459,7 @@ def test_run_reports_an_error_of_the_fresh_process(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_run_without_torch_says_so_and_succeeds(tmp_path: Path) -> None:
     shape = ["--q-cols", "24", "--k-cols", "8", "--rows", "1", "--threads", "2"]
     done = in_process_without_torch("run", *shape, "--min-time", "0", folder=tmp_path)
@@ -740,6 +741,7 @@ def test_bench_prints_tables_that_fit_80_columns(
         assert f" {name} " in shown
 
 
+@pytest.mark.slow
 def test_bench_layer_prints_tables_that_fit_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

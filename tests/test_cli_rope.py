@@ -161,7 +161,9 @@ def test_bench_checks_and_times(op: str, capsys: pytest.CaptureFixture[str]) -> 
     assert all(row["exact"] is True for row in timings if row["candidate"] == "ours")
 
 
-@pytest.mark.parametrize("spec", [test_rope.CACHE, test_rope.FLOAT8_CACHE])
+@pytest.mark.parametrize(
+    "spec", [test_rope.CACHE, pytest.param(test_rope.FLOAT8_CACHE, marks=pytest.mark.slow)]
+)
 def test_bench_of_repeated_rows_checks_every_slot(
     spec: KernelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

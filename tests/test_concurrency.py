@@ -315,6 +315,7 @@ def test_killed_while_compiling(tmp_path: Path) -> None:
     _clean(folder)
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_killed_compilation_compiles(tmp_path: Path) -> None:
     """A process that waits for ever for one that is no more."""
     folder = tmp_path / "cache"

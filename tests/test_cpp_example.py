@@ -48,7 +48,7 @@ ROPE_CACHE = LARGE.replace(op="qk_rms_norm_rope_cache", head_dim=128, rotary_dim
     ("name", "specs"),
     [
         ("large", [LARGE]),
-        ("open-bfloat16", [KernelSpec(in_dtype="bfloat16")]),
+        pytest.param("open-bfloat16", [KernelSpec(in_dtype="bfloat16")], marks=pytest.mark.slow),
         (f"cpp-rope-{OWN}", [LARGE.replace(target=OWN), ROPE_CACHE.replace(target=OWN)]),
     ],
     ids=["fixed", "open", "rotation and cache"],

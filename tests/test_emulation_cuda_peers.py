@@ -206,7 +206,7 @@ CACHE = KernelSpec(
 @pytest.mark.parametrize(
     ("count", "spec", "pick"),
     [
-        (1, NORM, 0),
+        pytest.param(1, NORM, 0, marks=_SLOW),
         (2, NORM, 0),
         pytest.param(3, CACHE, 0, marks=_SLOW),
         pytest.param(2, CACHE, 1, marks=_SLOW),

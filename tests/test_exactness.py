@@ -471,6 +471,7 @@ def stream_module(main_level: str) -> Module:
     return load(compiled(f"stream-{main_level}", *specs, config=config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), STREAM_PAIRINGS)
 def test_stores_past_the_caches(stream_module: Module, in_dtype: str, out_dtype: str) -> None:
     """Rows aligned at the first only; a tail beside a streamed line; stores not yet seen."""

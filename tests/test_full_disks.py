@@ -136,6 +136,7 @@ assert not os.listdir(os.environ["TMPDIR"]) + os.listdir("/dev/shm")
     assert "TMPDIR" in done.stdout
 
 
+@pytest.mark.slow
 def test_full_cache_folder_is_gone_without(folders: tuple[Path, Path]) -> None:
     """``OSError`` although the module is built; a warning at every spec."""
     done = _run_mounted(
@@ -153,6 +154,7 @@ assert not os.listdir(os.environ["TMPDIR"])
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_run_from_the_cache_or_the_temporary_folder(folders: tuple[Path, Path]) -> None:
     """Folders mounted ``noexec``, from which the loader maps no code."""
     done = _run_mounted(

@@ -136,6 +136,7 @@ def test_first_call_leaves_nothing_connects_to_nothing_imports_no_compiler(tmp_p
     assert not cache_folder.exists()
 
 
+@pytest.mark.slow
 def test_first_call_takes_a_few_milliseconds(tmp_path: Path) -> None:
     """Of processor time, the best of some processes: what other programs take is not ours."""
     other = compiled("packs-open", KernelSpec(in_dtype="float32", target=host_cpu_target()))

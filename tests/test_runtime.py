@@ -400,7 +400,9 @@ def _check_graph(call: Callable[..., object], *, cast_before_gamma: bool) -> Non
     del alive
 
 
-@pytest.mark.parametrize("how", ["exported again", "written over"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("exported again", marks=pytest.mark.slow), "written over"]
+)
 def test_path_that_was_loaded_before_is_loaded_as_it_is_now(how: str, tmp_path: Path) -> None:
     """The new file's metadata with the old one's code, which the loader knows by its path."""
     target = tmp_path / "module.so"

@@ -171,6 +171,7 @@ def test_raw_calls_alone() -> None:
     print(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_calls_of_the_api(framework: str) -> None:

@@ -144,6 +144,7 @@ _MORE_KINDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("in_dtype", "out_dtype", "cast_before_gamma"),
     [
@@ -184,6 +185,7 @@ def test_fused_is_statistics_then_apply(
             assert reference.differing(actual, expected) == 0
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_nothing_but_the_row() -> None:
     """A sum that changes with the batch: logits that change with who else is served."""
     module = module_of("float32")

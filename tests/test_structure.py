@@ -328,6 +328,7 @@ def test_file_holds_no_path_of_the_machine_that_built_it(exported: Path) -> None
     assert re.search(r"GNU_STACK.*RW ", stack), "an executable stack"
 
 
+@pytest.mark.slow
 def test_two_builds_of_a_spec_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that cannot be checked by building it again."""
     from qknorm_tvm import compile

@@ -143,6 +143,7 @@ def test_machine_code(built: Built) -> None:
         assert code.index("ACQBULK") < min(m.start() for m in re.finditer(r"\bLDG", code)), name
 
 
+@pytest.mark.slow
 def test_a_compile_error_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that holds source instead of machine code, and fails where it is used."""
     needs_nvcc()

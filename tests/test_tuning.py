@@ -16,6 +16,7 @@ from typing import Any
 
 import filelock
 import pytest
+from made_up_clock import tune_by
 from support import Case, check_exact, make_case, session_folder
 
 from qknorm_tvm import KernelSpec, TuningError, compile, tune
@@ -73,6 +74,18 @@ def copy(tuned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tuned, tmp_path / "logs" / tuned.name))
 
 
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A device's folder as `copy` is, tuned by a clock that finds all equally fast."""
+    target, device = host_cpu_target(), selection.host_device()
+    spec = SPEC.replace(target=target)
+    summary = tune_by(
+        lambda config, rows, process: 1e-6, target, device, tmp_path, spec, (1, 16), trials=TRIALS
+    )
+    return summary.folder
+
+
+@pytest.mark.slow
 def test_a_tuned_folder_is_whole(tuned: Path) -> None:
     assert folders.validate(tuned) == []
     provenance = json.loads((tuned / "provenance.json").read_text())
@@ -91,6 +104,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, int]:
     return open_target(host_cpu_target()).encode(CpuConfig.from_dict(dict(config)))
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
     before = (copy / records.RECORDS).read_bytes()
     summary = tune([SPEC], rows=(1, 16), trials=TRIALS, cost_model="random", logs=copy.parent)
@@ -177,20 +191,20 @@ def keep_records(folder: Path) -> dict[int, dict]:
 
 
 def test_the_build_uses_records_by_rows_and_stays_exact(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records end in configs by the heuristic's own door, each for the rows it was measured at."""
-    configs = keep_records(copy)
+    configs = keep_records(made_up)
     assert configs[1] != configs[16]
-    assert folders.validate(copy) == []
-    monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
+    assert folders.validate(made_up) == []
+    monkeypatch.setenv(selection.ENVIRONMENT, str(made_up.parent))
     module = compile(SPEC.replace(target=host_cpu_target()))
     code = module.metadata["levels"][0]["code"]
     assert [(entry["min_rows"], entry["source"], entry["config"]) for entry in code] == [
         (4, "record", configs[16]),
         (1, "record", configs[1]),
     ]
-    assert code[0]["record"]["device"] == copy.name
+    assert code[0]["record"]["device"] == made_up.name
     assert code[0]["record"]["rows"] == 16
     for rows in (0, 1, 3, 4, 5, 16, 17, 33, 257):
         check_exact(module.module, make_case(rows, 96, 64), what=f"{rows} rows")
@@ -224,10 +238,10 @@ def test_records_are_for_their_device_and_level_and_a_user_comes_first(
 
 
 def test_records_of_another_declaration_are_not_used_and_validate_says_so(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_records(copy)
-    monkeypatch.setenv(selection.ENVIRONMENT, str(copy.parent))
+    keep_records(made_up)
+    monkeypatch.setenv(selection.ENVIRONMENT, str(made_up.parent))
     from qknorm_tvm.build import configs
     from qknorm_tvm.declare import workload
 
@@ -235,7 +249,7 @@ def test_records_of_another_declaration_are_not_used_and_validate_says_so(
     monkeypatch.setattr(workload, "workload_hash", lambda mod: "1")
     module = compile(SPEC.replace(target=host_cpu_target()))
     assert {code["source"] for code in module.metadata["levels"][0]["code"]} == {"heuristic"}
-    problems = folders.validate(copy)
+    problems = folders.validate(made_up)
     assert len(problems) == 2
     assert all("another version of the declaration" in problem for problem in problems)
 
@@ -249,23 +263,23 @@ def test_shipped_logs_are_valid() -> None:
         assert folders.validate(folder) == []
 
 
-def test_validate_finds_a_config_without_a_record(copy: Path) -> None:
-    keep_records(copy)
-    path = copy / selection.FILE_NAME
+def test_validate_finds_a_config_without_a_record(made_up: Path) -> None:
+    keep_records(made_up)
+    path = made_up / selection.FILE_NAME
     content = json.loads(path.read_text())
     content["outcomes"][0]["config"]["bytes_per_task"] = 12345
     path.write_text(json.dumps(content))
-    (problem,) = folders.validate(copy)
+    (problem,) = folders.validate(made_up)
     assert "has no record in the database" in problem
 
 
-def test_prune_keeps_what_is_in_use(copy: Path) -> None:
-    keep_records(copy)
-    before = len(records.read_logs(copy).records)
-    gone = folders.prune(copy, 1)
+def test_prune_keeps_what_is_in_use(made_up: Path) -> None:
+    keep_records(made_up)
+    before = len(records.read_logs(made_up).records)
+    gone = folders.prune(made_up, 1)
     assert gone > 0
-    assert len(records.read_logs(copy).records) == before - gone
-    assert folders.validate(copy) == []
+    assert len(records.read_logs(made_up).records) == before - gone
+    assert folders.validate(made_up) == []
 
 
 @pytest.mark.slow
