@@ -254,7 +254,6 @@ def test_records_of_another_declaration_are_not_used_and_validate_says_so(
     assert all("another version of the declaration" in problem for problem in problems)
 
 
-@pytest.mark.slow
 def test_shipped_logs_are_valid() -> None:
     """A declaration or a config that changed, and no shipped record is used any more."""
     shipped = selection.package_logs()
