@@ -128,9 +128,7 @@ _GATHER = f"""(int64_t address, int64_t ranks, int64_t row, int64_t failure, int
 """
 
 
-def gather_sums(
-    address: Any, ranks: Any, row: Any, failure: Any, state: tirx.Buffer
-) -> tirx.Expr:
+def gather_sums(address: Any, ranks: Any, row: Any, failure: Any, state: tirx.Buffer) -> tirx.Expr:
     """Wait for the sums of all ranks, and return their sum: of Q in a warp's first half, of K.
 
     Parameters
