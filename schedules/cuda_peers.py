@@ -32,6 +32,16 @@ many rows each:
 
 A launch that waits longer than the state's timeout gives up: its sums are NaN, and it says which
 rank's sum of which row did not come. Launches after it do not wait.
+
+What was measured (H200, 1536/256 with rotation and cache, ranks as streams of one GPU, 42 launches
+in a graph; ``tests/gpu/peer_times.py``; docs/tensor-parallel.md has all of it):
+
+* Slots 8 bytes apart that every warp of a block polls: 3.64 us on one rank at M = 64, on eight
+  5.47. A line of 128 bytes for each row instead, polled by every warp: 2.76 and 5.00; by one warp,
+  which hands the sums on behind a second barrier: 3.02 and 4.51. At M = 1 the second barrier costs
+  0.1 to 0.3 us.
+* One launch falls behind three steps above 512 rows, on one GPU and on two: a block waits for the
+  other ranks' sums of a row before it loads its next one.
 """
 
 from __future__ import annotations
@@ -128,9 +138,7 @@ _GATHER = f"""(int64_t address, int64_t ranks, int64_t row, int64_t failure, int
 """
 
 
-def gather_sums(
-    address: Any, ranks: Any, row: Any, failure: Any, state: tirx.Buffer
-) -> tirx.Expr:
+def gather_sums(address: Any, ranks: Any, row: Any, failure: Any, state: tirx.Buffer) -> tirx.Expr:
     """Wait for the sums of all ranks, and return their sum: of Q in a warp's first half, of K.
 
     Parameters

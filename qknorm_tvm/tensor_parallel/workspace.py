@@ -308,7 +308,7 @@ def workspace_of(handle: int) -> PeerWorkspace:
 # ---- those that are made where they are wanted ------------------------------------------------
 
 #: Rows up to which one launch is faster than three steps, see docs/tensor-parallel.md.
-AUTO_ROWS = 256
+AUTO_ROWS = 512
 #: A group, and its workspace or None where its ranks cannot have one; by its name and device.
 _automatic: dict[tuple[str, torch.device], tuple[Any, PeerWorkspace | None]] = {}
 
