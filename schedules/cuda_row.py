@@ -51,9 +51,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-import tvm_ffi
 from tvm import tirx
-from tvm.s_tir import SBlock
 from tvm.script import tirx as T
 
 from qknorm_tvm.declare import steps
@@ -62,7 +60,6 @@ from qknorm_tvm.declare.statistics import CHUNK, SLOTS, VECTOR, WARP
 from qknorm_tvm.peers import FAILURE, MAX_RANKS, TURNS
 
 from . import cuda_device, cuda_peers
-from .cuda_config import NOTE
 from .cuda_row_config import (
     MAX_PARTS,
     RESIDENT_THREADS,
@@ -72,8 +69,6 @@ from .cuda_row_config import (
 )
 
 if TYPE_CHECKING:
-    from tvm.s_tir import Schedule
-
     from qknorm_tvm.spec import KernelSpec
 
     from .cuda_config import CudaConfig
@@ -1098,25 +1093,3 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
 
     func = func.with_body(kernel.body)
     return func.with_attr(cuda_device.DEPENDENT_ATTR, launch != "off")
-
-
-# ---- what tuning samples -----------------------------------------------------------------------
-
-
-def adds_rows(sch: Schedule) -> bool:
-    """Whether a schedule is of a function that adds up rows."""
-    return "square_x32_q" in _block_names(sch)
-
-
-def schedule_body(sch: Schedule, config: CudaConfig) -> None:
-    """Note a config on the loop over rows, so that a trace says it; `schedule` makes the kernel."""
-    last = "q_out" if "q_out" in _block_names(sch) else "mean"
-    row = sch.get_loops(sch.get_sblock(last))[0]
-    for field, value in config.to_dict().items():
-        sch.annotate(row, NOTE + field, value)
-
-
-def _block_names(sch: Schedule) -> set[str]:
-    blocks: list[SBlock] = []
-    tvm_ffi.structural_walk(sch.mod["main"].body, (SBlock, blocks.append))
-    return {str(block.name_hint) for block in blocks}

@@ -173,8 +173,9 @@ static inline void __syncwarp() {
   wait_at(&warps[current / kWarp]);
 }
 
+/* Returns what the thread `source` of the same warp gives. */
 template <typename T>
-static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+static inline T shuffle(unsigned mask, T value, unsigned source) {
   using namespace emulation;
   static_assert(sizeof(T) == 4);
   unsigned own = current;
@@ -183,22 +184,19 @@ static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   if (mask != 0xffffffffu) __builtin_trap();
   memcpy(&words[own], &value, 4);
   wait_at(warp);
-  memcpy(&value, &words[own ^ lanes], 4);
+  memcpy(&value, &words[source], 4);
   return value;
+}
+
+template <typename T>
+static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return shuffle(mask, value, emulation::current ^ lanes);
 }
 
 template <typename T>
 static inline T __shfl_sync(unsigned mask, T value, int lane) {
   using namespace emulation;
-  static_assert(sizeof(T) == 4);
-  unsigned own = current;
-  barrier* warp = &warps[own / kWarp];
-  uint32_t* words = exchanged[warp->turn & 1];
-  if (mask != 0xffffffffu) __builtin_trap();
-  memcpy(&words[own], &value, 4);
-  wait_at(warp);
-  memcpy(&value, &words[own / kWarp * kWarp + lane % kWarp], 4);
-  return value;
+  return shuffle(mask, value, current / kWarp * kWarp + lane % kWarp);
 }
 
 /* Ranks are processes, which share the memory of the slots. */
