@@ -64,4 +64,7 @@ def test_no_local_memory_and_few_registers(kernels: Built) -> None:
     for name, kernel in used(log).items():
         _, variant = kernels.kernels()[name]
         assert kernel.local_memory == 0, name
-        assert kernel.registers <= (80 if variant.alignment else 168), (name, kernel.registers)
+        # A row in two vectors a thread: as many as the same kernel without ranks.
+        vectors = variant.config.rows * variant.config.columns
+        most = 144 if variant.alignment is None else 64 if vectors == 1 else 96
+        assert kernel.registers <= most, (name, kernel.registers)
