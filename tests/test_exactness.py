@@ -402,10 +402,10 @@ def test_outputs_between_inputs_of_one_buffer(pairing_module: Module) -> None:
 CONFIGS = (
     CpuConfig(vector=1, row_tile=1, rounding="shift", streaming_bytes=0),
     CpuConfig(vector=2, row_tile=3, rounding="mask", bytes_per_task=1),
-    CpuConfig(vector=4, row_tile=2, rounding="mask", streaming_bytes=1),
-    CpuConfig(vector=8, row_tile=16, rounding="shift", streaming_bytes=1),
+    CpuConfig(vector=4, row_tile=2, rounding="saturate", streaming_bytes=1),
+    CpuConfig(vector=8, row_tile=16, rounding="saturate", streaming_bytes=1),
     CpuConfig(vector=16, row_tile=4, rounding="mask", streaming_bytes=1),
-    CpuConfig(vector=32, row_tile=1, rounding="shift", streaming_bytes=1),
+    CpuConfig(vector=32, row_tile=1, rounding="saturate", streaming_bytes=1),
     CpuConfig(vector=64, row_tile=2, rounding="mask", streaming_bytes=1, bytes_per_task=1),
     CpuConfig(vector=128, row_tile=1, rounding="shift", streaming_bytes=1),
 )

@@ -27,6 +27,8 @@ class Code:
     #: Symbols of the functions: "tile", "row" and so on.
     variants: tuple[str, ...]
     row_tile: dict[str, int]
+    #: The functions whose tasks pack the gammas.
+    packed: tuple[str, ...]
 
 
 @functools.cache
@@ -43,6 +45,7 @@ def code_of(spec: KernelSpec, level: str) -> Code:
         asm=str(module.inspect_source("asm")),
         variants=tuple(variant.name for variant in variants),
         row_tile={variant.name: variant.row_tile for variant in variants},
+        packed=tuple(variant.name for variant in variants if variant.packs_gammas),
     )
 
 
@@ -183,7 +186,9 @@ def test_one_parallel_region_and_no_allocation(in_dtype: str, out_dtype: str, le
     assert "malloc" not in code.ir
     assert "AllocWorkspace" not in code.ir
     for variant in code.variants:
-        assert "alloca" not in "\n".join(_lambda(code, variant))
+        # On the stack, and of a fixed size.
+        allocated = [line for line in _lambda(code, variant) if " = alloca " in line]
+        assert all(re.match(r"\s+%packed_gamma_[qk]\d* = alloca \[", line) for line in allocated)
     for variant in code.variants:
         assert len(_launches(code, variant)) == 1
     assert code.ir.count("load ptr, ptr @__TVMBackendParallelLaunch") == len(code.variants)
@@ -195,6 +200,8 @@ def test_gamma_is_loaded_once_a_tile(dtype: str, level: str) -> None:
     """gamma read, and shuffled, again for each row."""
     code = code_of(SPEC.replace(in_dtype=dtype, out_dtype=dtype), level)
     for variant in code.variants:
+        if variant in code.packed:
+            continue
         lines = _lambda(code, variant)
         rows = code.row_tile[variant]
 
@@ -205,6 +212,23 @@ def test_gamma_is_loaded_once_a_tile(dtype: str, level: str) -> None:
         loaded = lanes(r"= load <(\d+) x float>, ptr ")
         # x is float32 too there, and loaded once a row.
         assert loaded == (columns * (1 + rows) if dtype == "float32" else columns), variant
+
+
+@pytest.mark.parametrize("level", levels(OWN))
+def test_gamma_is_taken_apart_once_a_task(level: str) -> None:
+    """gamma shuffled, and its NaNs cleared, for each row or each tile of rows."""
+    code = code_of(SPEC, level)
+    assert code.packed == ("stream", "tile")
+    for variant in code.packed:
+        blocks = re.split(r"^\S+:", "\n".join(_lambda(code, variant)), flags=re.MULTILINE)
+        output = re.compile(r"store <\d+ x (?:i\d+|bfloat)>|@qknorm_stream")
+        stores = [block for block in blocks if output.search(block)]
+        assert len(stores) >= 2
+        for block in stores:
+            assert "fcmp uno" not in block
+            # A vector's even elements, then its odd ones: no other order is asked for.
+            shuffled = re.findall(r"= shufflevector <\d+ x float>.*", block)
+            assert all("zeroinitializer" in line for line in shuffled), shuffled[:2]
 
 
 # ---- the linked file -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..load.temporary import memory_file
 from ..lower.cpu import STREAM_ALIGNMENT, lower
 from ..lower.tvm_version import llvm_module
 from ..schedules.cpu import schedule
-from ..schedules.cpu_config import CpuConfig, default_config
+from ..schedules.cpu_config import PACKED_ROWS, CpuConfig, default_config, packs_gammas
 from ..spec import KernelSpec
 from ..targets import AARCH64, X86_FEATURES, X86_LEVELS
 from .configs import cpu_buckets
@@ -92,32 +92,32 @@ def variants_of(
     Those for `min_rows` of more than 1 leave rows over, which the functions for fewer rows take.
     """
     variants = []
-    tile_rows = max(config.row_tile, min_rows)
+    packs = packs_gammas(spec, config.vector)
+    least_rows = max(min_rows, PACKED_ROWS if packs else 1)
+    common: dict[str, Any] = {"bytes_per_task": config.bytes_per_task, "packs_gammas": packs}
     vector_bytes = config.vector * spec.out_bytes
     streams = spec.operation.normalises and not spec.operation.rotates
     if streams and config.streaming_bytes and vector_bytes >= 16:
-        unit = STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes)
         stream = Variant(
             "stream",
             f"{prefix}_stream",
-            min_rows=tile_rows,
-            row_tile=config.row_tile,
-            stride_unit=unit,
+            min_rows=least_rows,
+            stride_unit=STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes),
             alignment=STREAM_ALIGNMENT,
             min_out_bytes=config.streaming_bytes,
-            bytes_per_task=config.bytes_per_task,
+            **common,
         )
         variants.append(stream)
-    if config.row_tile > 1:
+    if packs or config.row_tile > 1:
         tile = Variant(
             "tile",
             f"{prefix}_tile",
-            min_rows=tile_rows,
+            min_rows=max(config.row_tile, least_rows),
             row_tile=config.row_tile,
-            bytes_per_task=config.bytes_per_task,
+            **common,
         )
         variants.append(tile)
-    if config.row_tile == 1 or min_rows == 1:
+    if min_rows == 1 or not (packs or config.row_tile > 1):
         row = Variant(
             "row", f"{prefix}_row", min_rows=min_rows, bytes_per_task=config.bytes_per_task
         )
@@ -146,7 +146,11 @@ def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]
         bound = tirx.transform.BindTarget(target.with_host(target))(
             tvm.IRModule({variant.symbol: func})
         )
-        lowered.update(lower(bound, config, spec, streaming=variant.name == "stream"))
+        lowered.update(
+            lower(
+                bound, config, spec, streaming=variant.name == "stream", packed=variant.packs_gammas
+            )
+        )
     return llvm_module(lowered, target)
 
 

@@ -43,6 +43,8 @@ class Variant:
         The conditions, see ``module.h``.
     bytes_per_task : int
         Bytes read and written that one thread gets at least; CPUs only.
+    packs_gammas : bool
+        Whether its tasks pack the gammas first, see `lower.cpu_packing`; CPUs only.
     waits_for_ranks : bool
         Whether it comes with a function that says how many of its blocks a GPU holds.
     """
@@ -55,6 +57,7 @@ class Variant:
     alignment: int = 1
     min_out_bytes: int = 0
     bytes_per_task: int = 1
+    packs_gammas: bool = False
     waits_for_ranks: bool = False
 
     @property

@@ -22,12 +22,12 @@ from tvm.ir import TensorLoad
 from tvm_ffi import structural_map
 
 from ..operations import TensorArgument
-from ..schedules.cpu_config import CpuConfig
+from ..schedules.cpu_config import SMALLEST_PAIRS, CpuConfig
 from ..spec import KernelSpec
+from .cpu_packing import pack_gammas
 from .cpu_rotation import interleaved_pairs, keep_bits, round_products
 from .cpu_rounding import (
     OPAQUE_IR,
-    SMALLEST_PAIRS,
     as_floats,
     as_words,
     hidden,
@@ -170,7 +170,12 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
 
 
 def lower(
-    mod: tvm.IRModule, config: CpuConfig, spec: KernelSpec, *, streaming: bool = False
+    mod: tvm.IRModule,
+    config: CpuConfig,
+    spec: KernelSpec,
+    *,
+    streaming: bool = False,
+    packed: bool = False,
 ) -> tvm.IRModule:
     """Lower a scheduled function, bound to a CPU target, to what LLVM's code generator takes.
 
@@ -203,6 +208,7 @@ def lower(
                 tirx.transform.VectorizeLoop(True),
                 read_words,
                 *([interleaved_pairs(config.rounding)] if spec.interleaved else []),
+                *([pack_gammas(spec, config)] if packed else []),
                 rewrite_stores(config, spec, streaming=streaming),
                 tirx.transform.BF16ComputeLegalize(),
                 tirx.transform.UnrollLoop(),

@@ -20,7 +20,9 @@ from tvm_ffi import structural_map
 from .cpu_rounding import (
     as_words,
     clear_payload,
+    every_second,
     from_bfloat16,
+    interleaved,
     is_bfloat16,
     is_float8,
     rounded_floats,
@@ -127,10 +129,6 @@ def _every_second(expr: tirx.Expr) -> bool:
     return int(index.stride.value) == 2
 
 
-def _interleave(first: tirx.Expr, second: tirx.Expr, lanes: int) -> tirx.Expr:
-    return tirx.Shuffle([first, second], [i + half for i in range(lanes) for half in (0, lanes)])
-
-
 class _Pairs:
     """Rewrites what is computed of neighbouring columns, each pair's two elements apart."""
 
@@ -182,7 +180,7 @@ class _Pairs:
             if is_bfloat16(load):
                 return load
             whole, parity = split(load)
-            half = tirx.Shuffle([whole], list(range(parity, type_of(whole).lanes, 2)))
+            half = every_second([whole], parity)
             return clear_payload(half, lanes) if is_rounded else half
 
         def widen(cast: tirx.Cast) -> tirx.Expr:
@@ -244,7 +242,7 @@ class _Pairs:
             pairs = (words[0] >> splat(16, lanes)) | (words[1] & splat(0xFFFF0000, lanes))
             value = tirx.reinterpret(f"bfloat16x{2 * lanes}", pairs)
         elif is_float8(first.value):
-            value = _interleave(to_float8(first.value), to_float8(second.value), lanes)
+            value = interleaved(to_float8(first.value), to_float8(second.value))
         else:
-            value = _interleave(first.value, second.value, lanes)
+            value = interleaved(first.value, second.value)
         return tirx.BufferStore(first.buffer, value, [tirx.Ramp(index.base, 1, 2 * lanes)])

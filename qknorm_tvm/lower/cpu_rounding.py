@@ -15,13 +15,14 @@ sign: 0x7fffffff becomes -0), and widens each bfloat16 with a shuffle. Here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm import tirx
 from tvm.ir import TensorLoad
 from tvm_ffi import structural_map
 
-#: Fewest elements of a vector that is taken apart into even and odd ones.
-SMALLEST_PAIRS = 4
+from ..schedules.cpu_config import SMALLEST_PAIRS
 
 #: LLVM IR that `hidden` needs.
 OPAQUE_IR = """
@@ -81,6 +82,18 @@ def hidden(bits: int) -> tirx.Expr:
     return tirx.call_pure_extern("uint32", "qknorm_opaque", tirx.const(bits, "uint32"))
 
 
+def every_second(vectors: Sequence[tirx.Expr], start: int) -> tirx.Expr:
+    """Return every second element of vectors that follow each other, from `start` on."""
+    lanes = sum(type_of(vector).lanes for vector in vectors)
+    return tirx.Shuffle(list(vectors), list(range(start, lanes, 2)))
+
+
+def interleaved(even: tirx.Expr, odd: tirx.Expr) -> tirx.Expr:
+    """Return the vector of which two others are the even and the odd elements."""
+    lanes = type_of(even).lanes
+    return tirx.Shuffle([even, odd], [i + half for i in range(lanes) for half in (0, lanes)])
+
+
 def clear_payload(expr: tirx.Expr, lanes: int) -> tirx.Expr:
     """Replace every NaN by the one whose low half is zero."""
     return tirx.Select(tirx.isnan(expr), as_floats(splat(_QUIET_NAN, lanes), lanes), expr)
@@ -128,9 +141,10 @@ def to_bfloat16(cast: tirx.Cast, rounding: str, *, hide: bool) -> tirx.Expr:
     value = cast.value
     if lanes >= SMALLEST_PAIRS and isinstance(value, (tirx.Mul, tirx.Add, tirx.Sub)):
         half = lanes // 2
-        even, odd = (
-            rounded_words(part, half, rounding) for part in _even_odd(value, half, rounding)
-        )
+        parts = _even_odd(value, half, rounding)
+        if rounding == "saturate":
+            return tirx.reinterpret(f"bfloat16x{lanes}", _rounded_halves(*parts))
+        even, odd = (rounded_words(part, half, rounding) for part in parts)
         high = hidden(_HIGH_HALF) if hide else tirx.const(_HIGH_HALF, "uint32")
         pairs = (even >> splat(16, half)) | (odd & tirx.Broadcast(high, half))
         return tirx.reinterpret(f"bfloat16x{lanes}", pairs)
@@ -138,6 +152,31 @@ def to_bfloat16(cast: tirx.Cast, rounding: str, *, hide: bool) -> tirx.Expr:
     bits = rounded_words(clear_payload(value, lanes), lanes, "shift") >> splat(16, lanes)
     narrow = tirx.Cast(vector_type("uint16", lanes), bits)
     return tirx.reinterpret(vector_type("bfloat16", lanes), narrow)
+
+
+def _rounded_halves(even: tirx.Expr, odd: tirx.Expr) -> tirx.Expr:
+    """Return even and odd elements rounded to bfloat16, in order, as 16-bit words; no NaN payload.
+
+    Both are rounded at once: of high halves h and low halves l, h grows by one where l is above
+    half a unit, or is half a unit and h is odd. That is the top bit of l - 1 where h is even and of
+    l where it is odd, if no difference falls below zero.
+    """
+    lanes = type_of(even).lanes
+    both = 2 * lanes
+
+    def blend(first: tirx.Expr, second: tirx.Expr) -> tirx.Expr:
+        """Return the low halves of the first words and the high halves of the second ones."""
+        parts = [tirx.reinterpret(f"uint16x{both}", part) for part in (first, second)]
+        return tirx.Shuffle(parts, [i + both * (i % 2) for i in range(both)])
+
+    def words(value: int) -> tirx.Expr:
+        return tirx.Broadcast(tirx.const(value, "uint16"), both)
+
+    even, odd = as_words(even, lanes), as_words(odd, lanes)
+    high = blend(even >> splat(16, lanes), odd)
+    low = blend(even, odd << splat(16, lanes))
+    is_even = (high & words(1)) ^ words(1)
+    return high + ((tirx.Max(low, is_even) - is_even) >> words(15))
 
 
 def round_within(value: tirx.Expr, rounding: str, *, hide: bool) -> tirx.Expr:
@@ -174,12 +213,13 @@ def _even_odd(expr: tirx.Expr, lanes: int, rounding: str) -> tuple[tirx.Expr, ti
     if isinstance(expr, tirx.Broadcast):
         value = clear_payload(expr.value, 1)
         return tirx.Broadcast(value, lanes), tirx.Broadcast(value, lanes)
-    halves = list(_halves(expr, lanes))
-
-    def every_second(start: int) -> tirx.Expr:
-        return clear_payload(tirx.Shuffle(halves, list(range(start, 2 * lanes, 2))), lanes)
-
-    return every_second(0), every_second(1)
+    if isinstance(expr, tirx.Shuffle):
+        # Packed (`cpu_packing`): taken apart, and cleared, once for all rows of a task.
+        even, odd = expr.vectors
+        return even, odd
+    halves = _halves(expr, lanes)
+    even, odd = (clear_payload(every_second(halves, parity), lanes) for parity in (0, 1))
+    return even, odd
 
 
 def _halves(expr: tirx.Expr, lanes: int) -> tuple[tirx.Expr, tirx.Expr]:
