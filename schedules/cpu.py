@@ -3,9 +3,20 @@
 Strategy. Q and K are one loop over tiles of ``row_tile`` rows, cut into tasks by the module's entry
 point (one task when the call is small). Inside a tile, first Q and then K: panels of ``vector``
 columns; in a panel, row by row, one vector statement: widen, times rs, times gamma, round, store.
-The panel comes before the row so that gamma, and what its use costs (a shuffle into even and odd
-elements), serves all rows of the tile. rs is computed once a row, at the head of its tile. Nothing
-is stored between: every intermediate lives in a register.
+rs is computed once a row, at the head of its tile. Nothing is stored between: every intermediate
+lives in a register.
+
+What the use of gamma costs (a shuffle into even and odd elements, a test for NaNs) is shared by
+rows in one of two ways. Where its size is known and bfloat16 is stored, each task packs the gammas
+once, into at most 64 KiB of its stack (`qknorm_tvm.lower.cpu_packing`), and tiles are of one row:
+rows follow each other as in memory. Otherwise the panel comes before the row, so that one shuffle
+serves all rows of a tile.
+
+Tiles of several rows depend on addresses. Rows of 2048, 4096, 6144 or 8192 columns of 16 bits lie
+in the same cache sets, so that eight rows and their outputs are sixteen lines of one set, and a
+load waits for a store to the same offset of another page. Two uses remain: where statistics are
+computed before, four short rows hide the latency of their last additions; and gammas that are not
+packed. Stores past the caches always go row by row.
 
 Map from loops: ``tile`` -> tasks of the thread pool, ``panel`` -> serial, ``row`` -> unrolled,
 ``lane`` -> SIMD lanes. Columns beyond the last whole vector are a partition of ``panel`` of their
@@ -13,13 +24,32 @@ own, so the vector loop carries no test.
 
 Operations that rotate go by heads and, in a head, by panels of pairs and then of the other columns:
 ``tile`` -> ``head`` -> ``panel`` -> ``row`` -> ``lane``. What rows have one of comes first in a
-tile: rs, and where the row goes in the caches. V is a third part of the tile. Panels outside heads,
-so that a row's cosines are widened once, gain nothing (17.9 and 17.9 us at M = 64 of 1536/256 with
-rotary 64 of 128, one thread of a Zen 4; two rows a tile 18.1, one 20.0; 280 ns are about 1,500
-vector instructions a row, of which the rotation and its roundings are a third).
+tile: rs, and where the row goes in the caches. V is a third part of the tile. With one row a
+tile LLVM widens a row's cosines once for all heads; panels outside heads gain nothing.
 
-What was tried (one thread of a Xeon, Emerald Rapids, 3.0 GHz, TVM 0.27, x86-64-v4, Nq 1536, Nk 256;
-times over those of numpy.copyto of the same bytes; ``qknorm-tvm bench`` measures anew):
+What was tried on an AMD EPYC (Zen 3, AVX2, 32 KiB of L1, 512 KiB of L2, 32 MiB of L3; one thread,
+TVM 0.27, x86-64-v3, bfloat16; times over memcpy of the same bytes, median and worst of 16 offsets
+between inputs and outputs in a page; beside it the best of 30 hand-written AVX2 kernels):
+
+* Packed, one row: 1536/256 at M = 64, 256, 1024: 2.22, 1.71, 1.64, by hand 2.15, 1.70, 1.60;
+  tiles of four rows with a shuffle each: 3.39, 2.43, 2.58. At M = 16 2.72 and 2.41: the call itself
+  is 0.3 us.
+* Stores past the caches by tiles of four rows: 4096/4096 at M = 1024 0.90 in the median, 12.7 at
+  the worst offset; one row 0.75 and 0.89.
+* Packed, but columns in chunks of 64 to 1,024 with several rows a chunk: as fast in L2, up to
+  twice the time beyond it.
+* ``"saturate"`` (8 instructions for 16 elements) instead of ``"shift"`` (11): 4 to 7 %. In order by
+  unpacking, without even and odd elements: 1.9 at M = 64 where even and odd take 1.57.
+* When to stream, 1536/256: stores past the caches take 1.26 of a copy where others take 1.25 at 5.5
+  MB of outputs, 1.20 and 1.22 at 7.3, 0.89 and 1.01 at 9.2, 0.76 and 1.03 at 11: the threshold is
+  8 MiB, a quarter of L3.
+* Rotation and caches (1536/256, 64 of 128 rotated): 1.6 to 1.75 of apply and a copy of V up to M =
+  1024, where tiles of four rows took 2.0 to 2.6; 195 instructions a head, apply's 140: in the
+  caches the roundings and products of the rotation are the difference, and none can be left out.
+
+What was tried on an Intel Xeon (Emerald Rapids, 3.0 GHz, one thread, TVM 0.27, x86-64-v4, Nq 1536,
+Nk 256; times over those of numpy.copyto of the same bytes), before gammas were packed; that has not
+been measured with AVX-512, where it takes 17.5 instructions for 32 elements instead of 19.3:
 
 * bfloat16, M = 256 (in L2): TVM's widening and rounding, one row: 1.95; even and odd elements, one
   row: 1.70 to 1.75; two rows a tile 1.57, four 1.46, eight 1.38, sixteen 1.41. The port limit of 14
@@ -30,7 +60,7 @@ times over those of numpy.copyto of the same bytes; ``qknorm-tvm bench`` measure
   logic: no gain from even and odd elements at all.
 * Stores past the caches, M = 16384: 0.59 to 0.86 of a copy, against 1.15 to 1.23 without; at
   M = 1024 still 0.73 against 0.90, but the outputs then have left the caches that the next
-  operation reads them from: hence the threshold of 16 MiB.
+  operation reads them from.
 * float32 and float16: one row and one register of float32 is best (M = 64 to 16384: 1.00 to 1.04,
   and 1.00 to 1.34 with float16); four rows cost 3 to 30 %.
 * x86-64-v3, eight rows, stores past the caches: 3.4, half lines of eight rows do not combine; four

@@ -21,6 +21,8 @@ ROUNDINGS = ("mask", "shift", "saturate")
 SMALLEST_PAIRS = 4
 #: Bytes of a task's stack that packed gammas take at most, of the 256 KiB that a worker has.
 MOST_PACKED_BYTES = 1 << 16
+#: Bytes that the rows of a tile take at most where they are read twice: half of an L1 cache.
+TILE_BYTES = 1 << 14
 #: Rows from which packing gains: 6 to 20 % at two rows, by 2 % slower at one (one Zen 3 core).
 PACKED_ROWS = 2
 
@@ -86,11 +88,27 @@ class CpuConfig:
 
 def packs_gammas(spec: KernelSpec, vector: int) -> bool:
     """Whether tasks pack the gammas, of a known size, for several rows: see `schedules.cpu`."""
-    if spec.out_dtype != "bfloat16" or vector < SMALLEST_PAIRS or spec.operation.rotates:
+    if not spec.operation.normalises or spec.out_dtype != "bfloat16" or vector < SMALLEST_PAIRS:
         return False
-    if not spec.operation.normalises or spec.q_cols is None or spec.k_cols is None:
+    if spec.interleaved or spec.q_cols is None or spec.k_cols is None:
         return False
     return 4 * (spec.q_cols + spec.k_cols) <= MOST_PACKED_BYTES
+
+
+def row_bytes(spec: KernelSpec) -> int:
+    """Return the bytes of a row of q and k."""
+    assert spec.q_cols is not None
+    assert spec.k_cols is not None
+    return (spec.q_cols + spec.k_cols) * spec.in_bytes
+
+
+def streams(spec: KernelSpec, vector: int) -> bool:
+    """Whether outputs can be stored past the caches: every vector of a row is whole."""
+    if not spec.operation.rotates:
+        return spec.operation.normalises
+    assert spec.head_dim is not None
+    pairs, lanes = spec.rotary_dim // 2, vector * 2 if spec.interleaved else vector
+    return not (pairs % vector or (spec.head_dim - spec.rotary_dim) % lanes)
 
 
 def fields_used(spec: KernelSpec) -> tuple[str, ...]:
@@ -100,10 +118,8 @@ def fields_used(spec: KernelSpec) -> tuple[str, ...]:
     rounds = spec.out_dtype == "bfloat16" or (
         spec.cast_before_gamma and spec.in_dtype == "bfloat16"
     )
-    unused = [] if rounds else ["rounding"]
-    if spec.operation.rotates:
-        unused.append("streaming_bytes")
-    return tuple(field.name for field in dataclasses.fields(CpuConfig) if field.name not in unused)
+    names = [field.name for field in dataclasses.fields(CpuConfig)]
+    return tuple(name for name in names if rounds or name != "rounding")
 
 
 def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
@@ -117,7 +133,7 @@ def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     vector = math.gcd(vector, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
     # Rows share gamma's shuffle here too; four leave registers for the rotation.
     row_tile = min(config.row_tile, 4)
-    return dataclasses.replace(config, vector=vector, row_tile=row_tile, streaming_bytes=0)
+    return dataclasses.replace(config, vector=vector, row_tile=row_tile)
 
 
 def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
@@ -134,10 +150,15 @@ def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
             vector=8, row_tile=4 if spec.out_dtype == "bfloat16" else 1, streaming_bytes=0
         )
     if spec.out_dtype == "bfloat16":
-        # AVX-512 tests into a mask, which the others lack; for these two registers of outputs.
-        rounding, vector = ("mask", register // 2) if avx512 else ("saturate", register)
-        if packs_gammas(spec, vector):
-            return CpuConfig(vector=vector, row_tile=1, rounding=rounding)
+        # AVX-512 tests into a mask, which the others lack.
+        rounding = "mask" if avx512 else "saturate"
+        if packs_gammas(spec, register):
+            # Two registers of outputs: the loop's own instructions are a tenth. Where statistics
+            # come before, a tile's rows hide the latency of their last additions, as long as they
+            # stay in L1 (1536/256, one Zen 3 core: 1.00 of both operations alone, one row 1.08).
+            adds_up = not spec.operation.rotates and all(t.name != "qk_var" for t in spec.tensors)
+            row_tile = 4 if adds_up and 4 * row_bytes(spec) <= TILE_BYTES else 1
+            return CpuConfig(vector=register, row_tile=row_tile, rounding=rounding)
         # The rows of a tile share gamma's shuffle into even and odd elements; AVX-512 has registers
         # for the rs of eight rows, the others for four.
         row_tile = 8 if avx512 else 4

@@ -18,7 +18,7 @@ from ..load.temporary import memory_file
 from ..lower.cpu import STREAM_ALIGNMENT, lower
 from ..lower.tvm_version import llvm_module
 from ..schedules.cpu import schedule
-from ..schedules.cpu_config import PACKED_ROWS, CpuConfig, default_config, packs_gammas
+from ..schedules.cpu_config import PACKED_ROWS, CpuConfig, default_config, packs_gammas, streams
 from ..spec import KernelSpec
 from ..targets import AARCH64, X86_FEATURES, X86_LEVELS
 from .configs import cpu_buckets
@@ -96,8 +96,7 @@ def variants_of(
     least_rows = max(min_rows, PACKED_ROWS if packs else 1)
     common: dict[str, Any] = {"bytes_per_task": config.bytes_per_task, "packs_gammas": packs}
     vector_bytes = config.vector * spec.out_bytes
-    streams = spec.operation.normalises and not spec.operation.rotates
-    if streams and config.streaming_bytes and vector_bytes >= 16:
+    if config.streaming_bytes and vector_bytes >= 16 and streams(spec, config.vector):
         stream = Variant(
             "stream",
             f"{prefix}_stream",

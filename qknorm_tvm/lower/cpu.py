@@ -22,7 +22,7 @@ from tvm.ir import TensorLoad
 from tvm_ffi import structural_map
 
 from ..operations import TensorArgument
-from ..schedules.cpu_config import SMALLEST_PAIRS, CpuConfig
+from ..schedules.cpu_config import CpuConfig
 from ..spec import KernelSpec
 from .cpu_packing import pack_gammas
 from .cpu_rotation import interleaved_pairs, keep_bits, round_products
@@ -45,17 +45,21 @@ STREAM_ALIGNMENT = 64
 
 #: What TensorIR cannot say, as LLVM IR that is linked into the code and inlined. Names carry the
 #: number of lanes: functions of one module may need several.
-_STREAM_IR = """
+_INVARIANT_IR = """
 ; Reads what no store of this call changes, though the compiler cannot see that of a stream's.
 define internal <LANES x float> @qknorm_invariant_LANES(ptr %place) alwaysinline nounwind {
   %value = load <LANES x float>, ptr %place, align 4, !invariant.load !0
   ret <LANES x float> %value
 }
+"""
+_STREAM_IR = """
 ; Stores past the caches.
 define internal i32 @qknorm_stream_WORDS(ptr %place, <WORDS x i32> %value) alwaysinline nounwind {
   store <WORDS x i32> %value, ptr %place, align ALIGN, !nontemporal !1
   ret i32 0
 }
+"""
+_METADATA_IR = """
 !0 = !{}
 !1 = !{i32 1}
 """
@@ -81,9 +85,14 @@ class _Arguments:
         return next((argument for own, argument in self._buffers if own.same_as(buffer)), None)
 
 
-def _stream_outputs(func: tirx.PrimFunc, spec: KernelSpec) -> tirx.Stmt:
-    """Store whole vectors of outputs past the caches, and load gammas as invariant."""
+def _stream_outputs(func: tirx.PrimFunc, spec: KernelSpec) -> tuple[tirx.Stmt, str]:
+    """Store whole vectors of outputs past the caches, and load gammas as invariant.
+
+    Returns the LLVM IR that this needs, too.
+    """
     argument_of = _Arguments(func, spec)
+    lanes_of_loads: set[int] = set()
+    words_of_stores: set[int] = set()
 
     def load(expr: TensorLoad) -> tirx.Expr:
         (index,) = expr.indices
@@ -94,6 +103,7 @@ def _stream_outputs(func: tirx.PrimFunc, spec: KernelSpec) -> tirx.Stmt:
             return expr
         place = tirx.address_of(tirx.BufferLoad(expr.source, [index.base]))
         lanes = type_of(expr).lanes
+        lanes_of_loads.add(lanes)
         return tirx.call_pure_extern(f"float32x{lanes}", f"qknorm_invariant_{lanes}", place)
 
     def store(node: tirx.BufferStore) -> tirx.Stmt:
@@ -103,22 +113,21 @@ def _stream_outputs(func: tirx.PrimFunc, spec: KernelSpec) -> tirx.Stmt:
             return node
         value = structural_map(node.value, (TensorLoad, load))
         words = type_of(value).lanes * type_of(value).bits // 32
+        words_of_stores.add(words)
         place = tirx.address_of(tirx.BufferLoad(node.buffer, [index.base]))
         return tirx.Evaluate(
             tirx.call_extern("int32", f"qknorm_stream_{words}", place, as_words(value, words))
         )
 
-    return structural_map(func.body, (tirx.BufferStore, store))
-
-
-def _stream_ir(config: CpuConfig, spec: KernelSpec) -> str:
-    vector_bytes = config.vector * spec.out_bytes
-    pairs = spec.out_dtype == "bfloat16" and config.vector >= SMALLEST_PAIRS
-    return (
-        _STREAM_IR.replace("LANES", str(config.vector // 2 if pairs else config.vector))
-        .replace("WORDS", str(vector_bytes // 4))
-        .replace("ALIGN", str(min(vector_bytes, STREAM_ALIGNMENT)))
-    )
+    body = structural_map(func.body, (tirx.BufferStore, store))
+    loads = [_INVARIANT_IR.replace("LANES", str(lanes)) for lanes in sorted(lanes_of_loads)]
+    stores = [
+        _STREAM_IR.replace("WORDS", str(words)).replace(
+            "ALIGN", str(min(4 * words, STREAM_ALIGNMENT))
+        )
+        for words in sorted(words_of_stores)
+    ]
+    return body, "".join([*loads, *stores, _METADATA_IR])
 
 
 def _divide(div: tirx.Div) -> tirx.Expr:
@@ -157,8 +166,8 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
         func = func.with_body(structural_map(func.body, (tirx.BufferStore, store)))
         body = func.body
         if streaming:
-            body = _stream_outputs(func, spec)
-            llvm_ir += _stream_ir(config, spec)
+            body, stream_ir = _stream_outputs(func, spec)
+            llvm_ir += stream_ir
         body = structural_map(body, (tirx.Div, _divide))
         if spec.operation.rotates:
             body, products_ir = round_products(keep_bits(body, exact))

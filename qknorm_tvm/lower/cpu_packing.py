@@ -51,16 +51,24 @@ def pack_gammas(spec: KernelSpec, config: CpuConfig) -> tvm.transform.Pass:
             own = next((own for gamma, own in packed if gamma.same_as(expr.source)), None)
             if own is None:
                 return expr
-            panel = simplify(tirx.floordiv(index.base, vector))
+            panel, within = (
+                simplify(part(index.base, vector)) for part in (tirx.floordiv, tirx.floormod)
+            )
+            if not isinstance(within, tirx.IntImm) or int(within.value):
+                return expr
             even, odd = (tirx.BufferLoad(own, [panel * 2 + parity]) for parity in (0, 1))
             return interleaved(even, odd)
 
+        def pack(value: tirx.Expr) -> tirx.Expr:
+            if not (is_bfloat16(value) and type_of(value).lanes == vector):
+                return value
+            return structural_map(value, (TensorLoad, load))
+
         def store(node: tirx.BufferStore) -> tirx.Stmt:
-            if not (is_bfloat16(node.value) and type_of(node.value).lanes == vector):
-                return node
-            return tirx.BufferStore(
-                node.buffer, structural_map(node.value, (TensorLoad, load)), node.indices
-            )
+            return tirx.BufferStore(node.buffer, pack(node.value), node.indices)
+
+        def bind(node: tirx.Bind) -> tirx.Stmt:
+            return tirx.Bind(node.var, pack(node.value))
 
         def launch(loop: tirx.For) -> tirx.Stmt:
             if loop.kind != tirx.ForKind.PARALLEL:
@@ -71,6 +79,7 @@ def pack_gammas(spec: KernelSpec, config: CpuConfig) -> tvm.transform.Pass:
             )
 
         body = structural_map(func.body, (tirx.BufferStore, store))
+        body = structural_map(body, (tirx.Bind, bind))
         return func.with_body(structural_map(body, (tirx.For, launch)) if packed else body)
 
     return rewrite
