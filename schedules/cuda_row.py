@@ -244,8 +244,8 @@ class _Operand:
     @property
     def aligned(self) -> bool:
         """Whether vectors are accessed as such: all of them, or all but the last of a row."""
-        whole = self.is_open or int(self.cols) % VECTOR == 0
-        return cuda_device.aligned_elements(self.x) > 1 and whole
+        in_vectors = self.is_open or int(self.cols) % VECTOR == 0
+        return cuda_device.aligned_elements(self.x) > 1 and in_vectors
 
     def warp(self, thread: Any) -> Any:
         return tirx.floordiv(thread - self.first_thread, T.int64(WARP))
@@ -269,8 +269,8 @@ class _Operand:
         return column + (e if self.aligned else e * WARP)
 
     def has_column(self, column: Any) -> Any:
-        whole = not self.in_rounds and int(self.cols) == self.step * CHUNK
-        return True if whole else column < self.cols
+        fills_step = not self.in_rounds and int(self.cols) == self.step * CHUNK
+        return True if fills_step else column < self.cols
 
     def has_vector(self, column: Any) -> Any:
         return column + VECTOR <= self.cols if self.is_open else True

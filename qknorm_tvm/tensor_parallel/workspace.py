@@ -104,7 +104,7 @@ class PeerWorkspace:
         places = _gathered(place, members)
         wrong = _unreachable(places, place, device)
         if wrong is not None:
-            argument = any(one.error.startswith(("TypeError", "ValueError")) for one in places)
+            argument = any(place.error.startswith(("TypeError", "ValueError")) for place in places)
             raise (ValueError if argument else PeerError)(wrong) from failure
         shares_gpu = members.world_size > 1 and places[0].gpu == places[-1].gpu
         slots: Any = None
@@ -141,7 +141,7 @@ class PeerWorkspace:
         check_timeout(timeout)
         device = _cuda_device(device)
         slots = [_empty_slots(max_rows, device) for _ in range(ranks)]
-        pointers = [one.data_ptr() for one in slots]
+        pointers = [rank_slots.data_ptr() for rank_slots in slots]
         workspaces = []
         for rank in range(ranks):
             workspace = cls.__new__(cls)
@@ -413,13 +413,13 @@ def _ipc_slots(
         own if rank == members.rank else rebuild(*arguments)
         for rank, (rebuild, arguments) in enumerate(everyones)
     ]
-    for rank, one in enumerate(slots):
-        if one.device != device:
+    for rank, rank_slots in enumerate(slots):
+        if rank_slots.device != device:
             raise PeerError(
                 "CUDA_VISIBLE_DEVICES must be alike on all ranks that share a GPU, got "
-                f"{one.device} of rank {rank} as {device}"
+                f"{rank_slots.device} of rank {rank} as {device}"
             )
-    return slots, [one.data_ptr() for one in slots]
+    return slots, [rank_slots.data_ptr() for rank_slots in slots]
 
 
 def _symmetric_slots(
