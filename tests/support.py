@@ -236,13 +236,13 @@ def raw_call(module: Module, *arrays: Any, op: str = "apply_qk_rms_norm") -> Non
     del alive
 
 
-def check_exact(module: Module, case: Case, *, what: str = "") -> None:
+def check_exact(module: Module, case: Case, *, label: str = "") -> None:
     """Call the entry point and compare both outputs with the reference, bit by bit."""
     expected = case.expected()
     raw_call(module, *case.tensors, case.epsilon)
     for name, wanted in zip(("q_out", "k_out"), expected, strict=True):
         wrong = reference.differing(getattr(case, name), wanted)
-        assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements; {what}"
+        assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements; {label}"
 
 
 # ---- levels ---------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ def _shards(
             arrays |= {f"{tag}_cache": _shared(shape, dtype) for tag in "kv"}
         scalars: dict[str, Any] = {"epsilon": EPSILON, "max_position": POSITIONS}
         scalars |= {"blocks": BLOCKS, "block_size": BLOCK_SIZE}
-        scalars["q_divisor"] = sum(one.q_cols for one in specs)
-        scalars["k_divisor"] = sum(one.k_cols for one in specs) // replicas
+        scalars["q_divisor"] = sum(of_rank.q_cols for of_rank in specs)
+        scalars["k_divisor"] = sum(of_rank.k_cols for of_rank in specs) // replicas
         scalars["k_weight"] = 1 / replicas
         for tensor in spec.tensors:
             if tensor.name in arrays:
