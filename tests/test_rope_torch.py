@@ -81,14 +81,6 @@ def rope_arguments(given: Arguments) -> Arguments:
     return {name: given[name] for name in ROPE}
 
 
-def clones(given: Arguments) -> Arguments:
-    """Return copies with the same strides."""
-    return {
-        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-        for name, x in given.items()
-    }
-
-
 # ---- the unfused graph --------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ class PeerWorkspace:
         except Exception as error:
             place, failure = _Place(error=f"{type(error).__name__}: {error}"), error
         places = _gathered(place, members)
-        wrong = _unreachable(places, place, device)
+        wrong = _unreachable(places)
         if wrong is not None:
             argument = any(place.error.startswith(("TypeError", "ValueError")) for place in places)
             raise (ValueError if argument else PeerError)(wrong) from failure
@@ -374,7 +374,7 @@ def _by_rank(values: Sequence[object]) -> str:
     return "; ".join(f"{value} on rank {rank}" for rank, value in enumerate(values) if value)
 
 
-def _unreachable(places: Sequence[_Place], own: _Place, device: Any) -> str | None:
+def _unreachable(places: Sequence[_Place]) -> str | None:
     """Return why the ranks have no common memory, in the same words on each, or None."""
     failed = _by_rank([place.error for place in places])
     if failed:
