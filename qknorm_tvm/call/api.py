@@ -442,7 +442,7 @@ def as_list(scale: Any) -> Any:
 def _check_bounds(name: str, indices: Any, of: Any) -> None:
     """Refuse positions or slots that are out of range, with the message of a CPU module.
 
-    Wrong arguments of any other kind are left to the module, but for those without numbers.
+    A wrong type or shape is left to the module, which refuses it at the call.
     """
     if indices is None:
         return

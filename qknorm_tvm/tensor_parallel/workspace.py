@@ -39,16 +39,16 @@ _by_handle: weakref.WeakValueDictionary[int, PeerWorkspace] = weakref.WeakValueD
 
 
 class PeerWorkspace:
-    """Slots in every rank's memory, by which one launch does what else takes an all-reduce.
+    """Slots in every rank's GPU memory, through which launches exchange sums without all-reduce.
 
-    Made by all ranks of a group together; every later use is without a word between their hosts.
-    Several layers may share one, and streams: a launch waits for the one before it, wherever that
-    was queued, except while a graph is captured, where the order is the caller's affair, as it is
-    between replays. All ranks make the same launches, in the same order, with as many rows each.
+    All ranks of a group make it together; their hosts do not communicate when it is used. All ranks
+    make the same launches, in the same order, with the same number of rows. Several layers and
+    streams may share a workspace: a launch waits for the one before it, on whatever stream that
+    was queued. While a graph is captured, and between replays, the order is up to the caller.
 
     It lives as long as somebody refers to it, and must outlive the graphs that captured its
-    launches. Any user may be the last: a launch of another rank writes to this rank's memory only
-    if this rank makes that launch too.
+    launches. Ranks may drop it at different times: a launch of another rank writes to this rank's
+    memory only if this rank makes that launch too.
 
     Where every rank has a GPU of its own the memory is that of
     ``torch.distributed._symmetric_memory``; where all ranks share one, of CUDA IPC. Ranks that
