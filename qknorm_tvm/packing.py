@@ -195,7 +195,7 @@ def write_wheel(pack: Path, wanted: Plan, out: Path) -> Path:
     names = [INDEX, *(file_name(specs) for specs in wanted.modules)]
     tag = f"py3-none-linux_{machine_of(wanted)}"
     info = f"{PACKAGE}-{__version__}.dist-info"
-    layers = "".join(f"* {one['model']} on {one['ranks']}\n" for one in wanted.layers)
+    layers = "".join(f"* {layer['model']} on {layer['ranks']}\n" for layer in wanted.layers)
     contents = {
         f"{PACKAGE}/__init__.py": b'"""Compiled modules of qknorm-tvm, which finds them here."""\n',
         **{f"{PACKAGE}/{name}": (pack / name).read_bytes() for name in names},

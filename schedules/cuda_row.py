@@ -101,7 +101,7 @@ class _Rotation:
 
     @property
     def lanes(self) -> int:
-        """Lanes between those of partners, by whose bit their numbers differ; 0: none do so."""
+        """The bit in which the lanes that hold partners differ; 0 where no shuffle reaches them."""
         group = self.rotary_dim // VECTOR
         paired = group & (group - 1) == 0 and group <= WARP and self.head_dim % self.rotary_dim == 0
         return group // 2 if self.aligned and not self.interleaved and paired else 0
@@ -116,7 +116,7 @@ class _Rotation:
         return VECTOR // 2 if self.in_vector else VECTOR
 
     def part(self, part: Any) -> Any:
-        """Return for which of a thread's vectors its cosines are loaded: one may do for all."""
+        """Return the part whose cosines a part's vector takes: 0 where all parts' are the same."""
         return T.int64(0) if CHUNK % self.head_dim == 0 else part
 
     def angle_of(self, e: Any) -> Any:
@@ -150,7 +150,7 @@ class _Rotation:
         return self.angle(column) + self.half
 
     def angle(self, column: Any) -> Any:
-        """Return where in a row of cosines a column's is, or the first of a vector's."""
+        """Return the index in a row of cosines for a column, or for the first one of a vector."""
         if self.interleaved:
             return tirx.floordiv(self.in_head(column), T.int64(2))
         return tirx.floormod(self.in_head(column), T.int64(self.half))
@@ -244,8 +244,8 @@ class _Operand:
     @property
     def aligned(self) -> bool:
         """Whether vectors are accessed as such: all of them, or all but the last of a row."""
-        whole = self.is_open or int(self.cols) % VECTOR == 0
-        return cuda_device.aligned_elements(self.x) > 1 and whole
+        in_vectors = self.is_open or int(self.cols) % VECTOR == 0
+        return cuda_device.aligned_elements(self.x) > 1 and in_vectors
 
     def warp(self, thread: Any) -> Any:
         return tirx.floordiv(thread - self.first_thread, T.int64(WARP))
@@ -269,8 +269,8 @@ class _Operand:
         return column + (e if self.aligned else e * WARP)
 
     def has_column(self, column: Any) -> Any:
-        whole = not self.in_rounds and int(self.cols) == self.step * CHUNK
-        return True if whole else column < self.cols
+        fills_step = not self.in_rounds and int(self.cols) == self.step * CHUNK
+        return True if fills_step else column < self.cols
 
     def has_vector(self, column: Any) -> Any:
         return column + VECTOR <= self.cols if self.is_open else True
@@ -339,7 +339,7 @@ def _rank_of_lane(t: _Thread) -> Any:
 
 
 def _of_operand(t: _Thread, of_q: Any, of_k: Any) -> Any:
-    """Return Q's in the lanes that exchange Q's sums, and K's in those that exchange K's."""
+    """Return `of_q` in the lanes that exchange Q's sums, `of_k` in those that exchange K's."""
     return T.Select(_lane(t.thread) < T.int64(MAX_RANKS), of_q, of_k)
 
 
@@ -374,13 +374,13 @@ def _access(buffer: Any) -> int:
 
 
 def _quotient(count: Any, step: Any) -> Any:
-    """Return how many steps make a count of chunks, or of slots, which 32 bits hold."""
+    """Return ``ceil(count / step)`` of chunks or slots, computed in 32 bits, which hold both."""
     short = [tirx.Cast("int32", term) for term in (count + (step - 1), step)]
     return tirx.Cast("int64", tirx.truncdiv(*short))
 
 
 def _pieces(threads: int, wanted: int) -> int:
-    """Return how many blocks share a row: the fewest, of equal size, of so many threads or less."""
+    """Return the fewest blocks of equal size, of `wanted` threads at most, that make `threads`."""
     warps = threads // WARP
     return next(n for n in range(1, warps + 1) if warps % n == 0 and threads // n <= wanted)
 
@@ -484,7 +484,7 @@ def _read(operand, registers, place, source, row, column, zeros):
 
 @T.inline
 def _read_elsewhere(operand, registers, place, source, row, column, place_of, count):
-    """Read what belongs to a vector's rotated columns, `count` neighbours from `place_of` on."""
+    """Read `count` neighbours from ``place_of(column)`` on, for the columns that are rotated."""
     rotation = T.meta_var(operand.rotation)
     if operand.aligned:
         if operand.has_column(column):
@@ -756,7 +756,7 @@ def _empty_slots(t):
 
 @T.inline
 def _sum_both(t, operands, i):
-    """Add up what the warps have left of a row of Q, and of K in the lanes that exchange it."""
+    """Add up the warps' sums of a row: Q's in the lanes that exchange Q, K's in those of K."""
     q, k = T.meta_var(operands[0]), T.meta_var(operands[1])
     width = T.meta_var(max(q.slot_width, k.slot_width))
     if width <= MAX_RANKS:

@@ -144,8 +144,8 @@ def rotates_vectors(spec: KernelSpec) -> bool:
 
 def has_whole_vectors(spec: KernelSpec) -> bool:
     """Return whether Q's and K's columns are whole vectors, or open."""
-    cols = (spec.q_cols, spec.k_cols)
-    return all(one is None or one % VECTOR == 0 for one in cols) and rotates_vectors(spec)
+    are_whole = (cols is None or cols % VECTOR == 0 for cols in (spec.q_cols, spec.k_cols))
+    return all(are_whole) and rotates_vectors(spec)
 
 
 def _aligned(spec: KernelSpec, name: str, config: CudaConfig, min_rows: int = 1) -> CudaVariant:
@@ -167,8 +167,8 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
             ),
             _aligned(spec, "decode", CudaConfig(dependent_launch=after)),
         ]
-    cols = [cols for cols in operand_cols(spec) if cols is not None]
-    vectors, warps = sum(cols) // VECTOR, sum(_ceil_div(one, CHUNK) for one in cols)
+    widths = [cols for cols in operand_cols(spec) if cols is not None]
+    vectors, warps = sum(widths) // VECTOR, sum(_ceil_div(cols, CHUNK) for cols in widths)
     is_long = warps > _MANY_WARPS
 
     def variant(name: str, min_rows: int, **choices: Any) -> CudaVariant:
@@ -182,17 +182,17 @@ def _aligned_variants(spec: KernelSpec) -> list[CudaVariant]:
             variant(name, min_rows, dependent_launch=after, **fields)
             for name, min_rows, fields in choices
         ]
-    found = [variant("decode", 1, columns=2 if is_long else 1, dependent_launch=after)]
+    variants = [variant("decode", 1, columns=2 if is_long else 1, dependent_launch=after)]
     if spec.operation.normalises:
         pairs = min(_MANY_BLOCKS, _ceil_div(_MANY_VECTORS, vectors))
-        found.append(
+        variants.append(
             variant("batch", pairs, rows=2, dependent_launch="first" if is_long else after)
         )
     elif not is_long:
-        found.append(variant("batch", _MANY_BLOCKS, rows=2, dependent_launch=after))
+        variants.append(variant("batch", _MANY_BLOCKS, rows=2, dependent_launch=after))
     if warps <= _FEW_WARPS:
-        found.append(variant("prefill", 3 * _MANY_BLOCKS, rows=4, dependent_launch=after))
-    return found[::-1]
+        variants.append(variant("prefill", 3 * _MANY_BLOCKS, rows=4, dependent_launch=after))
+    return variants[::-1]
 
 
 def _general_variants(spec: KernelSpec) -> list[CudaVariant]:

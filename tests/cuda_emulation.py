@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class Kernel:
             f"void** given) {{\n  return emulate(blocks, {threads}, reverse, [=] {{ {name}({passed}"
             "); });\n}\n"
         )
-        self.run = _compiled(text).run
+        self.library = _compiled(text)
 
     def __call__(self, blocks: int, values: Mapping[str, Any], *, reverse: bool = False) -> None:
         """Run a grid; arrays are given by name, and so are scalars."""
@@ -65,8 +67,18 @@ class Kernel:
             else:
                 held.append((ctypes.c_float if kind == "float" else ctypes.c_int64)(value))
         given = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        if self.run(ctypes.c_int64(blocks), int(reverse), given):
+        if self.library.run(ctypes.c_int64(blocks), int(reverse), given):
             raise AssertionError("not every thread comes to each shuffle and barrier")
+
+    def copy(self) -> Kernel:
+        """Return a kernel that may run at the same time: shared memory is its library's own."""
+        copied = copy.copy(self)
+        path = Path(self.library._name)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so") as file:
+            file.write(path.read_bytes())
+            file.flush()
+            copied.library = ctypes.CDLL(file.name)
+        return copied
 
 
 def _peer_access(match: re.Match[str]) -> str:

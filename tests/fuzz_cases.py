@@ -49,10 +49,10 @@ REFUSED = (
 
 
 class Choices(Protocol):
-    """Whatever a case is drawn from; `what` names the choice to whoever reads it."""
+    """Whatever a case is drawn from; `label` names the choice to whoever reads it."""
 
-    def one_of(self, options: Sequence[Any], what: str) -> Any: ...
-    def integer(self, low: int, high: int, what: str) -> int: ...
+    def one_of(self, options: Sequence[Any], label: str) -> Any: ...
+    def integer(self, low: int, high: int, label: str) -> int: ...
 
 
 class FromNumber:
@@ -61,10 +61,10 @@ class FromNumber:
     def __init__(self, number: int | np.random.Generator):
         self._rng = np.random.default_rng(number)
 
-    def one_of(self, options: Sequence[Any], what: str) -> Any:
+    def one_of(self, options: Sequence[Any], label: str) -> Any:
         return options[int(self._rng.integers(len(options)))]
 
-    def integer(self, low: int, high: int, what: str) -> int:
+    def integer(self, low: int, high: int, label: str) -> int:
         return int(self._rng.integers(low, high + 1))
 
 
@@ -561,7 +561,7 @@ def draw_case(
     if mistake == "dtype":
         # Angles of the model's type or of float32 only ask for another module.
         others = {kind.spec.in_dtype, "float32"} if victim == "cos_sin_cache" else set()
-        dtypes[victim] = choices.one_of([one for one in DTYPES if one not in others], "dtype")
+        dtypes[victim] = choices.one_of([dtype for dtype in DTYPES if dtype not in others], "dtype")
     elif mistake == "shape":
         shapes[victim] = _other_shape(choices, kind, victim, shapes[victim], rows)
     elif mistake == "rank":

@@ -36,7 +36,7 @@ from fuzz_cases import (
     draw_case,
     draw_kind,
 )
-from fuzz_mistakes import Given, spoil
+from fuzz_mistakes import Given, make_mistake
 from support import from_torch, raw_call, to_torch
 
 import qknorm_tvm
@@ -67,9 +67,9 @@ class Held:
 
 
 def _held(module: Module) -> Iterator[Held]:
-    code = [one for level in module.metadata["levels"] for one in level["code"]]
+    code = [kernel for level in module.metadata["levels"] for kernel in level["code"]]
     for spec in module.specs:
-        starts = {one.get("min_rows", 1) for one in code if one["spec"] == spec.text}
+        starts = {kernel.get("min_rows", 1) for kernel in code if kernel["spec"] == spec.text}
         if not spec.reproducible:  # on a GPU that is not torch's rsqrt
             yield Held(module, spec, tuple(sorted(starts - {1})))
 
@@ -133,15 +133,15 @@ class Fuzz:
         op = choices.one_of(list(self._held), "operation")
         held = choices.one_of(self._held[op], "spec")
         spec, rows = held.spec, choices.one_of(_ROWS, "rows")
-        cols = sum(one or _FEW_COLUMNS for one in (spec.q_cols, spec.k_cols))
+        cols = sum(cols or _FEW_COLUMNS for cols in (spec.q_cols, spec.k_cols))
         starts = [start for start in held.starts if start * cols <= _MOST_ELEMENTS]
         many = bool(starts) and choices.integer(0, 9, "many rows") == 0
         if many:
             rows = choices.one_of(starts, "kernel") + choices.one_of([-1, 0, 1, 7], "beside")
             self.done["many rows"] += 1
         q_cols, k_cols = (
-            one or (choices.integer(1, _FEW_COLUMNS, "few") if many else self._columns(choices))
-            for one in (spec.q_cols, spec.k_cols)
+            cols or (choices.integer(1, _FEW_COLUMNS, "few") if many else self._columns(choices))
+            for cols in (spec.q_cols, spec.k_cols)
         )
         kind = draw_kind(choices, spec.replace(q_cols=q_cols, k_cols=k_cols), rows)
         return held.module, kind, rows, many
@@ -161,9 +161,9 @@ class Fuzz:
     def _tensor(self, placed: Placed, name: str, region: Region) -> Any:
         """Return torch's tensor of a region."""
 
-        whole = placed.buffer.view(ELEMENT_TYPES[placed.arrays[name].dtype.name].torch)
+        elements = placed.buffer.view(ELEMENT_TYPES[placed.arrays[name].dtype.name].torch)
         strides = [stride // region.item for stride in region.strides]
-        return whole.as_strided(region.shape, strides, region.start // region.item)
+        return elements.as_strided(region.shape, strides, region.start // region.item)
 
     def _elsewhere(self, choices: Choices, given: Given) -> Any:
         """Return a tensor on a device that is not the call's."""
@@ -207,14 +207,14 @@ class Fuzz:
 
     def _api_call(self, choices: Choices, case: FuzzCase, placed: Placed) -> Call:
         op, legal, given = case.kind.op, case.is_legal(by_element=self.cuda), {}
-        for name, one in placed.given.items():
+        for name, tensor in placed.given.items():
             region = case.regions[name]
             if case.mistake == "device" and name == case.victim:
-                given[name] = self._elsewhere(choices, one)
+                given[name] = self._elsewhere(choices, tensor)
             elif region.is_plain() and choices.integer(0, 7, "torch's"):
                 given[name] = self._tensor(placed, name, region)
             else:
-                given[name] = Elsewhere(one.array, address=one.address, device=one.device)
+                given[name] = Elsewhere(tensor.array, address=tensor.address, device=tensor.device)
         if case.mistake == "none":
             given[case.victim] = None
         missing = [name for name in case.kind.spec.outputs if name not in given]
@@ -227,8 +227,8 @@ class Fuzz:
             legal = False  # no framework that could allocate them
 
         def function() -> dict[str, Any]:
-            found = getattr(qknorm_tvm, op.name)(**options)
-            by_name = dict(zip(op.outputs, found if op.normalises else (found,), strict=False))
+            outputs = getattr(qknorm_tvm, op.name)(**options)
+            by_name = dict(zip(op.outputs, outputs if op.normalises else (outputs,), strict=False))
             return {name: by_name[name] for name in missing}
 
         return Call(function, legal, _REFUSED_BY_API)
@@ -239,20 +239,22 @@ class Fuzz:
             if name not in case.regions or (case.mistake == "none" and name == case.victim):
                 arguments.append(None)
                 continue
-            region, one = case.regions[name], placed.given[name]
+            region, tensor = case.regions[name], placed.given[name]
             if case.mistake == "device" and name == case.victim:
-                arguments.append(self._elsewhere(choices, one))
+                arguments.append(self._elsewhere(choices, tensor))
             elif region.is_plain() and choices.one_of([True, False], "torch's"):
                 arguments.append(self._tensor(placed, name, region))
-            elif not one.array.size:  # nothing to read
-                arguments.append(one.raw(address=choices.one_of([0, 64], "address")))
+            elif not tensor.array.size:  # nothing to read
+                arguments.append(tensor.raw(address=choices.one_of([0, 64], "address")))
             else:
                 ahead = choices.one_of([0, 0, 8, 1 << 39], "byte offset")
-                arguments.append(one.raw(address=one.address - ahead, byte_offset=ahead))
+                arguments.append(tensor.raw(address=tensor.address - ahead, byte_offset=ahead))
         arguments += [case.epsilon] if op.has_epsilon else []
-        if legal and case.rows > 1 and choices.integer(0, 2, "spoil") == 0:
+        if legal and case.rows > 1 and choices.integer(0, 2, "mistake") == 0:
             rng, legal = np.random.default_rng(case.seed), False
-            case.mistake, case.victim, arguments = spoil(rng, case.kind, placed.given, arguments)
+            case.mistake, case.victim, arguments = make_mistake(
+                rng, case.kind, placed.given, arguments
+            )
 
         def function() -> dict[str, Any]:
             raw_call(module, *arguments, op=op.name)

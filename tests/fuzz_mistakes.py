@@ -44,7 +44,7 @@ def _other_device(
     kinds = [_CPU, _CUDA, _PINNED, 4, 7, 8, 9, 10, 12, 13, 14, 15, 16]
     # Modules for CPUs take pinned memory.
     right = (_CPU, _PINNED) if given[name].device[0] == _CPU else (_CUDA,)
-    kind = int(rng.choice([one for one in kinds if one not in right]))
+    kind = int(rng.choice([other for other in kinds if other not in right]))
     return given[name].raw(device=(kind, int(rng.integers(0, 3))))
 
 
@@ -146,11 +146,11 @@ def _bad_index(
     rng: np.random.Generator, kind: Kind, name: str, given: Mapping[str, Given]
 ) -> RawTensor | None:
     """Write a position or a slot that is not there; GPUs do not look."""
-    one = given[name]
-    if name not in INDICES or not one.array.size or one.device[0] != _CPU:
+    tensor = given[name]
+    if name not in INDICES or not tensor.array.size or tensor.device[0] != _CPU:
         return None
-    fill_indices(rng, name, one.array, kind, wrong=True)
-    return one.raw()
+    fill_indices(rng, name, tensor.array, kind, wrong=True)
+    return tensor.raw()
 
 
 _MISTAKES: dict[str, Callable[..., Any]] = {
@@ -167,7 +167,7 @@ _MISTAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def spoil(
+def make_mistake(
     rng: np.random.Generator, kind: Kind, given: Mapping[str, Given], arguments: list[Any]
 ) -> tuple[str, str, list[Any]]:
     """Make one mistake in a call that is right.
@@ -191,23 +191,23 @@ def spoil(
     absent = [name for name in names if name not in given]
     mistakes = [*_MISTAKES, "count", "none", *(["epsilon"] if op.has_epsilon else [])]
     mistakes += ["not asked for"] * bool(absent)
-    what = mistakes[int(rng.integers(len(mistakes)))]
-    if what == "epsilon":
-        return what, "", [*arguments[:-1], [math.nan, None, "1", True][int(rng.integers(4))]]
-    if what == "count":
+    mistake = mistakes[int(rng.integers(len(mistakes)))]
+    if mistake == "epsilon":
+        return mistake, "", [*arguments[:-1], [math.nan, None, "1", True][int(rng.integers(4))]]
+    if mistake == "count":
         count = int(rng.integers(len(arguments)))
-        return what, "", arguments[:count] if count else [*arguments, 1, 1]
+        return mistake, "", arguments[:count] if count else [*arguments, 1, 1]
     victims = {"not asked for": absent, "index": [name for name in INDICES if name in given]}
-    among = victims.get(what) or kind.tensors
+    among = victims.get(mistake) or kind.tensors
     victim = among[int(rng.integers(len(among)))]
-    if what == "none":
+    if mistake == "none":
         changed = None
-    elif what == "not asked for":
+    elif mistake == "not asked for":
         changed = given["gamma_q"].raw()
     else:
-        changed = _MISTAKES[what](rng, kind, victim, given)
+        changed = _MISTAKES[mistake](rng, kind, victim, given)
         if changed is None:
-            what, changed = "device", _other_device(rng, kind, victim, given)
+            mistake, changed = "device", _other_device(rng, kind, victim, given)
     arguments = list(arguments)
     arguments[names.index(victim)] = changed
-    return what, victim, arguments
+    return mistake, victim, arguments

@@ -237,13 +237,13 @@ def raw_call(module: Module, *arrays: Any, op: str = "apply_qk_rms_norm") -> Non
     del alive
 
 
-def check_exact(module: Module, case: Case, *, what: str = "") -> None:
+def check_exact(module: Module, case: Case, *, label: str = "") -> None:
     """Call the entry point and compare both outputs with the reference, bit by bit."""
     expected = case.expected()
     raw_call(module, *case.tensors, case.epsilon)
     for name, wanted in zip(("q_out", "k_out"), expected, strict=True):
         wrong = reference.differing(getattr(case, name), wanted)
-        assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements; {what}"
+        assert wrong == 0, f"{name} differs in {wrong} of {wanted.size} elements; {label}"
 
 
 # ---- levels ---------------------------------------------------------------------------------
@@ -369,6 +369,26 @@ def smallest() -> Path:
 
 
 # ---- child processes ------------------------------------------------------------------------
+
+#: Waits for the file that an argument names, if one does; then computes `COMPUTED` through the
+#: public API and checks the result. Prints whether the compiler was needed.
+COMPUTE = """
+import os, sys, time
+import numpy as np
+import tvm_ffi
+import qknorm_tvm
+from qknorm_tvm.check import reference
+q, k = np.ones((2, 5), np.float32) / 3, np.ones((2, 3), np.float32) / 7
+var, gamma = np.full((2, 2), 0.3, np.float32), np.full(5, 1.7, np.float32)
+arguments = q, k, var, gamma, gamma[:3]
+while len(sys.argv) > 1 and not os.path.exists(sys.argv[1]):
+    time.sleep(0.002)
+outputs = qknorm_tvm.apply_qk_rms_norm(*arguments)
+for got, want in zip(outputs, reference.apply_qk_rms_norm(*arguments)):
+    assert reference.differing(got, want) == 0
+print("tvm" in sys.modules)
+"""
+COMPUTED = KernelSpec(in_dtype="float32", q_cols=5, k_cols=3, target=OWN)
 
 
 def engine_python(engine: str, variable: str, group: str) -> str:

@@ -254,12 +254,12 @@ def _apply(
 def _rows_of(dtype: str, cols: int, rows: int, pad: int, *, wild: bool) -> np.ndarray:
     """Return rows of a wider array, of many magnitudes; every fourth may hold anything."""
     rng = np.random.default_rng([cols, rows, pad])
-    whole = random_values(rng, (rows, cols + pad), dtype)
+    padded = random_values(rng, (rows, cols + pad), dtype)
     if not wild:
         tame = rng.standard_normal((rows, cols + pad), np.float32)
         keep = np.arange(rows) % 4 != 3
-        whole[keep] = tame.astype(whole.dtype)[keep]
-    return whole[:, :cols]
+        padded[keep] = tame.astype(padded.dtype)[keep]
+    return padded[:, :cols]
 
 
 @pytest.mark.slow

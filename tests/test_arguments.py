@@ -47,13 +47,6 @@ def array(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return np.full(shape, 1, dtype)
 
 
-def _shifted(base: np.ndarray, elements: int) -> np.ndarray:
-    """Return the same shape and strides, `elements` further."""
-    memory = base_of(base).reshape(-1)
-    start = (base.ctypes.data - memory.ctypes.data) // base.itemsize + elements
-    return memory[start : start + base.size].reshape(base.shape)
-
-
 @dataclasses.dataclass
 class Bad:
     """One mistake: how it is made, and what must be said of it."""
@@ -65,12 +58,6 @@ class Bad:
     #: What is said instead by the raw entry point, where it sees something else.
     raw_message: str | None = None
     front_ends: tuple[str, ...] = ("numpy", "torch", "raw")
-
-
-def _with_spare(shape: tuple[int, int], spare: int) -> np.ndarray:
-    """Return an array with `spare` elements after it that belong to the same memory."""
-    size = shape[0] * shape[1]
-    return np.ones(size + spare, np.float32)[:size].reshape(shape)
 
 
 def _swap(name: str, value: Callable[[Case], Any]) -> Callable[[Case], dict[str, Any]]:

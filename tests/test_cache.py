@@ -13,37 +13,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import compiled, environment, make_case, run_python
+from support import COMPUTE, COMPUTED, compiled, environment, make_case, run_python
 
 import qknorm_tvm
 from qknorm_tvm import KernelSpec, Module, ModuleFileError, load
 from qknorm_tvm.call import cache
 from qknorm_tvm.check import reference
-from qknorm_tvm.targets import host_cpu_target
-
-#: Computes with columns 5 and 3 through the public API and checks the result.
-_USE = """
-import sys
-import numpy as np
-import qknorm_tvm
-from qknorm_tvm.check import reference
-q, k = np.ones((2, 5), np.float32) / 3, np.ones((2, 3), np.float32) / 7
-var, gamma = np.full((2, 2), 0.3, np.float32), np.full(5, 1.7, np.float32)
-arguments = q, k, var, gamma, gamma[:3]
-outputs = qknorm_tvm.apply_qk_rms_norm(*arguments)
-for got, want in zip(outputs, reference.apply_qk_rms_norm(*arguments)):
-    assert reference.differing(got, want) == 0
-print("tvm" in sys.modules)
-"""
-
-
-def _spec() -> KernelSpec:
-    return KernelSpec(in_dtype="float32", q_cols=5, k_cols=3, target=host_cpu_target())
 
 
 def _use(folder: Path, **env: str) -> bool:
     """Compute in a fresh process; returns whether the compiler was needed."""
-    done = run_python(_USE, env={"QKNORM_TVM_CACHE_DIR": str(folder), **env})
+    done = run_python(COMPUTE, env={"QKNORM_TVM_CACHE_DIR": str(folder), **env})
     return done.stdout.strip() == "True"
 
 
@@ -54,15 +34,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file that the cache holds for `_USE`, built once."""
+    """The file that the cache holds for `COMPUTE`, built once."""
     folder = tmp_path_factory.mktemp("built") / "cache"
     assert _use(folder)
-    return (folder / cache.cache_key(_spec())).read_bytes()
+    return (folder / cache.cache_key(COMPUTED)).read_bytes()
 
 
 def _fill(folder: Path, content: bytes) -> Path:
     folder.mkdir(mode=0o700)
-    path = folder / cache.cache_key(_spec())
+    path = folder / cache.cache_key(COMPUTED)
     path.write_bytes(content)
     path.chmod(0o755)
     return path
@@ -102,7 +82,7 @@ def test_unusable_file_is_built_again(kind: str, folder: Path, built: bytes) -> 
         "text": b"not a library",
     }.get(kind)
     if content is None:
-        other = _spec().replace(q_cols=6)
+        other = COMPUTED.replace(q_cols=6)
         with environment(QKNORM_TVM_CACHE_DIR=str(folder.with_name("other"))):
             content = cache.module_for(other).path.read_bytes()
     path = _fill(folder, content)
@@ -134,7 +114,7 @@ def test_file_of_somebody_else_is_built_again(folder: Path, built: bytes) -> Non
     _needs_root()
     path = _fill(folder, built)
     os.chown(path, _NOBODY, -1)
-    assert not cache._usable(path, _spec())
+    assert not cache._usable(path, COMPUTED)
     assert _use(folder)
     assert path.stat().st_uid == os.getuid()
     assert path.read_bytes() == built
@@ -145,9 +125,9 @@ def test_file_that_a_group_or_others_may_write_to_is_not_used(
     mode: int, folder: Path, built: bytes
 ) -> None:
     path = _fill(folder, built)
-    assert cache._usable(path, _spec())
+    assert cache._usable(path, COMPUTED)
     path.chmod(mode)
-    assert not cache._usable(path, _spec())
+    assert not cache._usable(path, COMPUTED)
 
 
 @pytest.mark.slow
@@ -157,15 +137,15 @@ def test_link_is_judged_by_what_it_leads_to(folder: Path, built: bytes, tmp_path
     other = tmp_path / "other.so"
     path.rename(other)
     path.symlink_to(other)
-    assert cache._usable(path, _spec())
+    assert cache._usable(path, COMPUTED)
     other.chmod(0o777)
-    assert not cache._usable(path, _spec())
+    assert not cache._usable(path, COMPUTED)
     assert _use(folder)
     assert not path.is_symlink()
     assert path.read_bytes() == built
     path.unlink()
     path.symlink_to(tmp_path / "nowhere.so")
-    assert not cache._usable(path, _spec())
+    assert not cache._usable(path, COMPUTED)
 
 
 def test_folder_swapped_after_the_check(
@@ -187,15 +167,15 @@ def test_folder_swapped_after_the_check(
 
     monkeypatch.setattr(cache, "_usable", check_then_swap)
     with environment(QKNORM_TVM_CACHE_DIR=str(folder)):
-        module = cache._load_or_build(_spec())
+        module = cache._load_or_build(COMPUTED)
     assert path.read_bytes() == theirs.read_bytes()
-    assert module.specs == [_spec()]
+    assert module.specs == [COMPUTED]
 
 
 def test_what_is_written_is_the_users_whatever_the_umask(folder: Path) -> None:
     """A module or a lock that others may write to, from a process that masks nothing."""
     with environment(QKNORM_TVM_CACHE_DIR=str(folder)):
-        run_python("import os; os.umask(0)\n" + _USE)
+        run_python("import os; os.umask(0)\n" + COMPUTE)
     modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert modes == {".so": 0o755, ".lock": 0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -204,7 +184,7 @@ def test_what_is_written_is_the_users_whatever_the_umask(folder: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_at_once(folder: Path, built: bytes) -> None:
     """Two writers of one file; a reader of half a file."""
-    code = 'import sys\nsys.modules["torch"] = None\n' + _USE
+    code = 'import sys\nsys.modules["torch"] = None\n' + COMPUTE
     env = {**os.environ, "QKNORM_TVM_CACHE_DIR": str(folder)}
     running = [
         subprocess.Popen(
@@ -215,8 +195,8 @@ def test_four_processes_at_once(folder: Path, built: bytes) -> None:
     ends = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0] * 4, ends
     assert sum(out.strip() == b"True" for out, _ in ends) == 1, "compiled more than once"
-    assert (folder / cache.cache_key(_spec())).read_bytes() == built
-    assert _modules(folder) == [cache.cache_key(_spec())]
+    assert (folder / cache.cache_key(COMPUTED)).read_bytes() == built
+    assert _modules(folder) == [cache.cache_key(COMPUTED)]
 
 
 def test_folder_is_made_for_its_user_alone(folder: Path, built: bytes) -> None:
@@ -262,7 +242,7 @@ def test_folder_given_to_somebody_else_is_refused_in_a_call(folder: Path, built:
     _needs_root()
     path = _fill(folder, built)
     os.chown(folder, _NOBODY, -1)
-    done = run_python(_USE, env={"QKNORM_TVM_CACHE_DIR": str(folder)}, check=False)
+    done = run_python(COMPUTE, env={"QKNORM_TVM_CACHE_DIR": str(folder)}, check=False)
     assert done.returncode == 1
     assert f"ModuleFileError: {folder} belongs to another user (uid {_NOBODY})" in done.stderr
     assert "set QKNORM_TVM_CACHE_DIR to a folder of your own" in done.stderr
@@ -320,7 +300,7 @@ def test_with_a_folder_nothing_is_warned_of(
 
 def test_memory_holds_one_module_a_spec() -> None:
     """A file read and checked at every call."""
-    assert cache.module_for(_spec()) is cache.module_for(_spec())
+    assert cache.module_for(COMPUTED) is cache.module_for(COMPUTED)
 
 
 _OTHER = {
@@ -362,7 +342,7 @@ def test_a_given_module_serves_no_call_of_another_spec(field: str) -> None:
     def holding(spec: KernelSpec) -> Module:
         return Module(Path(), {"specs": [spec.to_dict()]}, SimpleNamespace(get_function=str))
 
-    spec, other = _spec(), _OTHER
+    spec, other = COMPUTED, _OTHER
     if field in _OTHER_ROTATION:
         spec, other = spec.replace(**_ROTATION), _OTHER_ROTATION
     else:
@@ -377,21 +357,21 @@ def test_after_use_of_a_reproducible_module_ordinary_calls_are_not_its(
 ) -> None:
     monkeypatch.setattr(cache, "_given", [])
     monkeypatch.setattr(cache, "_loaded", {})
-    spec = _spec().replace(reproducible=True)
+    spec = COMPUTED.replace(reproducible=True)
     given = load(compiled("reproducible", spec))
     qknorm_tvm.use(given)
     assert cache.module_for(spec) is given
-    assert cache.module_for(_spec()) is not given
+    assert cache.module_for(COMPUTED) is not given
     qknorm_tvm.call.cache.forget_entries()
 
 
 def test_key_changes_with_versions_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code of an older version that is served after an upgrade."""
-    key = cache.cache_key(_spec())
-    assert key.startswith(_spec().digest)
-    assert cache.cache_key(_spec().replace(q_cols=6)) != key
+    key = cache.cache_key(COMPUTED)
+    assert key.startswith(COMPUTED.digest)
+    assert cache.cache_key(COMPUTED.replace(q_cols=6)) != key
     monkeypatch.setattr(cache, "_source_digest", lambda: "other")
-    other = cache.cache_key(_spec())
+    other = cache.cache_key(COMPUTED)
     assert other != key
     monkeypatch.setattr("qknorm_tvm.call.compiled.versions", lambda: {"apache-tvm": "9"})
-    assert cache.cache_key(_spec()) not in (key, other)
+    assert cache.cache_key(COMPUTED) not in (key, other)

@@ -569,11 +569,11 @@ def test_broken_files_exit_with_2(
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_truncated_files_are_refused(kind: str, tmp_path: Path) -> None:
-    whole, part = tmp_path / f"whole.{kind}", tmp_path / f"part.{kind}"
-    np.savez(whole, **arrays()) if kind == "npz" else save_file(arrays(), str(whole))
-    part.write_bytes(whole.read_bytes()[:-100])
+    complete, truncated = tmp_path / f"complete.{kind}", tmp_path / f"truncated.{kind}"
+    np.savez(complete, **arrays()) if kind == "npz" else save_file(arrays(), str(complete))
+    truncated.write_bytes(complete.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read as"):
-        read_activations(part)
+        read_activations(truncated)
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -615,9 +615,9 @@ def test_verify_fails_where_a_result_differs(
     assert "q_out[2, 3] is" in shown
 
 
-@pytest.mark.parametrize("spoil", ["beside an output", "an input"])
-def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> None:
-    class Spoiling:
+@pytest.mark.parametrize("corrupted", ["beside an output", "an input"])
+def test_writes_outside_the_outputs_are_found(corrupted: str, module: Module) -> None:
+    class Corrupting:
         library, metadata = module.library, module.metadata
         active_level = module.active_level
 
@@ -625,7 +625,7 @@ def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> Non
         def apply_qk_rms_norm(*arguments: object) -> None:
             module.apply_qk_rms_norm(*arguments)
             placed = made[-1]
-            if spoil == "an input":
+            if corrupted == "an input":
                 placed.arrays["qk_var"][0, 0] += 1
             else:
                 base_of(placed.arrays["q_out"])[3] ^= 1
@@ -641,7 +641,7 @@ def test_writes_outside_the_outputs_are_found(spoil: str, module: Module) -> Non
     report = verification.Report()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "Placed", recorded)
-        verification.run_case(Spoiling, case, verification.Cpu(), report)  # type: ignore[arg-type]
+        verification.run_case(Corrupting, case, verification.Cpu(), report)  # type: ignore[arg-type]
     assert not report.exact
     assert report.groups["shapes and layouts"].stray_writes == len(layouts.LAYOUTS)
 
@@ -948,7 +948,7 @@ def test_verification_of_a_gpu_on_this_cpu(module: Module) -> None:
     """Memory that comes back from the device without what was written there."""
     pytest.importorskip("torch", reason="runs on tensors of torch, which is not installed")
 
-    class Spoiling:
+    class Corrupting:
         metadata = module.metadata
 
         @staticmethod
@@ -968,7 +968,7 @@ def test_verification_of_a_gpu_on_this_cpu(module: Module) -> None:
     tally = report.groups[case.group]
     assert tally.checks == len(layouts.LAYOUTS) + 1
     assert tally.torch_elements == tally.checks * 17 * (24 + 8)
-    verification.run_case(Spoiling, case, device, report)  # type: ignore[arg-type]
+    verification.run_case(Corrupting, case, device, report)  # type: ignore[arg-type]
     assert tally.stray_writes == len(case.layouts)
     assert not report.exact
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from support import compiled, ffi_tensors, make_case, run_python, smallest
+from support import COMPUTE, COMPUTED, compiled, ffi_tensors, make_case, run_python, smallest
 from tvm_ffi import libinfo
 
 import qknorm_tvm
@@ -27,7 +27,6 @@ from qknorm_tvm import KernelSpec, load
 from qknorm_tvm.call import cache
 from qknorm_tvm.check import reference
 from qknorm_tvm.load import module_file
-from qknorm_tvm.targets import host_cpu_target
 
 _SCALE = 10 if os.environ.get("QKNORM_TVM_CAMPAIGN") else 1
 _LARGE = KernelSpec(in_dtype="bfloat16", q_cols=1536, k_cols=256)
@@ -54,7 +53,10 @@ def _start(code: str, *args: str, env: dict[str, str] | None = None) -> subproce
 
 
 def test_sixteen_threads_while_the_number_of_threads_changes() -> None:
-    """A launch whose tasks are shared out by one setting and drawn by another."""
+    """A launch whose tasks are shared out by one setting and drawn by another, or lost.
+
+    Or a call's state that another thread's call overwrites.
+    """
     module = load(compiled("large", _LARGE))
     errors: list[str] = []
     done = threading.Event()
@@ -227,28 +229,6 @@ def test_threads_that_ask_for_new_specs_at_once(tmp_path: Path) -> None:
 
 # ---- processes -----------------------------------------------------------------------------------
 
-#: Waits for the file named first, then computes through the public API.
-_USE = """
-import os, sys, time
-import numpy as np
-import tvm_ffi
-import qknorm_tvm
-from qknorm_tvm.check import reference
-q, k = np.ones((2, 5), np.float32) / 3, np.ones((2, 3), np.float32) / 7
-var, gamma = np.full((2, 2), 0.3, np.float32), np.full(5, 1.7, np.float32)
-arguments = q, k, var, gamma, gamma[:3]
-while len(sys.argv) > 1 and not os.path.exists(sys.argv[1]):
-    time.sleep(0.002)
-outputs = qknorm_tvm.apply_qk_rms_norm(*arguments)
-for got, want in zip(outputs, reference.apply_qk_rms_norm(*arguments)):
-    assert reference.differing(got, want) == 0
-print("tvm" in sys.modules)
-"""
-
-
-def _spec() -> KernelSpec:
-    return KernelSpec(in_dtype="float32", q_cols=5, k_cols=3, target=host_cpu_target())
-
 
 def _only_whole_files(folder: Path) -> None:
     """Check that each file under a module's name is whole, and that others are named otherwise."""
@@ -263,8 +243,8 @@ def _clean(folder: Path) -> None:
         with filelock.FileLock(path, timeout=10):
             pass
     env = {"QKNORM_TVM_CACHE_DIR": str(folder)}
-    run_python(_USE, env=env)
-    assert run_python(_USE, env=env).stdout == "False\n", "compiled again"
+    run_python(COMPUTE, env=env)
+    assert run_python(COMPUTE, env=env).stdout == "False\n", "compiled again"
     _only_whole_files(folder)
 
 
@@ -272,7 +252,9 @@ def _clean(folder: Path) -> None:
 def test_sixteen_processes_start_with_an_empty_cache(tmp_path: Path) -> None:
     """Sixteen ranks of one node that each compile, or read what another is writing."""
     folder, go = tmp_path / "cache", tmp_path / "go"
-    running = [_start(_USE, str(go), env={"QKNORM_TVM_CACHE_DIR": str(folder)}) for _ in range(16)]
+    running = [
+        _start(COMPUTE, str(go), env={"QKNORM_TVM_CACHE_DIR": str(folder)}) for _ in range(16)
+    ]
     time.sleep(3)
     go.touch()
     ends = [process.communicate(timeout=240) for process in running]
@@ -280,7 +262,7 @@ def test_sixteen_processes_start_with_an_empty_cache(tmp_path: Path) -> None:
     assert sum(out == "True\n" for out, _ in ends) == 1, "compiled more than once"
     assert not any(err for _, err in ends), ends
     assert [path.name for path in folder.iterdir() if path.suffix != ".lock"] == [
-        cache.cache_key(_spec())
+        cache.cache_key(COMPUTED)
     ]
     _only_whole_files(folder)
 
@@ -306,7 +288,7 @@ def test_killed_while_compiling(tmp_path: Path) -> None:
     delays = random.Random(1)
     for _ in range(5 * _SCALE):
         # Importing TVM and compiling take two to four seconds.
-        _kill(_start(_USE, env=env), 0.3 + 3.2 * delays.random())
+        _kill(_start(COMPUTE, env=env), 0.3 + 3.2 * delays.random())
         if folder.exists():
             _only_whole_files(folder)
             for path in folder.glob("*.so"):  # it was fast: let the next one compile too
@@ -328,10 +310,10 @@ def test_who_waits_for_a_killed_compilation_compiles(tmp_path: Path) -> None:
             time.sleep(600)
         build.compile = compile
         """
-    first = _start(textwrap.dedent(never_ends) + _USE, env=env)
+    first = _start(textwrap.dedent(never_ends) + COMPUTE, env=env)
     assert first.stdout is not None
     assert first.stdout.readline() == "compiling\n"
-    second = _start(_USE, env=env)
+    second = _start(COMPUTE, env=env)
     time.sleep(2)
     assert second.poll() is None, "it did not wait"
     first.send_signal(signal.SIGKILL)
@@ -385,14 +367,14 @@ def test_killed_while_writing_to_the_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     env = {"QKNORM_TVM_CACHE_DIR": str(folder)}
     # What is written is the module that belongs there, compiled once.
-    run_python(_USE, env=env)
+    run_python(COMPUTE, env=env)
     source = tmp_path / "source.so"
     (built,) = folder.glob("*.so")
     source.write_bytes(built.read_bytes())
     delays = random.Random(2)
     for _ in range(8 * _SCALE):
         _kill_when_ready(
-            _start(_WRITING, str(source), _spec().text, env=env), 0.15 * delays.random()
+            _start(_WRITING, str(source), COMPUTED.text, env=env), 0.15 * delays.random()
         )
         _only_whole_files(folder)
     _clean(folder)

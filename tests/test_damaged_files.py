@@ -190,8 +190,8 @@ def test_commands_refuse_it_in_one_line(
     elif kind == "/dev/null":
         path = Path(kind)
     else:
-        whole = smallest().read_bytes()
-        path.write_bytes({"truncated": whole[:3000], "empty": b""}.get(kind, b"some text\n" * 99))
+        content = smallest().read_bytes()
+        path.write_bytes({"truncated": content[:3000], "empty": b""}.get(kind, b"some text\n" * 99))
     assert main([command, str(path)]) == 2
     captured = capsys.readouterr()
     assert not captured.out

@@ -1,4 +1,4 @@
-"""The exchange between ranks on CUDA: generated kernels run on the CPU, a process for each rank.
+"""The exchange between ranks on CUDA: generated kernels run on the CPU, a thread for each rank.
 
 Shows slots, turns, the order of summation and giving up; nothing of the device's memory model or
 its speed, which are tested in ``gpu/``.
@@ -7,11 +7,9 @@ its speed, which are tested in ``gpu/``.
 from __future__ import annotations
 
 import dataclasses
-import mmap
-import os
 import shutil
+import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -36,21 +34,14 @@ _SLOW = pytest.mark.slow
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
-def _shared(shape: tuple[int, ...], dtype: Any) -> npt.NDArray:
-    """Return zeros that processes made afterwards share."""
-    count = int(np.prod(shape))
-    memory = mmap.mmap(-1, max(1, count) * np.dtype(dtype).itemsize)
-    return np.frombuffer(memory, dtype, count).reshape(shape)
-
-
 class Ranks:
-    """Slots and states of several ranks, in memory that their processes share."""
+    """Slots and states of several ranks."""
 
     def __init__(self, count: int, max_rows: int, timeout: float = 0):
         self.count, self.max_rows = count, max_rows
-        self.slots = [_shared((peers.slot_count(max_rows),), np.uint32) for _ in range(count)]
-        self.states = [_shared((peers.TURNS + max_rows,), np.int64) for _ in range(count)]
-        self.reports = [_shared((1,), np.int64) for _ in range(count)]
+        self.slots = [np.zeros((peers.slot_count(max_rows),), np.uint32) for _ in range(count)]
+        self.states = [np.zeros((peers.TURNS + max_rows,), np.int64) for _ in range(count)]
+        self.reports = [np.zeros((1,), np.int64) for _ in range(count)]
         self.addresses = np.array([slots.ctypes.data for slots in self.slots], np.int64)
         for rank, state in enumerate(self.states):
             self.slots[rank][:] = peers.EMPTY
@@ -64,34 +55,28 @@ class Ranks:
         }  # fmt: skip
 
     def run(self, work: Callable[[int], None], seconds: float = 60) -> None:
-        """Run a function of the rank in a process for each."""
-        children = []
-        for rank in range(self.count):
-            child = os.fork()
-            if not child:
-                status = 1
-                try:
-                    work(rank)
-                    status = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(status)
-            children.append(child)
-        end, failed = time.monotonic() + seconds, []
-        while children:
-            for child in list(children):
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    children.remove(child)
-                    failed += [child] if status else []
-            if time.monotonic() > end:
-                for child in children:
-                    os.kill(child, 9)
-                    os.waitpid(child, 0)
-                pytest.fail(f"{len(children)} of {self.count} ranks wait for ever")
-            time.sleep(0.01)
-        assert not failed
+        """Run a function of the rank in a thread for each; kernels run without Python's lock."""
+        errors: list[BaseException] = []
+
+        def run(rank: int) -> None:
+            try:
+                work(rank)
+            except BaseException as error:
+                errors.append(error)
+
+        # Daemons: a rank that waits for ever must not keep this process from ending.
+        threads = [
+            threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(self.count)
+        ]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + seconds
+        for thread in threads:
+            thread.join(max(0, end - time.monotonic()))
+        if errors:
+            raise errors[0]
+        waiting = sum(thread.is_alive() for thread in threads)
+        assert not waiting, f"{waiting} of {self.count} ranks wait for ever"
 
 
 @dataclasses.dataclass
@@ -135,7 +120,7 @@ def _shards(
         arrays |= {"gamma_q": a.gamma_q, "gamma_k": a.gamma_k}
         dtype = NUMPY_DTYPES[spec.in_dtype]
         for tag in "qk":
-            arrays[f"{tag}_out"] = _shared(arrays[tag].shape, dtype)
+            arrays[f"{tag}_out"] = np.zeros(arrays[tag].shape, dtype)
         if spec.rotary_dim:
             arrays["positions"] = rng.integers(0, POSITIONS, rows).astype(np.int64)
             angles = rng.uniform(0, 6.3, (POSITIONS, spec.rotary_dim // 2))
@@ -144,11 +129,11 @@ def _shards(
         if spec.operation.has_cache:
             arrays["slot_mapping"] = rng.permutation(BLOCKS * BLOCK_SIZE)[:rows].astype(np.int64)
             shape = (BLOCKS, BLOCK_SIZE, spec.kv_heads, spec.head_dim)
-            arrays |= {f"{tag}_cache": _shared(shape, dtype) for tag in "kv"}
+            arrays |= {f"{tag}_cache": np.zeros(shape, dtype) for tag in "kv"}
         scalars: dict[str, Any] = {"epsilon": EPSILON, "max_position": POSITIONS}
         scalars |= {"blocks": BLOCKS, "block_size": BLOCK_SIZE}
-        scalars["q_divisor"] = sum(one.q_cols for one in specs)
-        scalars["k_divisor"] = sum(one.k_cols for one in specs) // replicas
+        scalars["q_divisor"] = sum(of_rank.q_cols for of_rank in specs)
+        scalars["k_divisor"] = sum(of_rank.k_cols for of_rank in specs) // replicas
         scalars["k_weight"] = 1 / replicas
         for tensor in spec.tensors:
             if tensor.name in arrays:
@@ -156,7 +141,7 @@ def _shards(
                 for name, stride in zip(tensor.stride_names, x.strides, strict=False):
                     scalars[name] = stride // x.itemsize // variant.stride_unit
         shards.append(
-            Shard(spec, kernels[spec], variant, arrays | ranks.arguments(rank),
+            Shard(spec, kernels[spec].copy(), variant, arrays | ranks.arguments(rank),
                   scalars | ranks.arguments(rank))
         )  # fmt: skip
     return shards

@@ -63,7 +63,7 @@ class _Memory:
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
-        self.whole: dict[str, npt.NDArray] = {}
+        self.allocations: dict[str, npt.NDArray] = {}
 
     def place(self, name: str, x: npt.NDArray, strides: tuple[int, ...], odd: bool) -> npt.NDArray:
         """Copy to memory with strides of its own, counted in elements; odd: off by an element."""
@@ -71,7 +71,7 @@ class _Memory:
         raw = self.rng.integers(0, 200, (size + 1) * x.itemsize + 64, np.uint8)
         start = -raw.ctypes.data % 64 + odd * x.itemsize
         flat = raw[start : start + size * x.itemsize].view(x.dtype)
-        self.whole[name] = raw
+        self.allocations[name] = raw
         view = np.lib.stride_tricks.as_strided(flat, x.shape, [s * x.itemsize for s in strides])
         view[...] = x
         return view
@@ -166,7 +166,7 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
         zeros = np.zeros(shape, cache_dtype)
         arrays[name] = memory.place(name, zeros, (block, slot, head, 1), layout.odd)
     # What memory is to hold afterwards.
-    before = {name: raw.copy() for name, raw in memory.whole.items()}
+    before = {name: raw.copy() for name, raw in memory.allocations.items()}
     scalars: dict[str, Any] = {"epsilon": EPSILON, "row_tiles": ROWS, "slots": len(slots)}
     scalars |= {"block_size": BLOCK_SIZE, "blocks": BLOCKS, "max_position": POSITIONS}
     scalars |= {f"{tag}_scale_count": len(x[f"{tag}_scale"]) for tag in "kv"}
@@ -196,7 +196,7 @@ def _check(spec: KernelSpec, variant: CudaVariant, kernel: Kernel, layout: _Layo
             assert reference.differing(arrays[name], stored) == 0, (name, *about)
             arrays[name][...] = 0
     # Nothing else was written.
-    for name, raw in memory.whole.items():
+    for name, raw in memory.allocations.items():
         if layout.in_place and name in ("q", "k") and f"{name}_out" in given:
             arrays[name][...] = x[name]
         assert (raw == before[name]).all(), (name, *about)

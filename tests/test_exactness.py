@@ -132,7 +132,7 @@ def test_all_16_bit_patterns_under_special_variances_and_gammas(
     """A rounding, a denormal or a NaN that the vector code treats unlike the float32 graph."""
     for gamma in range(0, len(SPECIAL_GAMMAS), 3):
         case = _special_case(all_patterns(in_dtype), *MIXED, out_dtype, gamma)
-        check_exact(pairing_module, case, what=f"gammas rolled by {gamma}")
+        check_exact(pairing_module, case, label=f"gammas rolled by {gamma}")
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6, 1e-45, 1e-300, -0.5, 1, float("inf"), 1e39])
@@ -180,7 +180,7 @@ def test_float32_values_at_rounding_ties(pairing_module: Module, out_dtype: str)
     case = make_case(64, *MIXED, "float32", out_dtype)
     case.q, case.k = values, values[:, 5:36].copy()
     case.gamma_q[:], case.gamma_k[:], case.qk_var[:], case.epsilon = 1, 1, 1, 0.0
-    check_exact(pairing_module, case, what="scaled by one")
+    check_exact(pairing_module, case, label="scaled by one")
 
 
 @pytest.mark.parametrize("in_dtype", DTYPES)
@@ -339,13 +339,13 @@ def _layouts(case: Case) -> Iterator[tuple[str, Case]]:
 @pytest.mark.parametrize(("in_dtype", "out_dtype"), PAIRINGS)
 def test_layouts(pairing_module: Module, in_dtype: str, out_dtype: str, rows: int) -> None:
     """A stride or an alignment that the code assumed; a write beside an output's rows."""
-    for what, case in _layouts(make_case(rows, *MIXED, in_dtype, out_dtype)):
+    for label, case in _layouts(make_case(rows, *MIXED, in_dtype, out_dtype)):
         outside = []
         for out in (case.q_out, case.k_out):
             base = base_of(out)
             if base is not out and base.dtype == out.dtype and base.shape[0] == rows:
                 outside.append((base, base.copy(), out))
-        check_exact(pairing_module, case, what=what)
+        check_exact(pairing_module, case, label=label)
         for base, before, out in outside:
             if base is base_of(case.q_out) and base is base_of(case.k_out):
                 first = case.q_out.ctypes.data - base.ctypes.data
@@ -355,7 +355,7 @@ def test_layouts(pairing_module: Module, in_dtype: str, out_dtype: str, rows: in
                 start = (out.ctypes.data - base.ctypes.data) // base.itemsize
                 width = out.shape[1]
             for part in (slice(None, start), slice(start + width, None)):
-                assert bits_of(base[:, part]) == bits_of(before[:, part]), f"wrote beside; {what}"
+                assert bits_of(base[:, part]) == bits_of(before[:, part]), f"wrote beside; {label}"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 17, 513])
@@ -485,7 +485,7 @@ def test_stores_past_the_caches(stream_module: Module, in_dtype: str, out_dtype:
             setattr(case, name, wide[:, : array.shape[1]])
             if name.endswith("_out"):
                 wide.view(np.uint8)[...] = 0xA5
-        check_exact(stream_module, case, what=f"{rows} rows, gap {gap}, shifted by {shift}")
+        check_exact(stream_module, case, label=f"{rows} rows, gap {gap}, shifted by {shift}")
         for out in (case.q_out, case.k_out):
             wide = base_of(out).view(np.uint8)
             start = out.ctypes.data - wide.ctypes.data

@@ -105,11 +105,11 @@ class _FromHypothesis:
     def __init__(self, data: st.DataObject):
         self._data = data
 
-    def one_of(self, options: Any, what: str) -> Any:
-        return self._data.draw(st.sampled_from(options), what)
+    def one_of(self, options: Any, label: str) -> Any:
+        return self._data.draw(st.sampled_from(options), label)
 
-    def integer(self, low: int, high: int, what: str) -> int:
-        return self._data.draw(st.integers(low, high), what)
+    def integer(self, low: int, high: int, label: str) -> int:
+        return self._data.draw(st.integers(low, high), label)
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     memory, arrays = case.fill()
     before = memory.copy()
     arguments: dict[str, Any] = dict(arrays)
-    plain = all(one.is_plain() for one in case.regions.values())
+    plain = all(region.is_plain() for region in case.regions.values())
     use_torch = _HAS_TORCH and plain and choices.one_of([False, True], "torch")
     if use_torch:
         arguments = {name: to_torch(array) for name, array in arrays.items()}
@@ -144,7 +144,7 @@ def test_exact_or_refused(data: st.DataObject) -> None:
     expected = kind.expected(arrays, case.epsilon, _GRAPH)
     outputs = call(**given)
     for got in outputs if kind.op.normalises else (outputs,):
-        assert any(got is one for one in (*arguments.values(), None))
+        assert any(got is argument for argument in (*arguments.values(), None))
     case.check_written(before, memory, expected)
 
 
@@ -382,13 +382,13 @@ class Guarded:
         if rng.random() < 0.05:
             module.library.get_function("qknorm_set_num_threads")(int(rng.integers(0, 5)))
         arguments: dict[str, Any] = {}
-        for name, one in placed.items():
+        for name, tensor in placed.items():
             extra: dict[str, Any] = {}
-            if not one.extent:  # nothing to read: whoever looks reads the guard page
-                extra["address"] = one.arena.start - _PAGE + 64
+            if not tensor.extent:  # nothing to read: whoever looks reads the guard page
+                extra["address"] = tensor.arena.start - _PAGE + 64
             elif rng.random() < 0.1:
                 extra["byte_offset"] = int(rng.integers(1, 1 << 40))
-            arguments[name] = RawTensor(one.array, **extra)
+            arguments[name] = RawTensor(tensor.array, **extra)
         values = [*map(arguments.get, op.tensors), *([epsilon] if op.has_epsilon else [])]
         if refused:
             self._check_refused(rng, kind, module, placed, values)
@@ -407,19 +407,21 @@ class Guarded:
     ) -> None:
         op = kind.op
         graph = Graph(fused=module.active_level != "x86-64-v2")
-        expected = kind.expected({name: one.array for name, one in placed.items()}, epsilon, graph)
+        expected = kind.expected(
+            {name: tensor.array for name, tensor in placed.items()}, epsilon, graph
+        )
         for name in kind.tensors:
             if name not in op.outputs and placed[name] is not placed.get(f"{name}_out"):
                 placed[name].arena.allow(_READ)
         raw_call(module, *arguments, op=op.name)
         for name, wanted in expected.items():
-            one = placed[name]
-            wrong = reference.differing(one.array, wanted) if wanted.size else 0
+            output = placed[name]
+            wrong = reference.differing(output.array, wanted) if wanted.size else 0
             assert wrong == 0, f"{kind}: {name} differs in {wrong} of {wanted.size} elements"
-            one.array.view(f"u{one.array.itemsize}")[...] = int.from_bytes(
-                bytes([_CANARY]) * one.array.itemsize, "little"
+            output.array.view(f"u{output.array.itemsize}")[...] = int.from_bytes(
+                bytes([_CANARY]) * output.array.itemsize, "little"
             )
-            beside = int((one.arena.memory[one.window()] != _CANARY).sum())
+            beside = int((output.arena.memory[output.window()] != _CANARY).sum())
             assert beside == 0, f"{kind}: {beside} bytes beside {name} were written"
         self.done["exact"] += 1
 
@@ -432,19 +434,19 @@ class Guarded:
         arguments: list[Any],
     ) -> None:
         given = {
-            name: fuzz_mistakes.Given(one.array, one.array.ctypes.data, one.extent)
-            for name, one in placed.items()
+            name: fuzz_mistakes.Given(tensor.array, tensor.array.ctypes.data, tensor.extent)
+            for name, tensor in placed.items()
         }
-        what, victim, arguments = fuzz_mistakes.spoil(rng, kind, given, arguments)
-        for name, one in placed.items():
+        mistake, victim, arguments = fuzz_mistakes.make_mistake(rng, kind, given, arguments)
+        for name, tensor in placed.items():
             # Numbers are looked at once all else is right.
-            one.arena.allow(_READ if what == "index" and name in INDICES else _NONE)
+            tensor.arena.allow(_READ if mistake == "index" and name in INDICES else _NONE)
         try:
             with pytest.raises((TypeError, ValueError), match=fuzz_mistakes.REFUSED):
                 raw_call(module, *arguments, op=kind.op.name)
         except BaseException as error:
             raise AssertionError(
-                f"{kind}: wrong {what} of {victim or 'the call'} is not refused"
+                f"{kind}: wrong {mistake} of {victim or 'the call'} is not refused"
             ) from error
         self.done["refused"] += 1
 

@@ -45,7 +45,7 @@ def test_modules_for_cpus() -> None:
     assert min(done["exact"], done["refused"]) > 60, done
 
 
-class _Spoiling(Fuzz):
+class _Corrupting(Fuzz):
     """Changes one byte of the buffer after each call."""
 
     def check(self, case: FuzzCase, placed: Placed, call: Call) -> None:
@@ -58,16 +58,16 @@ class _Spoiling(Fuzz):
         super().check(case, placed, call)
 
     def fetch(self, tensor: Any) -> np.ndarray:
-        found = super().fetch(tensor).copy()
-        if found.dtype == np.uint8:
-            found[self._byte] ^= 1
-        return found
+        copy = super().fetch(tensor).copy()
+        if copy.dtype == np.uint8:
+            copy[self._byte] ^= 1
+        return copy
 
 
 @pytest.mark.usefixtures("served")
 def test_one_byte_is_seen() -> None:
     """A stray write that goes unnoticed: then exact cases and refused ones say nothing."""
-    fuzz = _Spoiling([load(path) for path in _modules()], "cpu")
+    fuzz = _Corrupting([load(path) for path in _modules()], "cpu")
     for number in range(60):
         with pytest.raises(AssertionError, match=f"case {number} of") as failed:
             fuzz.run(number)
@@ -82,8 +82,8 @@ class _NoDevice(Fuzz):
         self.device, self.where = "cpu", (2, 99)
 
     def _tensor(self, placed: Placed, name: str, region: Region) -> Any:
-        one = placed.given[name]
-        return Elsewhere(one.array, address=one.address, device=one.device)
+        tensor = placed.given[name]
+        return Elsewhere(tensor.array, address=tensor.address, device=tensor.device)
 
     def check(self, case: FuzzCase, placed: Placed, call: Call) -> None:
         if call.legal and case.rows:

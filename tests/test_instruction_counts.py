@@ -247,11 +247,11 @@ def _gcc() -> str:
     ).stdout.strip()
 
 
-def check(what: str, count: float, wanted: float, slack: float, unit: str) -> None:
+def check(label: str, count: float, wanted: float, slack: float, unit: str) -> None:
     """Fail where a count is beyond its table's."""
     bound = wanted * (1 + slack)
     assert count <= bound, (
-        f"{what}: {count:.4g} {unit}, at most {bound:.4g} ({wanted:.4g} + {slack:.0%}); "
+        f"{label}: {count:.4g} {unit}, at most {bound:.4g} ({wanted:.4g} + {slack:.0%}); "
         f"{_versions()}; {UPDATE}"
     )
 
@@ -262,8 +262,8 @@ def test_instructions_of_an_element(op: str, level: str, dtype: str) -> None:
     """Code that got slower: a conversion that is a call, scalar code, vectors of half the width."""
     counts = counted(op, level).per_element(dtype)
     for m, count, wanted in zip(ROWS, counts, PER_ELEMENT[op, level, dtype], strict=True):
-        what = f"{op}, {level} {dtype}, M = {m}"
-        check(what, count, wanted, ELEMENT_SLACK, "instructions an element")
+        label = f"{op}, {level} {dtype}, M = {m}"
+        check(label, count, wanted, ELEMENT_SLACK, "instructions an element")
 
 
 @pytest.mark.slow
@@ -271,8 +271,8 @@ def test_instructions_of_an_element(op: str, level: str, dtype: str) -> None:
 def test_fixed_instructions_of_a_call(op: str, level: str) -> None:
     """Checks that are made twice, a search that got longer: what each decode step pays."""
     count = counted(op, level).fixed
-    what = f"{op}, {level}, a call with M = 1 and 32/32 columns"
-    check(what, count, FIXED[op, level], FIXED_SLACK, "instructions")
+    label = f"{op}, {level}, a call with M = 1 and 32/32 columns"
+    check(label, count, FIXED[op, level], FIXED_SLACK, "instructions")
 
 
 def test_more_instructions_than_the_table_fail_and_say_what_to_do() -> None:

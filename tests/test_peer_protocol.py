@@ -1,9 +1,9 @@
 """The exchange between ranks as a model, all of whose orders are searched; needs no GPU.
 
 Two models. `Slots`: who writes, empties and reads which slot when (`schedules.cuda_peers`).
-`Blocks`: which blocks have room on a GPU, and which launches may start. A search that ends without
-an error has seen every order of steps of a case; mistakes that are put in must be found. ``-rP``
-shows the counts.
+`Blocks`: which blocks are resident on a GPU, and which launches may start. A search that ends
+without an error has seen every order of steps of a case; mistakes that are put in must be found.
+``-rP`` shows the counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Wrong(Exception):
 
 
 @dataclasses.dataclass
-class Found:
+class Outcome:
     """What a search has seen."""
 
     states: int
@@ -40,14 +40,14 @@ def search(start: State, steps: Callable[[State], Iterable[State]], ended: Calla
         try:
             following = list(steps(state))
         except Wrong as error:
-            return Found(len(seen), str(error))
+            return Outcome(len(seen), str(error))
         if not following and not ended(state):
-            return Found(len(seen), "hangs")
-        for one in following:
-            if one not in seen:
-                seen.add(one)
-                queue.append(one)
-    return Found(len(seen))
+            return Outcome(len(seen), "hangs")
+        for successor in following:
+            if successor not in seen:
+                seen.add(successor)
+                queue.append(successor)
+    return Outcome(len(seen))
 
 
 # ---- slots -------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Slots:
             return launch % 4 % self.sets
         return sum(rows > row for rows in self.rows[:launch]) % self.sets
 
-    def search(self) -> Found:
+    def search(self) -> Outcome:
         most = max(self.rows)
         slot = (EMPTY,) * self.ranks
         slots = ((((slot,) * most),) * self.sets,) * self.ranks
@@ -143,9 +143,9 @@ SLOTS = (
 @pytest.mark.parametrize("case", SLOTS, ids=str)
 def test_slots(case: Slots) -> None:
     """A sum that is lost, read in another launch, or written over."""
-    found = case.search()
-    print(f"{case}: {found.states:,} states")
-    assert not found.wrong
+    result = case.search()
+    print(f"{case}: {result.states:,} states")
+    assert not result.wrong
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_slots(case: Slots) -> None:
     ids=str,
 )
 def test_mistakes_with_slots_are_found(case: Slots, wrong: str) -> None:
-    found = case.search()
-    print(f"{case}: {found.wrong!r} after {found.states:,} states")
-    assert wrong in found.wrong
-    assert found.wrong
+    result = case.search()
+    print(f"{case}: {result.wrong!r} after {result.states:,} states")
+    assert wrong in result.wrong
+    assert result.wrong
 
 
 # ---- blocks ------------------------------------------------------------------------------------
@@ -174,25 +174,26 @@ def test_mistakes_with_slots_are_found(case: Slots, wrong: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Ranks that share one GPU, with `room` for so many blocks, and make `launches` of `rows` rows.
+    """Ranks that share one GPU and make `launches` launches of `rows` rows each.
 
-    A launch has `blocks` blocks, which take the rows ``block``, ``block + blocks``, ... and give
-    their room back after the last. A row ends when all ranks have begun it in that launch. The next
-    launch of a rank may take room when all blocks of the one before let it: at once, or after their
-    last row; it begins when that has ended.
+    The GPU holds `resident` blocks at once. A launch has `blocks` blocks; each takes the rows
+    ``block``, ``block + blocks``, ... and stops being resident after its last. A row ends when all
+    ranks have begun it in that launch. Blocks of a rank's next launch may become resident when all
+    blocks of the one before allow it: at once, or after their last row. That launch begins when the
+    one before has ended.
 
-    A rank's state: for each launch that may have room, the rows that each block has begun and
-    ended; None before it has room.
+    A rank's state: for each of the two launches that may have resident blocks, how many rows each
+    block has begun and ended; None for a block that has not been resident yet.
     """
 
     ranks: int
     launches: int
     rows: int
     blocks: int
-    room: int
+    resident: int
     dependents: str = "after_loads"
 
-    def search(self) -> Found:
+    def search(self) -> Outcome:
         rank = (0, ((None,) * self.blocks, (None,) * self.blocks))
         return search(
             (rank,) * self.ranks, self.steps,
@@ -230,7 +231,7 @@ class Blocks:
                     return _replace(state, r, (launch, (_replace(now, block, new), following)))
 
                 if progress is None:
-                    if taken < self.room:
+                    if taken < self.resident:
                         yield moved((0, 0))
                     continue
                 begun, ended = progress
@@ -245,7 +246,7 @@ class Blocks:
                 and (self.dependents == "first" or progress[1] == self.of_block(block))
                 for block, progress in enumerate(now)
             )
-            if lets and launch + 1 < self.launches and taken < self.room:
+            if lets and launch + 1 < self.launches and taken < self.resident:
                 for block, progress in enumerate(following):
                     if progress is None:
                         new = (now, _replace(following, block, (0, 0)))
@@ -264,10 +265,10 @@ BLOCKS = (
 
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_blocks(case: Blocks) -> None:
-    """Blocks that wait for blocks that have no room."""
-    found = case.search()
-    print(f"{case}: {found.states:,} states")
-    assert not found.wrong
+    """Blocks that wait for blocks that are not resident."""
+    result = case.search()
+    print(f"{case}: {result.states:,} states")
+    assert not result.wrong
 
 
 @pytest.mark.parametrize(
@@ -276,13 +277,13 @@ def test_blocks(case: Blocks) -> None:
         # Dependents that start at once pile up, and keep another rank out.
         Blocks(2, 3, 2, 2, 4, dependents="first"),
         Blocks(2, 2, 1, 1, 2, dependents="first"),
-        # More blocks than have room at once.
+        # More blocks than can be resident at once.
         Blocks(2, 2, 2, 2, 2),
         Blocks(2, 1, 4, 4, 4),
     ],
     ids=str,
 )
 def test_mistakes_with_blocks_are_found(case: Blocks) -> None:
-    found = case.search()
-    print(f"{case}: {found.wrong!r} after {found.states:,} states")
-    assert found.wrong == "hangs"
+    result = case.search()
+    print(f"{case}: {result.wrong!r} after {result.states:,} states")
+    assert result.wrong == "hangs"

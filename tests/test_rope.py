@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support import random_values
+from support import RawTensor, random_values
 
 import qknorm_tvm
 from qknorm_tvm import KernelSpec
@@ -249,12 +249,29 @@ REFUSED: list[Any] = [
     (lambda a: {"slot_mapping": np.array([0, 48])}, ValueError,
      "slot_mapping must be less than k_cache's 48 slots, got 48 in row 1"),
     (lambda a: {"slot_mapping": None}, TypeError, "slot_mapping must be a NumPy array"),
+    (lambda a: {"slot_mapping": 1.5}, TypeError, "slot_mapping must be a NumPy array"),
+    (lambda a: {"slot_mapping": a["slot_mapping"].tolist()}, TypeError,
+     "slot_mapping must be a NumPy array"),
+    (lambda a: {"slot_mapping": np.full(9, np.nan)}, TypeError,
+     "slot_mapping must be int64, got float64"),
+    (lambda a: {"positions": a["positions"].tolist()}, TypeError,
+     "positions must be a NumPy array"),
+    (lambda a: {"positions": a["positions"].astype("U4")}, TypeError,
+     "positions must be a numeric array, got <U4"),
+    (lambda a: {"positions": a["positions"].astype("c8")}, TypeError,
+     "positions must be int64, got complex64"),
     (lambda a: {"v": a["v"][:, :64]}, ValueError, "v must have 128 columns, got 64"),
     (lambda a: {"v": a["v"].astype("f4")}, TypeError, "v must be bfloat16, got float32"),
     (lambda a: {"k_cache": a["k_cache"].astype("f4")}, TypeError,
      "k_cache must be bfloat16 like q, or float8_e4m3fn, got float32"),
     (lambda a: {"v_cache": a["v_cache"].astype("f4")}, TypeError,
      "v_cache must be bfloat16, got float32"),
+    (lambda a: {"k_cache": a["k_cache"][0, 0, 0]}, ValueError,
+     "k_cache must have 4 dimensions, got 1"),
+    *((lambda a, name=name: {name: RawTensor(a[name])}, TypeError,
+       rf"{name} must have the attributes dtype and shape, got RawTensor")
+      for name in ("q", "k", "cos_sin_cache", "k_cache")),
+    (lambda a: {"q": np.array(1, BFLOAT16)}, ValueError, "q must have 2 dimensions, got 0"),
     (lambda a: {"k_cache": a["k_cache"][0]}, ValueError, "k_cache must have 4 dimensions, got 3"),
     (lambda a: {"k_cache": a["k_cache"][:, :, :1]}, ValueError, "k_cache must have 2 heads, got 1"),
     (lambda a: {"k_cache": a["k_cache"][..., :32]}, ValueError,
@@ -289,17 +306,20 @@ REFUSED: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED)
 def test_wrong_arguments_are_refused_before_anything_is_written(
-    change: Any, error: type[Exception], message: str
+    change: Any, error: type[Exception], message: str, validate: bool
 ) -> None:
     given = arguments()
     changed = given | change(given)
     before = {
         name: value.copy() for name, value in changed.items() if isinstance(value, np.ndarray)
     }
+    if validate:  # which looks at all numbers at once
+        message = message.partition(" in row")[0]
     with pytest.raises(error, match=f"^{message}"):
-        qknorm_tvm.qk_rms_norm_rope_cache(**changed)
+        qknorm_tvm.qk_rms_norm_rope_cache(**changed, validate=validate)
     for name, value in before.items():
         assert changed[name].tobytes() == value.tobytes(), name
 

@@ -81,14 +81,6 @@ def rope_arguments(given: Arguments) -> Arguments:
     return {name: given[name] for name in ROPE}
 
 
-def clones(given: Arguments) -> Arguments:
-    """Return copies with the same strides."""
-    return {
-        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-        for name, x in given.items()
-    }
-
-
 # ---- the unfused graph --------------------------------------------------------------------------
 
 
@@ -393,6 +385,20 @@ def test_positions_and_slots_out_of_range() -> None:
     given["slot_mapping"][1] = 16
     with pytest.raises(ValueError, match=r"^slot_mapping must be less than k_cache's 16 slots"):
         torch_ops.qk_rms_norm_rope_cache(**given, head_dim=HEAD_DIM)
+
+
+@pytest.mark.parametrize("name", ["positions", "slot_mapping"])
+def test_validate_looks_at_dense_integers_alone(name: str) -> None:
+    """torch's own error for ``min`` of such a tensor, which names no argument."""
+    for change, message in (
+        (lambda x: x.to("meta"), "on the CPU or a CUDA device, got meta"),
+        (lambda x: x.to_sparse(), "a dense tensor, got torch.sparse_coo"),
+        (lambda x: x.to(torch.complex64), "int64, got complex64"),
+    ):
+        given = tensors()
+        given[name] = change(given[name])
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be {message}"):
+            qknorm_tvm.qk_rms_norm_rope_cache(**given, head_dim=HEAD_DIM, validate=True)
 
 
 # ---- autograd -----------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -727,43 +726,6 @@ def test_child_of_a_fork_computes(large: Path) -> None:
         """,
         str(large),
     )
-
-
-def test_sixteen_threads_on_one_module(large: Path) -> None:
-    """State of a call that another thread's call overwrites; a launch that loses its tasks."""
-    module = load(large)
-    module.library.get_function("qknorm_set_num_threads")(3)
-    errors: list[str] = []
-    barrier = threading.Barrier(16)
-
-    def work(seed: int) -> None:
-        try:
-            rows = (1, 5, 64, 700)[seed % 4]
-            case = make_case(rows, 1536, 256, seed=seed)
-            expected = case.expected()
-            tensors, alive = ffi_tensors(case.tensors)
-            barrier.wait(timeout=60)
-            for _ in range(200 if rows < 100 else 12):
-                case.q_out.view(np.uint8)[...] = 0xA5
-                module.apply_qk_rms_norm(*tensors, case.epsilon)
-                wrong = reference.differing(case.q_out, expected[0])
-                wrong += reference.differing(case.k_out, expected[1])
-                if wrong:
-                    errors.append(f"thread {seed}: {wrong} elements differ")
-                    return
-            del alive
-        except Exception as error:
-            errors.append(f"thread {seed}: {error!r}")
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        module.library.get_function("qknorm_set_num_threads")(0)
-    assert not errors, errors
 
 
 # ---- memory --------------------------------------------------------------------------------------

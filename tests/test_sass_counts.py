@@ -106,19 +106,19 @@ def _versions() -> str:
     )
 
 
-def check(what: str, instructions: int, kernel: Used, wanted: tuple[int, int]) -> None:
+def check(label: str, instructions: int, kernel: Used, wanted: tuple[int, int]) -> None:
     """Fail where a kernel is beyond its table."""
     bound = int(wanted[0] * (1 + SLACK))
     assert instructions <= bound, (
-        f"{what}: {instructions} instructions, at most {bound} ({wanted[0]} + {SLACK:.0%}); "
+        f"{label}: {instructions} instructions, at most {bound} ({wanted[0]} + {SLACK:.0%}); "
         f"{_versions()}; {UPDATE}"
     )
     most = -(-wanted[1] // REGISTERS_UNIT) * REGISTERS_UNIT
     assert kernel.registers <= most, (
-        f"{what}: {kernel.registers} registers, at most {most} ({wanted[1]}, taken by "
+        f"{label}: {kernel.registers} registers, at most {most} ({wanted[1]}, taken by "
         f"{REGISTERS_UNIT}s); {_versions()}; {UPDATE}"
     )
-    assert kernel.local_memory == 0, f"{what}: {kernel}, and no local memory is allowed"
+    assert kernel.local_memory == 0, f"{label}: {kernel}, and no local memory is allowed"
 
 
 @pytest.mark.slow

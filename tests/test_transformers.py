@@ -514,12 +514,12 @@ def _check_sharded(kind: str, group: Any, heads: tuple[int, int]) -> None:
     for dtype, bound in SHARDED_BOUND.items():
         # All experts for every token: the choice of some is a step, and the sums over the ranks
         # alone, rounded otherwise than one sum, take a token that is close to it to the other side.
-        whole = make_model(kind, dtype, heads=heads, experts_per_token=4)
+        unsharded = make_model(kind, dtype, heads=heads, experts_per_token=4)
         with pytest.raises(ValueError, match=r"q_norm must have the 32 scales of rank \d .* got "):
-            patch(whole, group=group)
-        sharded = copy.deepcopy(whole)
+            patch(unsharded, group=group)
+        sharded = copy.deepcopy(unsharded)
         shard(sharded, world_size, rank, group)
-        wanted = whole(ids).logits
+        wanted = unsharded(ids).logits
         for statistics in ("fused", "torch"):
             patch(sharded, statistics=statistics, group=group, validate=True)
             off = distance(sharded(ids).logits, wanted)
@@ -527,7 +527,7 @@ def _check_sharded(kind: str, group: Any, heads: tuple[int, int]) -> None:
             if dtype == "float32":
                 options = {"max_new_tokens": 6, "do_sample": False}
                 got = sharded.generate(ids, **options)
-                assert torch.equal(got, whole.generate(ids, **options))
+                assert torch.equal(got, unsharded.generate(ids, **options))
             unpatch(sharded)
         # The transformers code by itself: statistics of this rank's heads alone.
         off = distance(sharded(ids).logits, wanted)

@@ -207,8 +207,8 @@ def test_the_build_uses_records_by_rows_and_stays_exact(
     assert code[0]["record"]["device"] == made_up.name
     assert code[0]["record"]["rows"] == 16
     for rows in (0, 1, 3, 4, 5, 16, 17, 33, 257):
-        check_exact(module.module, make_case(rows, 96, 64), what=f"{rows} rows")
-    check_exact(module.module, _strided(17), what="strided")
+        check_exact(module.module, make_case(rows, 96, 64), label=f"{rows} rows")
+    check_exact(module.module, _strided(17), label="strided")
 
 
 def _strided(rows: int) -> Case:

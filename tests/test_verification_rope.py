@@ -49,7 +49,7 @@ def test_every_case_is_exact(spec: KernelSpec) -> None:
     assert report.groups[f"{spec.op}: shapes and layouts"].checks == 4 * len(layouts.LAYOUTS)
 
 
-class Spoiling:
+class Corrupting:
     """A module that changes an argument after each call."""
 
     def __init__(self, name: str) -> None:
@@ -73,7 +73,7 @@ class Spoiling:
 @pytest.mark.parametrize("name", ["q_out", "k_out"])
 def test_a_wrong_element_is_found_with_its_position(name: str) -> None:
     report = verification.Report()
-    verification.run_case(Spoiling(name), shape_case(NORM), CPU, report)  # type: ignore[arg-type]
+    verification.run_case(Corrupting(name), shape_case(NORM), CPU, report)  # type: ignore[arg-type]
     assert f"{name}[16, " in str(report.first_difference)
     assert ", at position " in str(report.first_difference)
 
@@ -82,7 +82,7 @@ def test_a_wrong_element_is_found_with_its_position(name: str) -> None:
 def test_a_write_to_an_input_is_found(name: str) -> None:
     report = verification.Report()
     case = shape_case(STORE)
-    verification.run_case(Spoiling(name), case, CPU, report)  # type: ignore[arg-type]
+    verification.run_case(Corrupting(name), case, CPU, report)  # type: ignore[arg-type]
     assert report.groups[case.group].stray_writes == len(case.layouts)
 
 
@@ -119,11 +119,11 @@ def test_guards_beside_caches_are_looked_at() -> None:
     """The element between blocks whose heads come before slots."""
     placed = layouts.Placed(STORE, shape_case(STORE).make(), "strided")
     cache = placed.arrays["k_cache"]
-    whole = np.lib.stride_tricks.as_strided(
+    head_and_guard = np.lib.stride_tricks.as_strided(
         cache.view(np.uint8)[0, -1, -1], (STORE.head_dim + 1,), (1,)
     )
     assert placed.guards_intact()
-    whole[-1] ^= 1
+    head_and_guard[-1] ^= 1
     assert not placed.guards_intact()
 
 

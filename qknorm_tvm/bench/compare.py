@@ -45,10 +45,10 @@ _KEY = {
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """The ratio of our time to the copy's in one run: our row, the ratio of medians, its spread.
+    """The ratio of our median time to the copy's in one run, and its spread.
 
-    `spread` adds the two halves of the distance between quartiles, over their medians, as
-    independent errors add. With 25 samples the error of a ratio of medians is a third of it.
+    `spread` is the root of the sum of squares of both relative spreads, each half the distance
+    between quartiles over the median. With 25 samples the error of the ratio is a third of it.
     """
 
     row: Row

@@ -81,10 +81,10 @@ class EmptyKernel:
 
 
 def capture(function: Callable[[int], Any], launches: int) -> Any:
-    """Return a CUDA graph of a chain of calls; each gets its number.
+    """Return a CUDA graph of ``function(0)``, ``function(1)``, ... ``function(launches - 1)``.
 
-    It is called three times before. Collectives in it need a communicator that exists, and ranks
-    that do the same.
+    The function is called three times before the capture. If it has collectives, their communicator
+    must exist, and the other ranks must capture the same.
     """
     import torch
 

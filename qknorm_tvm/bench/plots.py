@@ -215,16 +215,16 @@ def pictures(rows: Sequence[Row]) -> dict[str, tuple[str, Any]]:
     shapes: dict[str, list[list[Row]]] = {}
     for members in groups:
         first = members[0]
-        what = f"{first.prefix}{first.dtypes}, {first.where}"
-        shapes.setdefault(what, []).append(members)
+        label = f"{first.prefix}{first.dtypes}, {first.where}"
+        shapes.setdefault(label, []).append(members)
     named: list[tuple[str, str, Figure]] = []
-    for what, panels in shapes.items():  # first those that say most
-        title = f"GB/s over M against a copy: {what}"
-        named.append((f"roof {what}", title, roof_picture(panels)))
+    for label, panels in shapes.items():  # first those that say most
+        title = f"GB/s over M against a copy: {label}"
+        named.append((f"roof {label}", title, roof_picture(panels)))
     for members in groups:
-        what = members[0].title
-        title = f"All alternatives: {what}"
-        named.append((f"alternatives {what}", title, alternatives_picture(members)))
+        label = members[0].title
+        title = f"All alternatives: {label}"
+        named.append((f"alternatives {label}", title, alternatives_picture(members)))
     return {re.sub(r"\W+", "-", name): (title, figure) for name, title, figure in named}
 
 

@@ -99,7 +99,7 @@ class Sampler(Protocol):
     least: int
 
     def sample(self, turn: int) -> float:
-        """Return the seconds of a call: the mean of `calls`, after as many that are not timed."""
+        """Return the mean seconds of `calls` calls; at least as many calls before are not timed."""
 
 
 class HostSampler:
@@ -144,7 +144,7 @@ class HostSampler:
         return seconds
 
     def sample(self, turn: int) -> float:
-        """Return the seconds of a call, after others that bring caches and threads to rest."""
+        """Return the mean seconds of a call, once caches are warm and threads have settled."""
         start = time.perf_counter()
         self._run(turn, self.calls)
         while time.perf_counter() - start < self._settle:

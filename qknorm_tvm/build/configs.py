@@ -60,8 +60,8 @@ MOST_TASK_BYTES = 1 << 18
 def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
     """Return, for each measured row count, the smallest number of rows that uses its outcome.
 
-    The border between two measured counts lies half way between them on a logarithmic scale; the
-    smallest speaks for all below it too.
+    The border between two measured counts is their geometric mean. The outcome of the smallest
+    count is used for all smaller ones too.
     """
     ordered = sorted(set(rows))
     starts = {ordered[0]: 1} if ordered else {}
@@ -73,7 +73,7 @@ def bucket_starts(rows: Sequence[int]) -> dict[int, int]:
 def bucket_ends(rows: int, measured: Sequence[int]) -> tuple[int, int]:
     """Return the smallest and the largest number of rows that use a measured row count's outcome.
 
-    The bucket of the most rows has no end: it stands for twice as many.
+    The bucket of the largest count has no end; twice that count is returned for it.
     """
     starts = bucket_starts([*measured, rows])
     later = [start for start in starts.values() if start > starts[rows]]
@@ -143,10 +143,11 @@ def cuda_default(spec: KernelSpec, rows: int) -> CudaConfig:
 
 
 def cpu_record_config(record: Mapping[str, Any]) -> cpu_config.CpuConfig:
-    """Return a record's config, its task size limited for calls of fewer rows than were measured.
+    """Return a record's config, with at most `MOST_TASK_BYTES` a task.
 
-    A large task left calls at the lower end of a bucket to one thread that ran on two before:
-    1536/256 at M = 256, two threads, 40 µs instead of 21 with the record of M = 512.
+    The record serves calls of fewer rows than it was measured with, and larger tasks are too few
+    there for all threads: 1536/256 at M = 256, two threads, took 40 µs instead of 21 with the
+    record of M = 512.
     """
     config = cpu_config.CpuConfig.from_dict(dict(record))
     size = min(config.bytes_per_task, MOST_TASK_BYTES)

@@ -89,7 +89,8 @@ def variants_of(
 ) -> list[Variant]:
     """Return the functions of one config for one spec and level, first choice first.
 
-    Those for `min_rows` of more than 1 leave rows over, which the functions for fewer rows take.
+    With a `min_rows` above 1 none of them takes the rows that tiles leave over: the functions for
+    fewer rows do.
     """
     variants = []
     tile_rows = max(config.row_tile, min_rows)
@@ -153,9 +154,9 @@ def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]
 def _object_code(module: Any, directory: Path, functions: int) -> bytes:
     """Return a module's object file.
 
-    LLVM ends the process where a file that it writes cannot grow. So it gets one in memory, which
-    no full disk stops, and one that has been as large before: what refuses space (a limit of file
-    sizes, a disk where there are no files in memory) does so here, by an ``OSError``.
+    LLVM ends the process if the file that it writes cannot grow. So the file is in memory where
+    the system has such files, and it is first made as large as it may become: a full disk or a
+    limit of file sizes raises an ``OSError`` here.
     """
     with contextlib.ExitStack() as stack:
         try:

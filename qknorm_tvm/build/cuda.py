@@ -213,7 +213,7 @@ def device_check_source(symbol: str, archs: Sequence[str]) -> str:
 
 
 def resident_source(symbols: Sequence[str]) -> str:
-    """Return the functions by which the entry point asks how many blocks of a kernel may wait."""
+    """Return the functions that tell the entry point how many blocks of a kernel are resident."""
     if not symbols:
         return ""
     return _RESIDENT + "".join(

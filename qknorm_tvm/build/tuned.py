@@ -149,10 +149,10 @@ def user_logs() -> Path:
 
 
 def log_folders() -> list[Path]:
-    """Return the folders from which tuned records are read, the first match wins.
+    """Return the folders from which tuned records are read; the first match wins.
 
-    ``$QKNORM_TVM_TUNING_LOGS``; without it the user's own, then the package's. A folder of the
-    former that is none is warned of: records that are silently not used are hard to notice.
+    Those that ``$QKNORM_TVM_TUNING_LOGS`` names, with a warning for each that does not exist;
+    without the variable the user's own, then the package's.
     """
     given = os.environ.get(ENVIRONMENT)
     if given is not None:
@@ -201,10 +201,10 @@ def digest() -> str:
 
 
 def cpu_device(cpu: str) -> str | None:
-    """Return the folder of records for code for a CPU, or None when no device is meant.
+    """Return the folder of records for code for a CPU name or level, or None where there is none.
 
-    A CPU's name is a device. A level is not: its records are this machine's, and only where it is
-    the level that this machine would load. AArch64 is not tuned.
+    A CPU name has a folder of its own. A level has this machine's, if it is the level that this
+    machine loads. AArch64 is not tuned.
     """
     if cpu == AARCH64:
         return None

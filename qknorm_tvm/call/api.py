@@ -359,7 +359,8 @@ def qk_rms_norm_rope_cache(
         The code had to be compiled and could not be.
     """
     if q_out is None:
-        q_out = adapter_of("q", q).empty(q, (q.shape[0], _columns("q", q)), _operand_dtype("q", q))
+        q_cols, dtype = _columns("q", q), _operand_dtype("q", q)
+        q_out = adapter_of("q", q).empty(q, (q.shape[0], q_cols), dtype)
     key = None
     try:
         key = (
@@ -417,13 +418,13 @@ def rotation_fields(
             "cos_sin_cache must have an even number of columns, at most head_dim "
             f"({head_dim}), got {rotary_dim}"
         )
-    dtype = adapter_of("cos_sin_cache", cos_sin_cache).dtype(cos_sin_cache)
+    dtype = _dtype("cos_sin_cache", cos_sin_cache)
     return fields | {"rotary_dim": rotary_dim, "rotary_dtype": dtype, "interleaved": interleaved}
 
 
 def cache_dtype_of(q: Any, k_cache: Any, k_scale: Any, v_scale: Any) -> str:
     """Return the element type of a call's caches."""
-    in_dtype, dtype = _operand_dtype("q", q), adapter_of("k_cache", k_cache).dtype(k_cache)
+    in_dtype, dtype = _operand_dtype("q", q), _dtype("k_cache", k_cache)
     if dtype not in (in_dtype, "float8_e4m3fn"):
         raise TypeError(f"k_cache must be {in_dtype} like q, or float8_e4m3fn, got {dtype}")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -439,10 +440,20 @@ def as_list(scale: Any) -> Any:
 
 
 def _check_bounds(name: str, indices: Any, of: Any) -> None:
-    """Refuse positions or slots that are out of range, with the message of a CPU module."""
-    if indices is None or not all(indices.shape):
+    """Refuse positions or slots that are out of range, with the message of a CPU module.
+
+    A wrong type or shape is left to the module, which refuses it at the call.
+    """
+    if indices is None:
         return
-    least, largest = adapter_of(name, indices).bounds(indices)
+    adapter = adapter_of(name, indices)
+    adapter.check_metadata(name, indices)
+    adapter.view(name, indices, writable=False)
+    dimensions = 2 if name == "positions" else 4
+    has_numbers = adapter.dtype(indices) == "int64" and all(indices.shape)
+    if not has_numbers or len(of.shape) != dimensions:
+        return
+    least, largest = adapter.bounds(indices)
     if name == "positions":
         end, below = of.shape[0], least < 0
         wanted = f"less than cos_sin_cache's {end} rows, and 0 or more"
@@ -453,8 +464,14 @@ def _check_bounds(name: str, indices: Any, of: Any) -> None:
         raise ValueError(f"{name} must be {wanted}, got {least if below else largest}")
 
 
+def _dtype(name: str, array: Any) -> str:
+    adapter = adapter_of(name, array)
+    adapter.check_metadata(name, array)
+    return adapter.dtype(array)
+
+
 def _operand_dtype(name: str, array: Any) -> str:
-    dtype = adapter_of(name, array).dtype(array)
+    dtype = _dtype(name, array)
     if dtype not in DTYPE_BYTES:
         raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
     return dtype
@@ -465,14 +482,14 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
     for name, given in (("q_out", q_out), ("k_out", k_out)):
         if given is None:
             continue
-        own = adapter_of(name, given).dtype(given)
+        own = _dtype(name, given)
         if dtype is not None and own != dtype:
             raise TypeError(f"{name} must be {dtype} like out_dtype, got {own}")
     given = q_out if q_out is not None else k_out
     if dtype is None:
         source = q if given is None else given
         name = "q" if given is None else "k_out" if q_out is None else "q_out"
-        dtype = adapter_of(name, source).dtype(source)
+        dtype = _dtype(name, source)
     if dtype not in DTYPE_BYTES:
         raise TypeError(f"{name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype}")
     q_cols, k_cols = _columns("q", q), _columns("k", k)
@@ -484,7 +501,7 @@ def _outputs(q: Any, k: Any, q_out: Any, k_out: Any, out_dtype: Any) -> tuple[An
 
 
 def _columns(name: str, array: Any) -> int:
-    adapter_of(name, array).check_shape(name, array)
+    adapter_of(name, array).check_metadata(name, array)
     if len(array.shape) != 2:
         raise ValueError(f"{name} must have 2 dimensions, got {len(array.shape)}")
     if array.shape[1] < 1:

@@ -59,8 +59,12 @@ class Adapter:
             return cuda_target(int(index))
         raise ValueError(f"q must be on the CPU or a CUDA device, got DLPack device type {kind}")
 
-    def check_shape(self, name: str, array: Any) -> None:
-        """Refuse an array whose shape cannot be asked for."""
+    def check_metadata(self, name: str, array: Any) -> None:
+        """Refuse an array whose shape and element type cannot be asked for."""
+        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
+            raise TypeError(
+                f"{name} must have the attributes dtype and shape, got {type(array).__name__}"
+            )
 
     def device_index(self, array: Any) -> int:
         """Return the number of the array's device."""
@@ -295,7 +299,7 @@ class TorchAdapter(Adapter):
             return cuda_target(array.device.index)
         raise ValueError(f"q must be on the CPU or a CUDA device, got {array.device}")
 
-    def check_shape(self, name: str, array: Any) -> None:
+    def check_metadata(self, name: str, array: Any) -> None:
         if array.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got nested")
 

@@ -43,7 +43,7 @@ _lock_handles: set[int] = set()
 
 
 def _new_locks() -> None:
-    """Replace the lock and close those of files: the threads that held them are not in a fork."""
+    """Replace the lock and close file locks in a forked child, which lacks their holders."""
     global _lock
     _lock = threading.Lock()
     while _lock_handles:
@@ -94,8 +94,8 @@ def cache_location() -> Path:
 def cache_directory() -> Path:
     """Return the cache folder: ``$QKNORM_TVM_CACHE_DIR``, or the user's own.
 
-    It is created for its user only. A ``.so`` is a program: a folder that others can write to is
-    not used; one of root's is.
+    It is created with access for its user only. A ``.so`` is a program, so a folder is used only if
+    it is this user's or root's and nobody else may write to it.
 
     Raises
     ------
@@ -143,8 +143,8 @@ def cache_key(spec: KernelSpec) -> str:
 def _usable(path: Path, spec: KernelSpec) -> ModuleFile | None:
     """Return a cached file, or None where it is damaged, another user's, or another spec's.
 
-    Owner and mode are those of the file that was read. So it does not matter who may write to the
-    folders above: what nobody but this user could write is what is loaded.
+    Owner and mode are checked on the descriptor that the content was read from. Whoever may write
+    to a folder above can replace the file, but what is loaded is what only this user could write.
     """
     try:
         file = read_module(path)
@@ -183,7 +183,7 @@ def _load_or_build(spec: KernelSpec) -> Module:
 
 @contextlib.contextmanager
 def _lock_file(path: Path) -> Iterator[OSError | None]:
-    """Hold a lock between processes; yields the error where the system has none to give."""
+    """Hold a lock between processes; yields the system's error where it has no locks."""
     handle = refusal = None
     try:
         try:
@@ -202,9 +202,9 @@ def _lock_file(path: Path) -> Iterator[OSError | None]:
 
 
 def _build(spec: KernelSpec, path: Path | None, refusal: OSError | None) -> ModuleFile:
-    """Compile a spec, and store it at a path in the cache if that can be.
+    """Compile a spec, and store it at a path in the cache where that is possible.
 
-    `refusal` is why there is no lock, or no path. What cannot be stored serves all the same.
+    `refusal` is why there is no lock, or no path. A module that cannot be stored is still returned.
     """
     from .compiled import compile, place
 
@@ -239,12 +239,12 @@ def _warn_once(error: OSError) -> None:
 
 
 def use(module: Module) -> None:
-    """Serve calls of `qknorm_tvm.apply_qk_rms_norm` from a loaded module, instead of compiling.
+    """Serve calls of the Python API from a loaded module, instead of compiling.
 
-    Where it holds the spec of a call, its columns fixed or open, for the kind of device of its
-    arrays; the module given last comes first. So a machine without TVM or a compiler can use the
-    Python API. No call asks for a reproducible spec: such a module is called by its own entry
-    points.
+    The module serves a call if it holds the call's spec, with fixed or open columns, for the kind
+    of device that the arrays are on. Of several such modules the one that was given last serves.
+    So the Python API works on a machine without TVM or a compiler. No call asks for a reproducible
+    spec: the entry points of a module of one are called directly.
 
     Parameters
     ----------

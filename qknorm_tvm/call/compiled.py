@@ -29,13 +29,13 @@ Config = Any  # schedules.cpu_config.CpuConfig or schedules.cuda_config.CudaConf
 class CompiledModule:
     """A compiled module: call it, or export it.
 
-    As a context manager it removes its temporary folder at the end: what is loaded by then goes on
-    working.
+    The file is in a temporary folder, which is removed with this object, or at the end of a
+    ``with`` block. Modules that are loaded by then go on working.
 
     Attributes
     ----------
     path : pathlib.Path
-        The module in a temporary folder, which goes with this object.
+        The module's file in the temporary folder.
     metadata : dict
         What the file says about itself.
     """

@@ -127,7 +127,7 @@ def read_index(folder: Path) -> tuple[PackedModule, ...]:
 
 
 def check_trusted(path: Path) -> None:
-    """Refuse a file or folder that others can change than those who can change this package.
+    """Refuse a file or folder that somebody may change who may not change this package.
 
     Raises
     ------

@@ -18,7 +18,7 @@ def forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def refuse_derivative(name: str, tensor: torch.Tensor, what: str = "there") -> None:
+def refuse_derivative(name: str, tensor: torch.Tensor, operator: str | None = None) -> None:
     """Raise for a tensor whose derivative is asked for: torch would drop it in silence.
 
     Parameters
@@ -27,23 +27,23 @@ def refuse_derivative(name: str, tensor: torch.Tensor, what: str = "there") -> N
         The argument.
     tensor : torch.Tensor
         Also one that ``torch.func.grad``, ``vjp``, ``jvp`` or another transform wraps.
-    what : str
-        What has no backward, for the message.
+    operator : str, optional
+        The operator that has none, for the message.
 
     Raises
     ------
     ValueError
         It requires grad, under grad mode, or has a tangent of forward-mode AD.
     """
-    verb = "is" if what == "there" else "has"
+    has = f"{operator} has" if operator else "there is"
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} must not require grad ({what} {verb} no backward), got a tensor that does: "
+            f"{name} must not require grad ({has} no backward), got a tensor that does: "
             "call under torch.no_grad(), or pass a detached tensor"
         )
     if forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ValueError(
-            f"{name} must not have a tangent ({what} {verb} no derivative), got a dual tensor: "
+            f"{name} must not have a tangent ({has} no derivative), got a dual tensor: "
             "pass its primal, or a detached tensor"
         )
 

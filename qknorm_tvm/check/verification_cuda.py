@@ -52,9 +52,9 @@ class OnDevice:
             self._memory[start] = (owner, torch.from_numpy(owner).to(self._device, copy=True))
         offset = array.ctypes.data - start
         copy = self._memory[start][1]
-        whole = copy[offset : offset + (owner.size - offset) // array.itemsize * array.itemsize]
+        elements = copy[offset : offset + (owner.size - offset) // array.itemsize * array.itemsize]
         strides = [stride // array.itemsize for stride in array.strides]
-        return whole.view(dtype).as_strided(array.shape, strides)
+        return elements.view(dtype).as_strided(array.shape, strides)
 
     def fetch(self) -> None:
         """Copy all memory back into the arrays."""

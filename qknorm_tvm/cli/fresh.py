@@ -121,8 +121,8 @@ def _main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def say(**what: Any) -> None:
-        answers.write(json.dumps(what) + "\n")
+    def say(**message: Any) -> None:
+        answers.write(json.dumps(message) + "\n")
 
     request = json.load(sys.stdin)
     try:

@@ -105,7 +105,7 @@ def describe(file: Path, metadata: Mapping[str, Any]) -> RenderableType:
                 f"{config}; {', '.join(kernel['variants'])}",
             )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
-    needs = ", ".join(f"{name} {what}" for name, what in metadata["requires"].items())
+    needs = ", ".join(f"{name} {version}" for name, version in metadata["requires"].items())
     lines = [
         *((f"spec #{i}", text) for i, text in enumerate(specs)),
         ("target", str(metadata["target"])),

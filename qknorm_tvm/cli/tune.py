@@ -92,7 +92,7 @@ def tune(
     kind = "cuda" if parse_target(options["target"]).kind == "cuda" else "cpu"
     choices = spec_choices(options)
     refuse_unused([op], choices)
-    options = {name: options[name] for name in options.keys() - {one.name for one in CHOICES}}
+    options = {name: options[name] for name in options.keys() - {choice.name for choice in CHOICES}}
     specs = [
         KernelSpec(
             op=op, in_dtype=dtype, out_dtype=out_dtype, q_cols=q, k_cols=k, target=kind, **choices

@@ -30,7 +30,7 @@ def mean(total: Any, cols: Any) -> Any:
 
 
 def over_columns(total: Any, cols: Any) -> Any:
-    """Return a mean of squares, where float32 holds how many there are."""
+    """Return the mean of squares whose number, `cols`, is a float32 already."""
     return total / cols
 
 
@@ -50,7 +50,7 @@ def type_before_gamma(spec: KernelSpec) -> str:
 
 
 def scaled(x32: Any, rs: Any, dtype: str) -> Any:
-    """Return x times rs, in the values of `dtype` (`type_before_gamma`)."""
+    """Return x times rs as float32, rounded to `dtype` before (`type_before_gamma`)."""
     product = x32 * rs
     return product if dtype == "float32" else widened(rounded(product, dtype))
 
@@ -66,7 +66,7 @@ def rounded(x: Any, dtype: str) -> Any:
 
 
 def normalised(spec: KernelSpec, x: Any, rs: Any, gamma: Any) -> Any:
-    """Return an element of the norm, from that of q or k, in the outputs' type."""
+    """Return an element x of q or k normalised, in the outputs' type."""
     scaled_x = scaled(widened(x), rs, type_before_gamma(spec))
     return rounded(weighted(scaled_x, gamma), spec.out_dtype)
 
@@ -77,10 +77,11 @@ def scale_index(head: Any, scales: Any) -> Any:
 
 
 def rotated(own: Any, partner: Any, cosine: Any, sine: Any) -> Any:
-    """Return the first of a rotated pair, or with minus the sine the second, float32.
+    """Return ``own * cosine - partner * sine`` in float32: the first element of a rotated pair.
 
-    Both products are rounded, then the difference. It is a difference for the second too, with the
-    same bits, since TVM contracts a sum with a product, for every target that has ``fma``.
+    The second is the same with minus the sine. Both products are rounded, then the difference. The
+    second element is no sum, though that has the same bits, because TVM contracts a sum and a
+    product on every target that has ``fma``.
     """
     return own * cosine - partner * sine
 
@@ -105,7 +106,7 @@ FLOAT8_MAX = 448.0
 
 
 def over_scale(x32: Any, scale: Any) -> Any:
-    """Return x / scale, correctly rounded; float8's range is the caller's affair."""
+    """Return x / scale, correctly rounded; it may be beyond float8's range."""
     return x32 / scale
 
 

@@ -129,9 +129,9 @@ _libraries: dict[tuple[Path, bytes], Any] = {}
 def _library(path: Path, content: bytes) -> Any:
     """Load a file's content as a library, even where its path has been replaced meanwhile.
 
-    The system's loader knows libraries by path and never unloads a module (see the link): given the
-    path, it would return the one that it loaded from there before, or what was put there since the
-    check. So it gets a copy of its own, in memory where the system lets it.
+    The system's loader knows libraries by path and never unloads a module (`build.native.link`).
+    Given `path`, it would return what it loaded from there before, or load what was put there after
+    the check. So a copy of the checked content is loaded, in memory where the system allows it.
     """
     key = path, hashlib.sha256(content).digest()
     library = _libraries.get(key)
@@ -151,8 +151,8 @@ def _library(path: Path, content: bytes) -> Any:
 def _copy(content: bytes) -> Iterator[Path]:
     """Make a temporary copy of a file's content, under a name that is new to the loader.
 
-    What is left of it is a name: a debugger, or a traceback from C++, that looks for the library's
-    symbols there finds nothing, rather than another file.
+    The name is never used again: a debugger or a traceback from C++ that looks for the library's
+    symbols there finds no file, rather than another one.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -50,7 +50,7 @@ def temporary_folder(
 def memory_file(name: str) -> Iterator[tuple[int, Path]]:
     """Make a file in memory: it needs no space on a disk, and no folder that code may run from.
 
-    Yields its descriptor and a path to it, which both go again.
+    Yields its descriptor and a path to it; at the end the descriptor is closed.
 
     Raises
     ------

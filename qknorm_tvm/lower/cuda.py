@@ -46,11 +46,11 @@ def _compact(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 def _in_stages(thread: tirx.For) -> tuple[dict[str, tirx.Stmt], list[tirx.Buffer]]:
-    """Return what a thread does, a statement for each block by its name, and its registers.
+    """Return a thread's statements, by the names of their blocks, and its registers.
 
-    `compute_at` places the blocks at a part of the thread's columns, for all rows. It cannot place
-    them at the thread: the parts of a thread lie apart, and the registers would have to hold all
-    columns between. So the loop over parts is distributed here.
+    `compute_at` places each block inside the loop over the parts of a thread's columns. It cannot
+    place blocks outside of that loop, at the thread: parts are not neighbours, so that registers
+    would hold all columns between them too. So that loop is distributed over its blocks here.
     """
     simplify, bound = tvm.sym.Analyzer().simplify, tvm.sym.Analyzer().const_int_bound
     # A buffer of the thread or of a part, what replaces it, and the index that comes first then.

@@ -124,9 +124,9 @@ class Call:
         return Checked(q, k, matrices, out_dtype, weights)
 
     def divisors(self, members: Members) -> tuple[float, float, float]:
-        """Return what the ranks' sums of Q and of K are divided by, and K's weight before.
+        """Return the divisors of the summed squares of Q and of K, and K's weight in its sum.
 
-        Of an equal layout, copies of KV heads included, all columns of all ranks are counted.
+        Without totals all ranks have equally many columns, and copies of KV heads are counted too.
         """
         world = members.world_size
         q_total, k_total, k_replicas = self.q_cols_total, self.k_cols_total, self.k_replicas

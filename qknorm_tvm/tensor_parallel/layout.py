@@ -134,10 +134,10 @@ class HeadLayout:
 
     @property
     def weights(self) -> tuple[float, float]:
-        """What this rank's mean of squares counts in the whole layer's, for Q and for K.
+        """Weights of this rank's mean of squares in the whole layer's, for Q and for K.
 
-        A replicated KV head counts once, spread over its replicas. Both come to
-        ``1 / world_size``: that is what an equal layout means.
+        A replicated KV head counts once, shared by its replicas. Both weights are
+        ``1 / world_size``, as the layout gives every rank equally many columns.
         """
         return (
             self.q_cols / self.q_cols_total,

@@ -39,16 +39,16 @@ _by_handle: weakref.WeakValueDictionary[int, PeerWorkspace] = weakref.WeakValueD
 
 
 class PeerWorkspace:
-    """Slots in every rank's memory, by which one launch does what else takes an all-reduce.
+    """Slots in every rank's GPU memory, through which launches exchange sums without all-reduce.
 
-    Made by all ranks of a group together; every later use is without a word between their hosts.
-    Several layers may share one, and streams: a launch waits for the one before it, wherever that
-    was queued, except while a graph is captured, where the order is the caller's affair, as it is
-    between replays. All ranks make the same launches, in the same order, with as many rows each.
+    All ranks of a group make it together; their hosts do not communicate when it is used. All ranks
+    make the same launches, in the same order, with the same number of rows. Several layers and
+    streams may share a workspace: a launch waits for the one before it, on whatever stream that
+    was queued. While a graph is captured, and between replays, the order is up to the caller.
 
     It lives as long as somebody refers to it, and must outlive the graphs that captured its
-    launches. Any user may be the last: a launch of another rank writes to this rank's memory only
-    if this rank makes that launch too.
+    launches. Ranks may drop it at different times: a launch of another rank writes to this rank's
+    memory only if this rank makes that launch too.
 
     Where every rank has a GPU of its own the memory is that of
     ``torch.distributed._symmetric_memory``; where all ranks share one, of CUDA IPC. Ranks that
@@ -102,9 +102,9 @@ class PeerWorkspace:
         except Exception as error:
             place, failure = _Place(error=f"{type(error).__name__}: {error}"), error
         places = _gathered(place, members)
-        wrong = _unreachable(places, place, device)
+        wrong = _unreachable(places)
         if wrong is not None:
-            argument = any(one.error.startswith(("TypeError", "ValueError")) for one in places)
+            argument = any(place.error.startswith(("TypeError", "ValueError")) for place in places)
             raise (ValueError if argument else PeerError)(wrong) from failure
         shares_gpu = members.world_size > 1 and places[0].gpu == places[-1].gpu
         slots: Any = None
@@ -141,7 +141,7 @@ class PeerWorkspace:
         check_timeout(timeout)
         device = _cuda_device(device)
         slots = [_empty_slots(max_rows, device) for _ in range(ranks)]
-        pointers = [one.data_ptr() for one in slots]
+        pointers = [rank_slots.data_ptr() for rank_slots in slots]
         workspaces = []
         for rank in range(ranks):
             workspace = cls.__new__(cls)
@@ -374,7 +374,7 @@ def _by_rank(values: Sequence[object]) -> str:
     return "; ".join(f"{value} on rank {rank}" for rank, value in enumerate(values) if value)
 
 
-def _unreachable(places: Sequence[_Place], own: _Place, device: Any) -> str | None:
+def _unreachable(places: Sequence[_Place]) -> str | None:
     """Return why the ranks have no common memory, in the same words on each, or None."""
     failed = _by_rank([place.error for place in places])
     if failed:
@@ -413,13 +413,13 @@ def _ipc_slots(
         own if rank == members.rank else rebuild(*arguments)
         for rank, (rebuild, arguments) in enumerate(everyones)
     ]
-    for rank, one in enumerate(slots):
-        if one.device != device:
+    for rank, rank_slots in enumerate(slots):
+        if rank_slots.device != device:
             raise PeerError(
                 "CUDA_VISIBLE_DEVICES must be alike on all ranks that share a GPU, got "
-                f"{one.device} of rank {rank} as {device}"
+                f"{rank_slots.device} of rank {rank} as {device}"
             )
-    return slots, [one.data_ptr() for one in slots]
+    return slots, [rank_slots.data_ptr() for rank_slots in slots]
 
 
 def _symmetric_slots(

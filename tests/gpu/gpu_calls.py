@@ -78,8 +78,8 @@ def make_call(
     return call
 
 
-def check(module: Module, call: Call, what: str = "") -> None:
+def check(module: Module, call: Call, label: str = "") -> None:
     """Call and compare with unfused torch, bit for bit."""
     expected = call.expected()
     call.run(module)
-    assert call.is_exact(expected), what
+    assert call.is_exact(expected), label

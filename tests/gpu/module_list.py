@@ -193,7 +193,7 @@ def module_specs(target: str) -> dict[str, list[KernelSpec]]:
         # Its wait for the previous kernel is taken out: shows that a test would notice.
         "without_wait": single,
         "layer_without_wait": [
-            one for one in _layer(target, STATISTICS) if one.in_dtype == "float16"
+            spec for spec in _layer(target, STATISTICS) if spec.in_dtype == "float16"
         ],
         # For a GPU that is older than what the file holds, and for one that is newer.
         "newer_gpu": [single[0].replace(target="cuda:sm_120")],

@@ -35,7 +35,9 @@ def main(module: str, how: str) -> None:
         everyone.append(Rank(workspace, 32, 768, 128))
     workspace.members = type(workspace.members)(None, world, rank)
     own = everyone[rank]
-    qk_var = rank_ordered([(one.q, one.k) for one in everyone], [768.0 * world, 128.0 * world])
+    qk_var = rank_ordered(
+        [(member.q, member.k) for member in everyone], [768.0 * world, 128.0 * world]
+    )
     wanted = own.expected(qk_var)
     for launch in range(LAUNCHES):
         own.call(1 + launch * 7 % 32, validate=launch == 0)

@@ -184,14 +184,14 @@ def beside(
         by_torch = torch.compile(unfused, dynamic=False)
         timed["norm, torch.compile"] = lambda: by_torch(layer)
     graphs = {}
-    for what, call in timed.items():
+    for label, call in timed.items():
         for _ in range(3):
             call()
         torch.cuda.synchronize()
-        graphs[what] = capture(layer.rank, lambda call=call: [call() for _ in range(LAUNCHES)])
-    samples: dict[str, list[float]] = {what: [] for what in timed}
+        graphs[label] = capture(layer.rank, lambda call=call: [call() for _ in range(LAUNCHES)])
+    samples: dict[str, list[float]] = {label: [] for label in timed}
     for turn in range(SAMPLES + 2):
-        for what, graph in graphs.items():
+        for label, graph in graphs.items():
 
             def warm(graph: Any = graph) -> None:
                 with torch.cuda.stream(layer.rank.stream):
@@ -199,15 +199,18 @@ def beside(
 
             took = _timed(layer.rank.stream, warm, graph.replay)
             if turn > 1:
-                samples[what].append(took)
+                samples[label].append(took)
     for graph in graphs.values():
         graph.reset()
     workspace.check()
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, samples)
     if dist.get_rank() == 0:
-        for what in timed:
-            _line(f"{name}, {what}", max((one[what] for one in everyones), key=statistics.median))
+        for label in timed:
+            _line(
+                f"{name}, {label}",
+                max((of_rank[label] for of_rank in everyones), key=statistics.median),
+            )
 
 
 def processes(counts: Sequence[int], stress: int, compile_torch: bool) -> None:
@@ -227,8 +230,10 @@ def processes(counts: Sequence[int], stress: int, compile_torch: bool) -> None:
             three = [x.clone() for x in (layer.rank.q_out, layer.rank.k_out)]
             layer.norm(workspace)
             torch.cuda.synchronize()
-            for one, other in zip((layer.rank.q_out, layer.rank.k_out), three, strict=True):
-                assert torch.allclose(one.float(), other.float(), rtol=2**-7, atol=1e-6), "differs"
+            for ours, wanted in zip((layer.rank.q_out, layer.rank.k_out), three, strict=True):
+                assert torch.allclose(ours.float(), wanted.float(), rtol=2**-7, atol=1e-6), (
+                    "differs"
+                )
             compiled = compile_torch and name == layouts[0][0]
             beside(layer, workspace, f"{world} GPUs, {name}, M {rows}", compiled)
     workspace.close()
@@ -241,14 +246,14 @@ def _stress(workspace: tp.PeerWorkspace, launches: int) -> None:
     generator = torch.Generator().manual_seed(1)  # the same on all ranks
     everyone = []  # of each set, of each rank
     for number in range(sets):
-        others = []
+        ranks = []
         for other in range(world):
             stand_in = types.SimpleNamespace(rank=other, world_size=world)
-            others.append(Rank(stand_in, rows, 768, 128, seed=number))
-        others[rank].workspace = workspace
-        everyone.append(others)
-    wanted = [others[rank].expected(statistics_of(others)) for others in everyone]
-    own = [others[rank] for others in everyone]
+            ranks.append(Rank(stand_in, rows, 768, 128, seed=number))
+        ranks[rank].workspace = workspace
+        everyone.append(ranks)
+    wanted = [ranks[rank].expected(statistics_of(ranks)) for ranks in everyone]
+    own = [ranks[rank] for ranks in everyone]
     numbers = torch.randint(0, sets, (LAUNCHES,), generator=generator).tolist()
     counts = torch.randint(1, rows + 1, (LAUNCHES,), generator=generator).tolist()
     steps = list(zip(numbers, counts, strict=True))
@@ -262,9 +267,9 @@ def _stress(workspace: tp.PeerWorkspace, launches: int) -> None:
         for place, (number, some) in enumerate(steps):
             if sleeps and (place + 5 * rank) % 11 == 0:
                 torch.cuda._sleep(20_000)
-            one, (q_out, k_out) = own[number], logs
+            inputs, (q_out, k_out) = own[number], logs
             tp.qk_rms_norm(
-                one.q[:some], one.k[:some], one.gamma_q, one.gamma_k, EPSILON,
+                inputs.q[:some], inputs.k[:some], inputs.gamma_q, inputs.gamma_k, EPSILON,
                 q_out=q_out[place, :some], k_out=k_out[place, :some], workspace=workspace,
             )  # fmt: skip
 

@@ -35,14 +35,14 @@ def _graph(x: list[Any], qk_var: Any, gammas: list[Any], dtype: str) -> list[Any
     rsqrt = cupy.ElementwiseKernel("float32 x", "float32 y", "y = rsqrtf(x)", "unfused_rsqrt")
     rs = rsqrt(qk_var + np.float32(EPSILON))
     return [
-        ((one.astype(np.float32) * rs[:, i : i + 1]) * gamma).astype(dtype)
-        for i, (one, gamma) in enumerate(zip(x, gammas, strict=True))
+        ((operand.astype(np.float32) * rs[:, i : i + 1]) * gamma).astype(dtype)
+        for i, (operand, gamma) in enumerate(zip(x, gammas, strict=True))
     ]
 
 
-def _check(found: Any, wanted: list[Any]) -> None:
+def _check(outputs: Any, wanted: list[Any]) -> None:
     cupy.cuda.Device().synchronize()
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(outputs, wanted, strict=True):
         assert isinstance(a, cupy.ndarray)
         assert reference.differing(cupy.asnumpy(a), cupy.asnumpy(b)) == 0
 
@@ -52,11 +52,11 @@ def _check(found: Any, wanted: list[Any]) -> None:
 def test_apply(get_module: GetModule, dtype: str, given: bool) -> None:
     qknorm_tvm.use(get_module("open"))
     x, qk_var, gammas = _inputs(dtype)
-    outputs = {f"{tag}_out": cupy.empty_like(one) for tag, one in zip("qk", x, strict=True)}
-    found = qknorm_tvm.apply_qk_rms_norm(
+    outputs = {f"{tag}_out": cupy.empty_like(operand) for tag, operand in zip("qk", x, strict=True)}
+    result = qknorm_tvm.apply_qk_rms_norm(
         *x, qk_var, *gammas, EPSILON, **(outputs if given else {})
     )  # fmt: skip
-    _check(found, _graph(x, qk_var, gammas, dtype))
+    _check(result, _graph(x, qk_var, gammas, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -66,8 +66,8 @@ def test_statistics_and_the_layer(get_module: GetModule, dtype: str) -> None:
     qk_var = qknorm_tvm.row_mean_of_squares_qk(*x)
     wanted = reference.row_mean_of_squares_qk(*map(cupy.asnumpy, x), order="cuda")
     _check([qk_var], [cupy.asarray(wanted)])
-    found = qknorm_tvm.qk_rms_norm(*x, *gammas, EPSILON)
-    _check(found, _graph(x, qk_var, gammas, dtype))
+    result = qknorm_tvm.qk_rms_norm(*x, *gammas, EPSILON)
+    _check(result, _graph(x, qk_var, gammas, dtype))
 
 
 def test_stream(get_module: GetModule) -> None:
@@ -85,6 +85,6 @@ def test_stream(get_module: GetModule) -> None:
         for _ in range(10):
             busy = busy @ busy * np.float32(1e-4)
         q[...] = right
-    found = qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas, EPSILON, stream=stream, **outputs)
+    result = qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas, EPSILON, stream=stream, **outputs)
     stream.synchronize()
-    _check(found, wanted)
+    _check(result, wanted)

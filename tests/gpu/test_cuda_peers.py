@@ -43,9 +43,9 @@ PROCESSES = Path(__file__).with_name("peer_processes.py")
 
 @pytest.fixture(autouse=True, scope="module")
 def module(module_path: ModulePath) -> Module:
-    found = qknorm_tvm.load(module_path("peers"))
-    qknorm_tvm.use(found)
-    return found
+    loaded = qknorm_tvm.load(module_path("peers"))
+    qknorm_tvm.use(loaded)
+    return loaded
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 16])
@@ -155,10 +155,10 @@ class _Log:
 
     def launch(self, rank: int, place: int) -> None:
         number, rows = self.steps[place]
-        one, (q_out, k_out) = self.sets[number][rank], self.outputs[rank]
+        inputs, (q_out, k_out) = self.sets[number][rank], self.outputs[rank]
         tp.qk_rms_norm(
-            one.q[:rows], one.k[:rows], one.gamma_q, one.gamma_k, EPSILON,
-            q_out=q_out[place, :rows], k_out=k_out[place, :rows], workspace=one.workspace,
+            inputs.q[:rows], inputs.k[:rows], inputs.gamma_q, inputs.gamma_k, EPSILON,
+            q_out=q_out[place, :rows], k_out=k_out[place, :rows], workspace=inputs.workspace,
         )  # fmt: skip
 
     def differing(self) -> int:
@@ -178,8 +178,8 @@ def _stress(count: int, launches: int) -> tuple[int, int]:
     sets = [ranks]
     for seed in range(1, 5):
         more = [Rank(rank.workspace, rows, 768, 128, seed=seed) for rank in ranks]
-        for rank, one in zip(more, ranks, strict=True):
-            rank.stream = one.stream
+        for rank, original in zip(more, ranks, strict=True):
+            rank.stream = original.stream
         sets.append(more)
 
     def steps(of: int) -> list[tuple[int, int]]:
@@ -293,7 +293,7 @@ def test_entry_point_refuses(module: Module) -> None:
     module.qk_rms_norm(*args, *peers)
 
     def refuses(place: int, value: Any, error: type, message: str) -> None:
-        changed = [value if i == place else one for i, one in enumerate(peers)]
+        changed = [value if i == place else peer for i, peer in enumerate(peers)]
         with pytest.raises(error, match=message):
             module.qk_rms_norm(*args, *changed)
 

@@ -26,9 +26,9 @@ def _run(module_path: ModulePath, world: int, *options: str) -> tuple[int, str]:
 
 def _options(sharing: bool) -> list[str]:
     """Return those of two ranks: on one GPU, or on two where there are two."""
-    found = torch.cuda.device_count()
-    if not sharing and found < 2:
-        pytest.skip(f"NCCL takes one rank a GPU: needs 2, found {found}")
+    count = torch.cuda.device_count()
+    if not sharing and count < 2:
+        pytest.skip(f"NCCL takes one rank a GPU: needs 2, found {count}")
     return ["--share-gpu"] if sharing else ["--device", "cuda"]
 
 

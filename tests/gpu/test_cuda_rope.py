@@ -44,8 +44,8 @@ class Call:
         widths = (spec.q_cols, spec.k_cols, spec.k_cols)
         odd = layout == "misaligned"
         row = sum(widths) + (1 if odd else 0)
-        whole = (random(rows * row + 8) * 2).to(kind)[int(odd) :]
-        qkv = whole[: rows * row].view(rows, row)[:, : sum(widths)]
+        memory = (random(rows * row + 8) * 2).to(kind)[int(odd) :]
+        qkv = memory[: rows * row].view(rows, row)[:, : sum(widths)]
         q, k, v = qkv.split(widths, dim=1)
         self.spec, self.rows = spec, rows
         blocks = -(-2 * rows // BLOCK_SIZE) + 1

@@ -109,8 +109,8 @@ def test_error_is_at_most_that_of_torch(get_module: GetModule, cols: tuple[int, 
     q, k = _inputs(16384, *cols)
     exact = torch.stack([x.double().pow(2).mean(-1) for x in (q, k)], dim=1)
 
-    def errors(found: Any) -> Any:
-        return (found.double() - exact).abs() / exact
+    def errors(means: Any) -> Any:
+        return (means.double() - exact).abs() / exact
 
     ours, theirs = errors(_statistics(get_module("layer"), q, k)), errors(torch_mean(q, k))
     assert (ours.mean(dim=0) <= 1.05 * theirs.mean(dim=0)).all()
@@ -147,19 +147,19 @@ def _chain_is_right(module: Module, rows: int, dtype: str, *, length: int = 20) 
         current = outs[1]
 
     def run(wait: bool) -> None:
-        for (a, b), var, one, two in made:
+        for (a, b), var, applied, fused in made:
             module.row_mean_of_squares_qk(var, a, b)
             if wait:
                 torch.cuda.synchronize()
-            module.apply_qk_rms_norm(*one, *gammas, var, a, b, 1e-6)
+            module.apply_qk_rms_norm(*applied, *gammas, var, a, b, 1e-6)
             if wait:
                 torch.cuda.synchronize()
-            module.qk_rms_norm(*two, *gammas, *one, 1e-6)
+            module.qk_rms_norm(*fused, *gammas, *applied, 1e-6)
             if wait:
                 torch.cuda.synchronize()
 
     def written() -> list[Any]:
-        return [x for _, var, one, two in made for x in (var, *one, *two)]
+        return [x for _, var, applied, fused in made for x in (var, *applied, *fused)]
 
     run(wait=True)
     expected = [x.clone() for x in written()]
@@ -203,11 +203,11 @@ def test_stream_of_torch_and_given_streams(get_module: GetModule) -> None:
             late = slow @ slow @ slow
             q.copy_(right + (late.sum() * 0).nan_to_num().to(q.dtype))
             if not given:
-                found = qknorm_tvm.row_mean_of_squares_qk(q, k)
+                qk_var = qknorm_tvm.row_mean_of_squares_qk(q, k)
         if given:
-            found = qknorm_tvm.row_mean_of_squares_qk(q, k, stream=stream)
+            qk_var = qknorm_tvm.row_mean_of_squares_qk(q, k, stream=stream)
         stream.synchronize()
-        assert np.array_equal(found.cpu().numpy(), wanted)
+        assert np.array_equal(qk_var.cpu().numpy(), wanted)
 
 
 def test_api(get_module: GetModule) -> None:
@@ -217,7 +217,7 @@ def test_api(get_module: GetModule) -> None:
     q, k = qkv[:, :1536], qkv[:, 1536:1792]
     gammas = _gammas(q, k)
     qk_var = qknorm_tvm.row_mean_of_squares_qk(q, k)
-    one = qknorm_tvm.qk_rms_norm(q, k, *gammas)
-    two = qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas)
-    assert all(equal_bits(a, b) for a, b in zip(one, two, strict=True))
+    fused = qknorm_tvm.qk_rms_norm(q, k, *gammas)
+    applied = qknorm_tvm.apply_qk_rms_norm(q, k, qk_var, *gammas)
+    assert all(equal_bits(a, b) for a, b in zip(fused, applied, strict=True))
     assert qk_var.device == q.device

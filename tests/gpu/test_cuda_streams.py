@@ -81,10 +81,10 @@ def test_a_chain_in_place(get_module: GetModule, rows: int) -> None:
     graph = _capture(lambda: [call.run(module) for _ in range(length)])
     wanted = (first_q, first_k)
     for _ in range(length):
-        one = make_call(rows)
-        one.q, one.k = wanted
-        one.qk_var, one.gamma_q, one.gamma_k = call.qk_var, call.gamma_q, call.gamma_k
-        wanted = one.expected()
+        step = make_call(rows)
+        step.q, step.k = wanted
+        step.qk_var, step.gamma_q, step.gamma_k = call.qk_var, call.gamma_q, call.gamma_k
+        wanted = step.expected()
     for _ in range(5):
         call.q.copy_(first_q)
         call.k.copy_(first_k)

@@ -199,7 +199,7 @@ static inline T __shfl_sync(unsigned mask, T value, int lane) {
   return shuffle(mask, value, current / kWarp * kWarp + lane % kWarp);
 }
 
-/* Ranks are processes, which share the memory of the slots. */
+/* Ranks are threads of this process; each runs a library of its own. */
 static inline float __uint_as_float(uint32_t word) {
   float value;
   memcpy(&value, &word, 4);
@@ -213,7 +213,7 @@ static inline uint32_t __float_as_uint(float value) {
 static inline void PEER_STORE(int64_t address, float sum) {
   __atomic_store_n((uint32_t*)address, __float_as_uint(sum), __ATOMIC_RELAXED);
 }
-/* Other threads of the block go on while one waits, and other processes. */
+/* Other threads of the block go on while one waits, and other ranks. */
 static inline void PEER_LOAD(float& sum, int64_t address) {
   using namespace emulation;
   sum = __uint_as_float(__atomic_load_n((uint32_t*)address, __ATOMIC_RELAXED));

@@ -86,12 +86,12 @@ def test_replicated_gamma_k_is_cut_by_head_and_not_by_rank() -> None:
 def test_shards_are_views_of_numpy_and_torch() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     layout = HeadLayout(*OLMO2_7B, world_size=4, rank=3)
-    for whole in (np.arange(4096), torch.arange(4096)):
-        for part in (layout.shard_gamma_q(whole), layout.shard_gamma_k(whole)):
+    for gamma in (np.arange(4096), torch.arange(4096)):
+        for part in (layout.shard_gamma_q(gamma), layout.shard_gamma_k(gamma)):
             assert part.tolist() == list(range(3072, 4096))
             part[0] = -1
-            assert whole[3072] == -1
-            whole[3072] = 3072
+            assert gamma[3072] == -1
+            gamma[3072] = 3072
 
 
 def test_one_rank_holds_everything() -> None:

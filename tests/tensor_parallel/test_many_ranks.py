@@ -31,14 +31,14 @@ def modules() -> list[str]:
         KernelSpec("row_mean_of_squares_qk", in_dtype, "float32", target=target)
         for in_dtype in ("bfloat16", "float32")
     ]
-    whole = KernelSpec("qk_rms_norm", target=target)  # of groups of one rank
+    fused = KernelSpec("qk_rms_norm", target=target)  # of groups of one rank
     rounded = KernelSpec(target=target, cast_before_gamma=True)
     rotated = [
         KernelSpec(op=op, q_cols=96, k_cols=32, head_dim=32, rotary_dim=16, target=target)
         for op in ("qk_rms_norm_rope", "qk_rms_norm_rope_cache")
     ]
     return [
-        str(compiled("ranks", *apply, *statistics, whole, *rotated)),
+        str(compiled("ranks", *apply, *statistics, fused, *rotated)),
         str(compiled("ranks-rounded", rounded)),
     ]
 
