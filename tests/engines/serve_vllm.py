@@ -54,14 +54,14 @@ def widest(worker: Any) -> list[str]:
     return sorted({str(p.dtype) for name, p in names if "q_norm" in name or "k_norm" in name})
 
 
-def spoil_k(worker: Any) -> None:
+def scale_k(worker: Any) -> None:
     """Make a worker's K 1 % too large: what the comparison must see."""
     for name, parameter in worker.model_runner.model.named_parameters():
         if name.endswith("k_norm.weight"):
             parameter.data.mul_(1.01)
 
 
-def run(options: dict[str, Any], folder: Path, *, eager: bool, spoilt: bool) -> dict[str, Any]:
+def run(options: dict[str, Any], folder: Path, *, eager: bool, scaled_k: bool) -> dict[str, Any]:
     """Return what one engine answers."""
     from vllm import LLM, SamplingParams
 
@@ -79,8 +79,8 @@ def run(options: dict[str, Any], folder: Path, *, eager: bool, spoilt: bool) -> 
         disable_log_stats=True,
         **options.get("engine", {}),
     )
-    if spoilt:
-        llm.collective_rpc(spoil_k)
+    if scaled_k:
+        llm.collective_rpc(scale_k)
     prompts = [
         {"prompt_token_ids": [(7 * i * i + 11 * i + length) % 509 + 3 for i in range(length)]}
         for length in LENGTHS
@@ -116,7 +116,7 @@ def main(out: str, text: str) -> None:
         checkpoints.write(folder, options["model"], options["dtype"], options.get("kv_heads"))
     for asked in options["runs"]:
         os.environ["QKNORM_TVM_ENGINE_STATISTICS"] = asked.get("statistics", "fused")
-        result = run(options, folder, eager=asked["eager"], spoilt=asked.get("spoilt", False))
+        result = run(options, folder, eager=asked["eager"], scaled_k=asked.get("scaled_k", False))
         results.append(asked | result)
         Path(out).write_text(json.dumps(results))
 
