@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import os
 import shutil
@@ -388,6 +389,25 @@ for got, want in zip(outputs, reference.apply_qk_rms_norm(*arguments)):
 print("tvm" in sys.modules)
 """
 COMPUTED = KernelSpec(in_dtype="float32", q_cols=5, k_cols=3, target=OWN)
+
+
+def engine_python(engine: str, variable: str, group: str) -> str:
+    """Return a Python that has an engine and this package's entry point in `group`, or skip."""
+    given = os.environ.get(variable)
+    if given is None and importlib.util.find_spec(engine) is None:
+        pytest.skip(f"{engine} is not installed, and {variable} names no Python that has it")
+    python = given or sys.executable
+    code = (
+        "import importlib.metadata as m, importlib.util as u, sys\n"
+        "plugins = m.entry_points(group=sys.argv[2])\n"
+        "print(u.find_spec(sys.argv[1]) is not None, 'qknorm_tvm' in [p.name for p in plugins])"
+    )
+    found = subprocess.run(
+        [python, "-c", code, engine, group], capture_output=True, text=True, check=True
+    )
+    if found.stdout.split() != ["True", "True"]:
+        pytest.skip(f"{python} lacks {engine}, or qknorm-tvm installed with its entry points")
+    return python
 
 
 def run_python(

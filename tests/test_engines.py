@@ -269,6 +269,29 @@ def test_torch_statistics_give_the_bits_of_the_engine(
 
 
 @torch_only
+@pytest.mark.parametrize("uncompiled", [False, True])
+def test_statistics_that_an_engine_does_not_compile_are_not_compiled(uncompiled: bool) -> None:
+    """Compiled sums are in another order: float32 MiniMax-M2 on two ranks had other bits."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from qknorm_tvm.integrations.engine_norm import AttentionNorm
+
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    norm = AttentionNorm(1e-6, False, 2, lambda x: 2 * x, "torch", uncompiled=uncompiled)
+    q, k, *_ = operands("float32")
+    compiled = torch.compile(norm.mean_squares, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(q, k), norm.mean_squares(q, k))
+    (graph,) = graphs
+    operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert ("qknorm_tvm.mean_squares_by_torch" in " ".join(operators)) is uncompiled
+    assert any(node.target == "pow" for node in graph.graph.nodes) is not uncompiled
+
+
+@torch_only
 @pytest.mark.parametrize("statistics", ["torch", "fused"])
 @pytest.mark.parametrize("gathers", [False, True])
 def test_two_ranks_give_the_norm_of_the_whole_row(

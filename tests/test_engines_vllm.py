@@ -12,17 +12,15 @@ A case starts two processes, one with QKNORM_TVM_ENGINES=0; each serves eager an
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rank_processes import run_group
-from support import OWN, compiled
+from support import OWN, compiled, engine_python
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.tensor_parallel import HeadLayout
@@ -56,19 +54,7 @@ CASES = [
 @pytest.fixture(scope="session")
 def python() -> str:
     """The interpreter of an environment with vLLM and the plugin."""
-    given = os.environ.get("QKNORM_TVM_TEST_VLLM")
-    if given is None and importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed, and QKNORM_TVM_TEST_VLLM names no Python that has it")
-    python = given or sys.executable
-    code = (
-        "import importlib.metadata as m, importlib.util as u\n"
-        "plugins = m.entry_points(group='vllm.general_plugins')\n"
-        "print(u.find_spec('vllm') is not None, 'qknorm_tvm' in [p.name for p in plugins])"
-    )
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    if found.stdout.split() != ["True", "True"]:
-        pytest.skip(f"{python} lacks vLLM, or qknorm-tvm installed with its entry points")
-    return python
+    return engine_python("vllm", "QKNORM_TVM_TEST_VLLM", "vllm.general_plugins")
 
 
 def modules_of(model: str, dtype: str, ranks: int, kv_heads: int) -> str:
@@ -134,7 +120,6 @@ def test_vllm_answers_as_without_the_plugin(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions for workers
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",

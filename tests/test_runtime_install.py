@@ -105,7 +105,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for name in ("qknorm_tvm", "schedules", "tuning_logs"):
         shutil.copytree(ROOT / name, copy / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder)]
     done = subprocess.run([*command, str(copy)], capture_output=True, text=True, check=False)
@@ -114,6 +114,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (made,) = folder.glob("*.whl")
     return made
+
+
+def test_the_wheel_has_no_measurements(wheel: Path) -> None:
+    """MANIFEST.in, which is for the source distribution, brings 4 MB of databases into it."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith("tuning_logs/nvidia-h100/tuned.json") for name in names)
+    assert not [name for name in names if "database" in name]
 
 
 @pytest.fixture(scope="module", params=TVM_FFI)

@@ -161,10 +161,13 @@ def serves(held: KernelSpec, spec: KernelSpec) -> bool:
     Its columns may be open, and of its target only the kind of device counts, as what is loaded
     runs on this machine. Every other field decides the bits of a result, and must be equal.
     """
-    columns = {
-        name: getattr(spec, name) for name in ("q_cols", "k_cols") if getattr(held, name) is None
-    }
+    # Most of a pack is for other columns: seen without making a spec of each.
+    if held.op != spec.op or not (
+        held.q_cols in (None, spec.q_cols) and held.k_cols in (None, spec.k_cols)
+    ):
+        return False
     same_kind = held.parsed_target.kind == spec.parsed_target.kind
+    columns = {"q_cols": spec.q_cols, "k_cols": spec.k_cols}
     return same_kind and held.replace(target=spec.target, **columns) == spec
 
 

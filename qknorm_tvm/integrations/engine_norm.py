@@ -28,6 +28,18 @@ from .engines import say, statistics
 Tensor = torch.Tensor
 
 
+def _mean_squares_by_torch(q: Tensor, k: Tensor) -> Tensor:
+    return torch.cat([x.float().pow(2).mean(-1, keepdim=True) for x in (q, k)], dim=-1)
+
+
+#: The same as an operator, which torch's compiler leaves as it is: it sums in another order.
+_mean_squares_uncompiled = torch.library.custom_op(
+    "qknorm_tvm::mean_squares_by_torch", _mean_squares_by_torch, mutates_args=(),
+    schema="(Tensor q, Tensor k) -> Tensor",
+)  # fmt: skip
+_mean_squares_uncompiled.register_fake(_mean_squares_by_torch)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionNorm:
     """Normalises this rank's columns of Q and K by the mean squares of the whole rows.
@@ -51,6 +63,9 @@ class AttentionNorm:
     gather : callable or None
         With ``"torch"``, for an engine that computes the statistics of whole rows: makes them from
         each rank's columns.
+    uncompiled : bool
+        With ``"torch"``, for an engine that computes the statistics in an operator of its own, so
+        that they are not compiled in compiled graphs.
     head_dim : int
         Where the layer's rotation is fused: columns of a head; otherwise 0.
     interleaved : bool
@@ -65,6 +80,7 @@ class AttentionNorm:
     all_reduce: Callable[[Tensor], Tensor]
     statistics: str
     gather: Callable[[Tensor], Tensor] | None = None
+    uncompiled: bool = False
     head_dim: int = 0
     interleaved: bool = False
     group: Any = None
@@ -119,15 +135,15 @@ class AttentionNorm:
     def mean_squares(self, q: Tensor, k: Tensor) -> Tensor | None:
         """Return the mean squares of whole rows, ``[M, 2]``; None where the launch has them."""
         if self.statistics == "torch":
-            return self._mean_squares_by_torch(q, k)
+            return self._engines_mean_squares(q, k)
         if self.is_local:
             return None
         return self._over_ranks(torch_ops.row_mean_of_squares_qk(q, k))
 
-    def _mean_squares_by_torch(self, q: Tensor, k: Tensor) -> Tensor:
+    def _engines_mean_squares(self, q: Tensor, k: Tensor) -> Tensor:
         if self.gather is not None and self.ranks > 1:
             q, k = self.gather(q.contiguous()), self.gather(k.contiguous())
-        qk_var = torch.cat([x.float().pow(2).mean(-1, keepdim=True) for x in (q, k)], dim=-1)
+        qk_var = (_mean_squares_uncompiled if self.uncompiled else _mean_squares_by_torch)(q, k)
         return qk_var if self.ranks == 1 or self.gather is not None else self._over_ranks(qk_var)
 
     def _over_ranks(self, qk_var: Tensor) -> Tensor:
@@ -226,6 +242,7 @@ def norm_for(
     all_reduce: Callable[[Tensor], Tensor],
     group: Any,
     gather: Callable[[Tensor], Tensor] | None = None,
+    uncompiled: bool = False,
     rotary: Any = None,
     rotate: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> AttentionNorm | None:
@@ -237,7 +254,7 @@ def norm_for(
     Parameters
     ----------
     layer : Layer
-    epsilon, cast_before_gamma, ranks, all_reduce, gather
+    epsilon, cast_before_gamma, ranks, all_reduce, gather, uncompiled
         As `AttentionNorm`'s.
     group : ProcessGroup or None
         The engine's own of these ranks, on their devices.
@@ -248,7 +265,9 @@ def norm_for(
         The engine's kernel of `rotary`, ``(positions, q, k) -> (q, k)``, which may write in place.
         None where the class of `rotary` is not the contract's.
     """
-    norm = AttentionNorm(epsilon, cast_before_gamma, ranks, all_reduce, statistics(), gather)
+    norm = AttentionNorm(
+        epsilon, cast_before_gamma, ranks, all_reduce, statistics(), gather, uncompiled
+    )
     rotation, left = None, "this plugin fuses none here"
     if rotary is not None and rotate is None:
         left = f"{type(rotary).__name__} is not the contract's class"

@@ -12,7 +12,27 @@ from .engine_norm import AttentionNorm, Layer, agree_over, norm_for, widen
 
 #: By what is replaced: a hook for after the class's ``__init__``, and one around it.
 Hooks = dict[str, tuple[Callable[..., None], Callable[..., Any]]]
-Pair = tuple[torch.Tensor, torch.Tensor]
+Tensor = torch.Tensor
+Outputs = tuple[Tensor, Tensor]
+
+
+def _prepare(
+    layer: Any, replaces: str, norms: tuple[Any, Any], cols: tuple[int, int], group: Any,
+    ranks: int, **options: Any,
+) -> None:  # fmt: skip
+    """Give a layer what its method calls, `norm_for`'s; `group` is SGLang's, None for one rank."""
+    weight, epsilon = norms[0].weight, norms[0].variance_epsilon
+    layer._qknorm_tvm = norm_for(
+        Layer(
+            "sglang", type(layer).__name__, replaces, torch.get_default_dtype(), weight.device,
+            *cols, agree_over(group),
+        ),
+        epsilon=epsilon, cast_before_gamma=False, ranks=ranks,
+        group=getattr(group, "device_group", None), **options,
+    )  # fmt: skip
+    if layer._qknorm_tvm is not None:
+        for norm in norms:
+            widen(norm)
 
 
 def minimax_m2_hooks() -> Hooks:
@@ -22,24 +42,13 @@ def minimax_m2_hooks() -> Hooks:
 
     def after_init(result: None, self: Any, q_norm: Any, k_norm: Any) -> None:
         ranks = q_norm.attn_tp_size
-        group = get_parallel().attn_tp_group if ranks > 1 else None
-        self._qknorm_tvm = norm_for(
-            Layer(
-                "sglang", type(self).__name__, "forward", torch.get_default_dtype(),
-                q_norm.weight.device, len(q_norm.weight), len(k_norm.weight),
-                agree_over(group),
-            ),
-            epsilon=q_norm.variance_epsilon,
-            cast_before_gamma=False,
-            ranks=ranks,
+        _prepare(
+            self, "forward", (q_norm, k_norm), (len(q_norm.weight), len(k_norm.weight)),
+            get_parallel().attn_tp_group if ranks > 1 else None, ranks,
             all_reduce=attn_tp_all_reduce,
-            group=getattr(group, "device_group", None),
         )  # fmt: skip
-        if self._qknorm_tvm is not None:
-            widen(q_norm)
-            widen(k_norm)
 
-    def forward(original: Callable, self: Any, q: torch.Tensor, k: torch.Tensor) -> Pair:
+    def forward(original: Callable, self: Any, q: Tensor, k: Tensor) -> Outputs:
         norm: AttentionNorm | None = self._qknorm_tvm
         if norm is None:
             return original(self, q, k)
@@ -57,30 +66,18 @@ def olmo2_hooks() -> Hooks:
     )
 
     def after_init(result: None, self: Any, *args: Any, **options: Any) -> None:
-        q_norm, k_norm, ranks = self.q_norm, self.k_norm, self.tp_size
-        group = get_tp_group() if ranks > 1 else None
+        ranks = self.tp_size
         heads = HeadLayout(
             self.total_num_heads, self.total_num_kv_heads, self.head_dim, ranks, self.tp_rank
         )
-        self._qknorm_tvm = norm_for(
-            Layer(
-                "sglang", type(self).__name__, "_apply_qk_norm", torch.get_default_dtype(),
-                q_norm.weight.device, heads.q_cols, heads.k_cols,
-                agree_over(group),
-            ),
-            epsilon=q_norm.variance_epsilon,
-            cast_before_gamma=False,
-            ranks=ranks,
-            all_reduce=tensor_model_parallel_all_reduce,
-            group=getattr(group, "device_group", None),
-            gather=tensor_model_parallel_all_gather,
+        self._qknorm_tvm_parts = heads.q_slice, heads.k_slice
+        _prepare(
+            self, "_apply_qk_norm", (self.q_norm, self.k_norm), (heads.q_cols, heads.k_cols),
+            get_tp_group() if ranks > 1 else None, ranks,
+            all_reduce=tensor_model_parallel_all_reduce, gather=tensor_model_parallel_all_gather,
         )  # fmt: skip
-        if self._qknorm_tvm is not None:
-            widen(q_norm)
-            widen(k_norm)
-            self._qknorm_tvm_parts = heads.q_slice, heads.k_slice
 
-    def apply_qk_norm(original: Callable, self: Any, q: torch.Tensor, k: torch.Tensor) -> Pair:
+    def apply_qk_norm(original: Callable, self: Any, q: Tensor, k: Tensor) -> Outputs:
         norm: AttentionNorm | None = self._qknorm_tvm
         if norm is None:
             return original(self, q, k)

@@ -108,6 +108,7 @@ def _prepare_minimax_m2(attention: Any, *, may_rotate: bool) -> None:
         ranks=q_norm.tp_world,
         all_reduce=tensor_model_parallel_all_reduce,
         group=get_tp_group().device_group,
+        uncompiled=q_norm.tp_world > 1,  # vLLM's operator minimax_qk_norm_fusion
         rotary=rotary if may_rotate else None,
         rotate=getattr(rotary, f"forward_{device.type}", None) if rotates else None,
     )  # fmt: skip
