@@ -16,19 +16,19 @@ written already.) `tests/test_peer_protocol.py` searches all orders of small cas
 **No order of blocks, launches or ranks deadlocks**, if all ranks make the same launches with as
 many rows each:
 
-1. The blocks of a launch all fit on the GPU at once, beside those of the other ranks that share it:
-   the entry point makes no more blocks than that, and a block takes tiles of rows in increasing
-   order. So every block of a launch that may run does get to run.
-2. A launch may run once the one before it on its stream has ended. It lets its dependents start
-   only after the sums of its block's last row have come (``after_loads``: they are what it loads
-   last). By then all its blocks, and those of the other ranks' same launch, run and need no room.
-   So of a stream at most one launch holds room while it waits for other ranks, and (1) counts it.
-   Dependents that start at once would pile up, each holding room that another rank of this GPU
-   needs for the launch that they all wait for.
+1. All blocks of a launch can be resident at once, beside those of the other ranks that share the
+   GPU: the entry point launches no more. A block takes tiles of rows in increasing order. So every
+   block of a launch that may start becomes resident.
+2. A launch may start once the one before it on its stream has ended, or has let its dependents
+   start: only after the sums of its blocks' last rows have come (``after_loads``: they are loaded
+   last). By then all its blocks have become resident, and those of the same launch on the other
+   ranks. So at most one launch of a stream has resident blocks while it waits for other ranks, and
+   (1) counts it. Dependents that start at once would pile up: their resident blocks would keep out
+   the blocks of another rank on this GPU for which they all wait.
 3. Take the first launch that has not ended on some rank, and in it the first tile that waits for
    ever on some rank. All ranks run this launch, by (2) and (1). On each, the block of that tile has
-   ended its earlier tiles, which are before it in the order; so it has written its sums, and the
-   tile does not wait.
+   ended its earlier tiles, none of which waits for ever; so it has written its sums, and the tile
+   does not wait.
 
 A launch that waits longer than the state's timeout gives up: its sums are NaN, and it says which
 rank's sum of which row did not come. Launches after it do not wait.
@@ -38,7 +38,7 @@ in a graph; ``tests/gpu/peer_times.py``; docs/tensor-parallel.md has all of it):
 
 * Slots 8 bytes apart that every warp of a block polls: 3.64 us on one rank at M = 64, on eight
   5.47. A line of 128 bytes for each row instead, polled by every warp: 2.76 and 5.00; by one warp,
-  which hands the sums on behind a second barrier: 3.02 and 4.51. At M = 1 the second barrier costs
+  which passes the sums on behind a second barrier: 3.02 and 4.51. At M = 1 the second barrier costs
   0.1 to 0.3 us.
 * One launch falls behind three steps above 512 rows, on one GPU and on two: a block waits for the
   other ranks' sums of a row before it loads its next one.

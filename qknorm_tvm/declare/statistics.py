@@ -28,8 +28,8 @@ Each square is added by a fused multiply-add where the device has one (all but x
 squares of bfloat16 and float16 are exact in float32, so that this matters for float32 alone. No sum
 has more than STEPS (CUDA: VECTOR) terms until there are as many blocks (rounds of chunks), and the
 lanes' errors average out: the error is that of the last few additions, and no larger than that of
-torch's float32 mean. (Without blocks it was: 6.6e-8 against 5.0e-8 in the mean at 6144 columns of
-bfloat16.)
+torch's float32 mean. (Without blocks it would be: 6.6e-8 against 5.0e-8 in the mean at 6144
+columns of bfloat16.)
 """
 
 from __future__ import annotations

@@ -199,8 +199,9 @@ def sampled_fields(trace: Sequence[Any]) -> dict[str, int]:
 def repair(folder: Path) -> list[Problem]:
     """Put unusable lines aside, in ``<file>.rejected``, and leave the rest; returns them.
 
-    Records name workloads by line, so these keep their lines: one that is not usable becomes a copy
-    of one that is. Records that name it go first, whatever interrupts this.
+    Records refer to workloads by line number, so workloads keep theirs: an unusable one is replaced
+    by a copy of a usable one. Records that refer to it are removed before that, so that none refers
+    to the copy if this is interrupted.
     """
     logs = read_logs(folder)
     if not logs.problems:

@@ -230,7 +230,7 @@ class CudaTarget(Target):
 
     @property
     def _launches(self) -> list[int]:
-        """What to try for when the next kernel may start; before sm_90 nothing waits."""
+        """Values to try of ``dependent_launch``, by index; none before sm_90, which lacks it."""
         waits = int(re.sub(r"\D", "", self._archs[0])) >= 90
         return list(range(len(DEPENDENT_LAUNCHES))) if waits else []
 
