@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 SCHEDULE_VERSION = 1
 
 #: Ways to round float32 to bfloat16, half to even; the same bits, other instructions. Where columns
-#: are not taken apart into even and odd ones, ``"saturate"`` is ``"shift"``.
+#: are not taken apart into even and odd ones, ``"saturate"`` is ``"shift"``. What the others mean
+#: stays as it is: tuned records name them.
 ROUNDINGS = ("mask", "shift", "saturate")
 
 #: Fewest elements of a vector that is taken apart into even and odd ones.
@@ -45,11 +46,13 @@ class CpuConfig:
         last whole vector go through vectors of 8 and then one by one.
     row_tile : int
         Rows handled together: one load of gamma serves them all. Rows beyond the last whole tile
-        go one by one through a function of their own, and all that are stored past the caches.
+        go one by one through a function of their own; with packed gammas so do all that are stored
+        past the caches.
     rounding : str
         How float32 becomes bfloat16: ``"mask"`` (a test into a mask register and two adds, which
         AVX-512 has), ``"shift"`` (shift, and, two adds) or ``"saturate"`` (16-bit halves, of even
-        and odd elements at once: and-not, saturating difference, shift, add).
+        and odd elements at once: and-not, saturating difference, shift, add), with which tasks pack
+        the gammas where they can, see `packs_gammas`.
     bytes_per_task : int
         Bytes read and written that one thread gets at least. A call below twice this runs on the
         calling thread alone.
@@ -62,7 +65,7 @@ class CpuConfig:
     row_tile: int = 1
     rounding: str = "shift"
     bytes_per_task: int = 1 << 17
-    streaming_bytes: int = 1 << 23
+    streaming_bytes: int = 1 << 24
 
     def __post_init__(self) -> None:
         _check("vector", self.vector, 1, 128)
@@ -86,9 +89,11 @@ class CpuConfig:
         return cls(**fields)
 
 
-def packs_gammas(spec: KernelSpec, vector: int) -> bool:
+def packs_gammas(spec: KernelSpec, config: CpuConfig) -> bool:
     """Whether tasks pack the gammas, of a known size, for several rows: see `schedules.cpu`."""
-    if not spec.operation.normalises or spec.out_dtype != "bfloat16" or vector < SMALLEST_PAIRS:
+    if config.rounding != "saturate" or config.vector < SMALLEST_PAIRS:
+        return False
+    if not spec.operation.normalises or spec.out_dtype != "bfloat16":
         return False
     if spec.interleaved or spec.q_cols is None or spec.k_cols is None:
         return False
@@ -132,8 +137,10 @@ def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     vector = config.vector // 2 if spec.interleaved else config.vector
     vector = math.gcd(vector, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
     # Rows share gamma's shuffle here too; four leave registers for the rotation.
-    row_tile = min(config.row_tile, 4)
-    return dataclasses.replace(config, vector=vector, row_tile=row_tile)
+    config = dataclasses.replace(config, vector=vector, row_tile=min(config.row_tile, 4))
+    if packs_gammas(spec, config):
+        return config
+    return dataclasses.replace(config, streaming_bytes=0)
 
 
 def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
@@ -149,20 +156,25 @@ def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
         return CpuConfig(
             vector=8, row_tile=4 if spec.out_dtype == "bfloat16" else 1, streaming_bytes=0
         )
-    if spec.out_dtype == "bfloat16":
-        # AVX-512 tests into a mask, which the others lack.
-        rounding = "mask" if avx512 else "saturate"
-        if packs_gammas(spec, register):
-            # Two registers of outputs: the loop's own instructions are a tenth. Where statistics
-            # come before, a tile's rows hide the latency of their last additions, as long as they
-            # stay in L1 (1536/256, one Zen 3 core: 1.00 of both operations alone, one row 1.08).
-            adds_up = not spec.operation.rotates and all(t.name != "qk_var" for t in spec.tensors)
-            row_tile = 4 if adds_up and 4 * row_bytes(spec) <= TILE_BYTES else 1
-            return CpuConfig(vector=register, row_tile=row_tile, rounding=rounding)
-        # The rows of a tile share gamma's shuffle into even and odd elements; AVX-512 has registers
-        # for the rs of eight rows, the others for four.
-        row_tile = 8 if avx512 else 4
-        return CpuConfig(vector=register // 2, row_tile=row_tile, rounding=rounding)
-    # One register of float32. Nothing is worth sharing: gamma is an operand in memory, and more
-    # rows at once were 3 to 30 % slower (float32, float16; M = 64 to 16384).
-    return CpuConfig(vector=register // 4, row_tile=1)
+    if avx512:
+        # The threshold and the tiles are an Intel's; packed gammas have not been timed here.
+        if spec.out_dtype == "bfloat16":
+            # One register of outputs, and a test into a mask. The rows of a tile share gamma's
+            # shuffle into even and odd elements: there are registers for the rs of eight.
+            return CpuConfig(vector=register // 2, row_tile=8, rounding="mask")
+        return CpuConfig(vector=register // 4, row_tile=1)
+    streaming_bytes = 1 << 23
+    if spec.out_dtype != "bfloat16":
+        # One register of float32. Nothing is worth sharing: gamma is an operand in memory, and more
+        # rows at once were 3 to 30 % slower (float32, float16; M = 64 to 16384).
+        return CpuConfig(vector=register // 4, row_tile=1, streaming_bytes=streaming_bytes)
+    # Two registers of outputs: the loop's own instructions are a tenth. Where statistics come
+    # before, a tile's rows hide the latency of their last additions, as long as they stay in L1
+    # (1536/256, one Zen 3 core: 1.00 of both operations alone, one row 1.08).
+    packed = CpuConfig(vector=register, rounding="saturate", streaming_bytes=streaming_bytes)
+    if packs_gammas(spec, packed):
+        adds_up = not spec.operation.rotates and all(t.name != "qk_var" for t in spec.tensors)
+        row_tile = 4 if adds_up and 4 * row_bytes(spec) <= TILE_BYTES else 1
+        return dataclasses.replace(packed, row_tile=row_tile)
+    # The rows of a tile share gamma's shuffle; there are registers for the rs of four.
+    return dataclasses.replace(packed, vector=register // 2, row_tile=4)

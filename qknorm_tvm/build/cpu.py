@@ -93,15 +93,18 @@ def variants_of(
     fewer rows do.
     """
     variants = []
-    packs = packs_gammas(spec, config.vector)
+    packs = packs_gammas(spec, config)
     least_rows = max(min_rows, PACKED_ROWS if packs else 1)
+    # With packed gammas what goes past the caches goes row by row.
+    stream_tile = 1 if packs else config.row_tile
     common: dict[str, Any] = {"bytes_per_task": config.bytes_per_task, "packs_gammas": packs}
     vector_bytes = config.vector * spec.out_bytes
     if config.streaming_bytes and vector_bytes >= 16 and streams(spec, config.vector):
         stream = Variant(
             "stream",
             f"{prefix}_stream",
-            min_rows=least_rows,
+            min_rows=max(stream_tile, least_rows),
+            row_tile=stream_tile,
             stride_unit=STREAM_ALIGNMENT // min(spec.in_bytes, spec.out_bytes),
             alignment=STREAM_ALIGNMENT,
             min_out_bytes=config.streaming_bytes,
