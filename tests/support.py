@@ -402,10 +402,10 @@ def engine_python(engine: str, variable: str, group: str) -> str:
         "plugins = m.entry_points(group=sys.argv[2])\n"
         "print(u.find_spec(sys.argv[1]) is not None, 'qknorm_tvm' in [p.name for p in plugins])"
     )
-    found = subprocess.run(
+    probe = subprocess.run(
         [python, "-c", code, engine, group], capture_output=True, text=True, check=True
     )
-    if found.stdout.split() != ["True", "True"]:
+    if probe.stdout.split() != ["True", "True"]:
         pytest.skip(f"{python} lacks {engine}, or qknorm-tvm installed with its entry points")
     return python
 
