@@ -21,7 +21,7 @@ from support import Case, check_exact, make_case, session_folder
 
 from qknorm_tvm import KernelSpec, TuningError, compile, tune
 from qknorm_tvm.build import tuned as selection
-from qknorm_tvm.schedules.cpu_config import CpuConfig
+from qknorm_tvm.schedules.cpu_config import ROUNDINGS, CpuConfig
 from qknorm_tvm.targets import host_cpu_target
 from qknorm_tvm.tuning import folders, measurer, records
 from qknorm_tvm.tuning.targets import open_target
@@ -181,7 +181,7 @@ def keep_records(folder: Path) -> dict[int, dict]:
     outcomes, configs = [], {}
     for outcome in selection.read_outcomes(folder):
         for record in logs.records:
-            fields = {**record.fields, "rounding": ("mask", "shift")[record.fields["rounding"]]}
+            fields = {**record.fields, "rounding": ROUNDINGS[record.fields["rounding"]]}
             if record.workload == outcome.workload and fields != outcome.default:
                 configs[outcome.rows] = fields
         config = configs[outcome.rows]
