@@ -7,16 +7,16 @@ rs is computed once a row, at the head of its tile. Nothing is stored between: e
 lives in a register.
 
 What the use of gamma costs (a shuffle into even and odd elements, a test for NaNs) is shared by
-rows in one of two ways. Where its size is known and bfloat16 is stored, each task packs the gammas
-once, into at most 64 KiB of its stack (`qknorm_tvm.lower.cpu_packing`), and tiles are of one row:
-rows follow each other as in memory. Otherwise the panel comes before the row, so that one shuffle
-serves all rows of a tile.
+rows in one of two ways. Without AVX-512, where its size is known and bfloat16 is stored, each task
+packs the gammas once, into at most 64 KiB of its stack (`qknorm_tvm.lower.cpu_packing`), and tiles
+are of one row: rows follow each other as in memory. Otherwise the panel comes before the row, so
+that one shuffle serves all rows of a tile.
 
 Tiles of several rows depend on addresses. Rows of 2048, 4096, 6144 or 8192 columns of 16 bits lie
 in the same cache sets, so that eight rows and their outputs are sixteen lines of one set, and a
 load waits for a store to the same offset of another page. Two uses remain: where statistics are
 computed before, four short rows hide the latency of their last additions; and gammas that are not
-packed. Stores past the caches always go row by row.
+packed. With packed gammas stores past the caches go row by row.
 
 Map from loops: ``tile`` -> tasks of the thread pool, ``panel`` -> serial, ``row`` -> unrolled,
 ``lane`` -> SIMD lanes. Columns beyond the last whole vector are a partition of ``panel`` of their
@@ -48,8 +48,8 @@ between inputs and outputs in a page; beside it the best of 30 hand-written AVX2
   caches the roundings and products of the rotation are the difference, and none can be left out.
 
 What was tried on an Intel Xeon (Emerald Rapids, 3.0 GHz, one thread, TVM 0.27, x86-64-v4, Nq 1536,
-Nk 256; times over those of numpy.copyto of the same bytes), before gammas were packed; that has not
-been measured with AVX-512, where it takes 17.5 instructions for 32 elements instead of 19.3:
+Nk 256; times over those of numpy.copyto of the same bytes). Packed gammas are for such a machine to
+measure: with AVX-512 they take 17.5 instructions for 32 elements instead of 19.3.
 
 * bfloat16, M = 256 (in L2): TVM's widening and rounding, one row: 1.95; even and odd elements, one
   row: 1.70 to 1.75; two rows a tile 1.57, four 1.46, eight 1.38, sixteen 1.41. The port limit of 14
