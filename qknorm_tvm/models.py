@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .spec import KernelSpec
+from .targets import parse_target
 from .tensor_parallel.layout import HeadLayout
 
 
@@ -44,7 +46,8 @@ class Model:
         """Return what one rank's layer calls, for each of some `STAGES`.
 
         Norm: one launch where a rank has all columns, unless the statistics are another's;
-        otherwise statistics, which are reduced over the ranks, and apply.
+        otherwise statistics, which are reduced over the ranks, and apply. On GPUs several ranks
+        also have the form of one launch in which they exchange statistics.
 
         Raises
         ------
@@ -52,14 +55,17 @@ class Model:
             The heads do not divide over the ranks.
         """
         layout = self.layout(ranks)
-        specs = self._norms(layout) if "norm" in stages else []
+        operations: list[tuple[str, dict[str, Any]]] = []
+        exchanges = ranks > 1 and parse_target(target).kind == "cuda"
+        if "norm" in stages:
+            operations += [("qk_rms_norm" if ranks == 1 else "row_mean_of_squares_qk", {})]
+            operations += [("apply_qk_rms_norm", {})]
+            operations += [("qk_rms_norm", {"statistics": "peers"})] if exchanges else []
+        rotation = {"head_dim": self.head_dim, "rotary_dim": self.rotary_dim}
         for stage in stages:
-            if STAGES[stage] is not None:
-                specs += self._rotations(layout, str(STAGES[stage]))
-        return [spec.replace(target=target) for spec in specs]
-
-    def _rotations(self, layout: HeadLayout, op: str) -> list[KernelSpec]:
-        """Return an operation that rotates; several ranks' statistics are given to it."""
+            if (op := STAGES[stage]) is not None:
+                of_rows = ("local",) if ranks == 1 else ("given", *["peers"] * exchanges)
+                operations += [(op, {"statistics": kind, **rotation}) for kind in of_rows]
         return [
             KernelSpec(
                 op=op,
@@ -67,31 +73,13 @@ class Model:
                 q_cols=layout.q_cols,
                 k_cols=layout.k_cols,
                 cast_before_gamma=cast,
-                statistics="local" if layout.world_size == 1 else "given",
-                head_dim=self.head_dim,
-                rotary_dim=self.rotary_dim,
+                target=target,
+                **fields,
             )
             for dtype in self.dtypes
-            for cast in self.cast_before_gamma
+            for op, fields in operations
+            for cast in (self.cast_before_gamma if op != "row_mean_of_squares_qk" else (False,))
         ]
-
-    def _norms(self, layout: HeadLayout) -> list[KernelSpec]:
-        ranks = layout.world_size
-        fused = "qk_rms_norm" if ranks == 1 else "row_mean_of_squares_qk"
-        specs = []
-        for dtype in self.dtypes:
-            for op in (fused, "apply_qk_rms_norm"):
-                normalises = op != "row_mean_of_squares_qk"
-                for cast in self.cast_before_gamma if normalises else (False,):
-                    spec = KernelSpec(
-                        op=op,
-                        in_dtype=dtype,
-                        q_cols=layout.q_cols,
-                        k_cols=layout.k_cols,
-                        cast_before_gamma=cast,
-                    )
-                    specs.append(spec)
-        return specs
 
 
 #: What a pack may hold for each layer, with the operation that rotates where one does.

@@ -142,6 +142,12 @@ def test_packs_hold_the_attention_input_where_it_is_asked_for() -> None:
         for cast in (True, False)
     }  # fmt: skip
     assert {(spec.op, spec.head_dim) for spec in own} == {("qk_rms_norm_rope_cache", 128)}
+    on_gpus = packing.plan(models, [1, 4], ["cuda:sm_90"], ["rope-cache"])
+    kinds = {(spec.q_cols, spec.statistics) for specs in on_gpus.modules for spec in specs}
+    assert kinds == {
+        *((6144, "local"), (5120, "local")),
+        *((cols, kind) for cols in (1536, 1280) for kind in ("given", "peers")),
+    }
     names = [packing.file_name(specs) for specs in wanted.modules]
     assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match="operations must be of norm, rope, rope-cache, got 'x'"):

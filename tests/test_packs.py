@@ -412,6 +412,16 @@ def test_plan_has_what_layers_call() -> None:
         *((apply, 384, 128, cast) for cast in (True, False)),
     }
     assert {spec.target for spec in specs} == {"cpu", "cuda:sm_90"}
+    # On GPUs ranks exchange statistics within the launch.
+    assert {
+        (spec.op, spec.q_cols, spec.target, spec.cast_before_gamma)
+        for spec in specs
+        if spec.statistics == "peers"
+    } == {
+        ("qk_rms_norm", cols, "cuda:sm_90", cast)
+        for cols in (768, 384, 640)
+        for cast in (True, False)
+    }
     assert len(plan.impossible) == 1
     assert "olmo2-13b has no layer for 16 ranks" in plan.impossible[0]
     assert len(plan.layers) == 5
