@@ -258,8 +258,14 @@ def test_shipped_logs_are_valid() -> None:
     """A declaration or a config that changed, and no shipped record is used any more."""
     shipped = selection.package_logs()
     assert shipped is not None
-    for folder in folders.device_folders(shipped):
+    # What is installed has no databases: those are in the checkout and the source distribution.
+    sources = folders.device_folders(Path(__file__).parents[1] / "tuning_logs")
+    installed = folders.device_folders(shipped)
+    assert [folder.name for folder in installed] == [folder.name for folder in sources]
+    for folder in (*sources, *installed):
         assert folders.validate(folder) == []
+    for folder in sources:
+        assert records.read_logs(folder).records
 
 
 def test_validate_finds_a_config_without_a_record(made_up: Path) -> None:

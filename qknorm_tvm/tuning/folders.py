@@ -147,7 +147,8 @@ def validate(folder: Path) -> list[str]:
     """Check a folder; returns what is wrong, each with its file, and its line where it has one.
 
     Every line must be usable; kept configs must be their records'; workloads must be those of
-    today's declaration; and TVM must load the database.
+    today's declaration; and TVM must load the database. The installed package's folders come
+    without their databases: there no record is looked for.
     """
     from tvm.s_tir import meta_schedule as ms
 
@@ -163,7 +164,8 @@ def validate(folder: Path) -> list[str]:
         outcomes = selection.read_outcomes(folder)
     except ValueError as error:
         return [*problems, str(error)]
-    known = {record.key for record in logs.records}
+    has_database = any((folder / name).exists() for name in (records.WORKLOADS, records.RECORDS))
+    known = {record.key for record in logs.records} if has_database else None
     for outcome in outcomes:
         problem = _problem_of(outcome, known)
         if problem:
@@ -180,7 +182,7 @@ def validate(folder: Path) -> list[str]:
     return []
 
 
-def _problem_of(outcome: selection.Outcome, known: set[tuple[str, Any]]) -> str:
+def _problem_of(outcome: selection.Outcome, known: set[tuple[str, Any]] | None) -> str:
     """Say what is wrong with an outcome, if anything, given the keys of its folder's records."""
     from ..declare.workload import workload_hash
     from .targets import open_target
@@ -194,7 +196,7 @@ def _problem_of(outcome: selection.Outcome, known: set[tuple[str, Any]]) -> str:
         key = _key(target, outcome, outcome.config)
         if key is None:
             return "its config is none of this version's"
-        if key not in known:
+        if known is not None and key not in known:
             return "its config has no record in the database"
     if workload_hash(target.workload(spec, outcome.rows)) != outcome.workload:
         return "it is of another version of the declaration; its records are not used"
