@@ -1,6 +1,6 @@
 """What depends on TVM's version: its pipelines, and the form of the CUDA source that it writes.
 
-At a new version of TVM, look here first.
+At a new version of TVM, look here first, and at `declare.parsing`.
 """
 
 from __future__ import annotations
