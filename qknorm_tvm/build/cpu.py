@@ -95,6 +95,7 @@ def variants_of(
     variants = []
     packs = packs_gammas(spec, config)
     least_rows = max(min_rows, PACKED_ROWS if packs else 1)
+    has_tile = packs or config.row_tile > 1
     # With packed gammas what goes past the caches goes row by row.
     stream_tile = 1 if packs else config.row_tile
     common: dict[str, Any] = {"bytes_per_task": config.bytes_per_task, "packs_gammas": packs}
@@ -111,7 +112,7 @@ def variants_of(
             **common,
         )
         variants.append(stream)
-    if packs or config.row_tile > 1:
+    if has_tile:
         tile = Variant(
             "tile",
             f"{prefix}_tile",
@@ -120,7 +121,7 @@ def variants_of(
             **common,
         )
         variants.append(tile)
-    if min_rows == 1 or not (packs or config.row_tile > 1):
+    if min_rows == 1 or not has_tile:
         row = Variant(
             "row", f"{prefix}_row", min_rows=min_rows, bytes_per_task=config.bytes_per_task
         )
