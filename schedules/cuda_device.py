@@ -147,30 +147,79 @@ def shuffle_vector(
     return device_call(f"qknorm_shuffle_{dtype}_{lanes}", source, to, code=code)
 
 
-_ROUND_TO_FLOAT8 = """(const float* x, unsigned char* float8) {
+# nvcc's own division branches to a subroutine, once an element, for numbers near the ends of
+# float32's range. Here scales are brought into its middle, and dividends with them, by a power of
+# two: that leaves a quotient as it is, or beyond what float8 tells apart.
+_OVER_SCALES = """(const float* x, const float* scales, unsigned char* float8) {
+  float quotients[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    float size = fabsf(scales[STEP * e]);
+    float power = size < 0x1p-60f ? 0x1p96f : size > 0x1p60f ? 0x1p-64f : 1.0f;
+    /* Over infinity everything is 0. */
+    float scale = size == INFINITY ? 1.0f : size * power;
+    float unit = copysignf(size == INFINITY ? 0.0f : power, scales[STEP * e]);
+    float inverse = __frcp_rn(scale);
+    float dividend = __fmul_rn(x[e], unit);
+    float first = __fmul_rn(dividend, inverse), quotient = first;
+#pragma unroll
+    for (int correction = 0; correction < CORRECTIONS; ++correction) {
+      float excess = __fmaf_rn(quotient, scale, -dividend);
+      quotient = __fmaf_rn(-inverse, excess, quotient);
+    }
+    /* Infinity minus infinity, in a correction, is NaN; the largest float8 is 448. */
+    quotients[e] = fabsf(first) < 1024.0f ? quotient : first;
+  }
 #pragma unroll
   for (int e = 0; e < 8; e += 2) {
-    reinterpret_cast<unsigned short*>(float8)[e / 2] =
-        __nv_cvt_float2_to_fp8x2(make_float2(x[e], x[e + 1]), __NV_SATFINITE, __NV_E4M3);
+    reinterpret_cast<unsigned short*>(float8)[e / 2] = __nv_cvt_float2_to_fp8x2(
+        make_float2(quotients[e], quotients[e + 1]), __NV_SATFINITE, __NV_E4M3);
   }
 }
 """
 
 
-def round_to_float8(x: tirx.Buffer, float8: tirx.Buffer) -> tirx.Expr:
-    """Round 8 float32 numbers to float8_e4m3fn, to nearest even.
+def over_scales(
+    x: tirx.Buffer,
+    scales: tirx.Buffer,
+    place: Any,
+    single: bool,
+    corrections: int,
+    float8: tirx.Buffer,
+) -> tirx.Expr:
+    """Divide 8 float32 numbers by their scales and round to float8_e4m3fn, to nearest even.
 
-    What is beyond its range becomes its largest number, and NaN stays NaN.
+    As ``cast(clamp(x / scale, -448, 448), float8_e4m3fn)`` with a correctly rounded division: NaN
+    stays NaN. The product with the reciprocal, correctly rounded, is within two units in the last
+    place of the quotient. A correction by what is left over brings it, before it is rounded, within
+    2^-45 of itself; another one to the nearest float32, as in P. Markstein, "Computation of
+    elementary functions on the IBM RISC System/6000 processor" (1990).
+
+    One correction is enough where x has at most 11 significant bits: a unit in the last place
+    decides between two float8 only half a unit beside one of their midpoints, and for each such x
+    two scales at most come near there; the tests divide by all of them.
 
     In CUDA, as TVM computes with float8 as with other types, element by element.
 
     Parameters
     ----------
-    x, float8
-        Registers; those of the result hold bytes.
+    x
+        Registers.
+    scales, place
+        Registers with 8 scales, or one, from the place on.
+    single : bool
+        Whether there is one scale for all.
+    corrections : int
+        1 or 2.
+    float8
+        Registers of the result, bytes.
     """
+    code = _OVER_SCALES.replace("STEP", "0" if single else "1")
+    code = code.replace("CORRECTIONS", str(corrections))
     source, to = (T.address_of(tirx.BufferLoad(buffer, [T.int64(0)])) for buffer in (x, float8))
-    return device_call("qknorm_round_to_float8", source, to, code=_ROUND_TO_FLOAT8)
+    first = T.address_of(tirx.BufferLoad(scales, [place, T.int64(0)]))
+    name = f"qknorm_over_{'scale' if single else 'scales'}_{corrections}"
+    return device_call(name, source, first, to, code=code)
 
 
 # At least one, and not all. Without a division, which would take longer than a short row; a call,

@@ -313,7 +313,7 @@ class _Thread:
     block: Any
     offset: Any
     scale: Any
-    quotient: Any
+    stored: Any
     float8: Any
     turn: Any
     failure: Any
@@ -887,6 +887,7 @@ def _store_cache(t, operand, registers):
     # The entry point sees to it that 32 bits hold every slot: a division of them is far shorter.
     block_size = T.meta_var(tirx.Cast("uint32", operand.cache.shape[1]))
     streaming = T.meta_var(t.config.streaming_stores)
+    corrections = T.meta_var(2 if t.spec.in_dtype == "float32" else 1)
     for i in _unrolled(t.rows):
         if t.slot[i] >= T.int64(0):
             slot = T.meta_var(tirx.Cast("uint32", t.slot[i]))
@@ -897,10 +898,10 @@ def _store_cache(t, operand, registers):
                 column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
                 if operand.is_scaled:
                     for e in _unrolled(VECTOR):
-                        x32 = T.meta_var(steps.widened(registers[i, j, e]))
-                        scale = T.meta_var(t.scale[j, 0 if operand.aligned else e])
-                        t.quotient[e] = steps.over_scale(x32, scale)
-                    cuda_device.round_to_float8(t.quotient, t.float8)
+                        t.stored[e] = steps.widened(registers[i, j, e])
+                    cuda_device.over_scales(
+                        t.stored, t.scale, j, operand.aligned, corrections, t.float8
+                    )
                     _write(operand, operand.cache, index_of, column, t.float8, (), streaming)
                 else:
                     _write(operand, operand.cache, index_of, column, registers, (i, j), streaming)
@@ -1054,7 +1055,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                 place_block = _registers((rows,), "int64")
                 offset = _registers((rows,), "int64")
                 scale = _registers((parts, VECTOR))
-                quotient = _registers((VECTOR,))
+                stored = _registers((VECTOR,))
                 float8 = _registers((VECTOR,), "uint8")
                 turn = _registers((rows,), "int64")
                 failure = _registers((1,), "int64")
@@ -1067,7 +1068,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                         spec, config, parts, block_threads, sums_of_row, params, total_rows, tile,
                         thread, x, neighbours, squares, chunk_sums, sums, total, rs, gamma, out,
                         variance, position, cosine, sine, partner, partner_gamma, slot,
-                        place_block, offset, scale, quotient, float8, turn, failure, peer_slots,
+                        place_block, offset, scale, stored, float8, turn, failure, peer_slots,
                         own_slots, roots, blocks,
                     )
                 )  # fmt: skip

@@ -5,9 +5,12 @@ What only a device shows is tested in ``gpu/``. ``QKNORM_TVM_CAMPAIGN=1`` takes 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +26,7 @@ from qknorm_tvm.check import reference
 from qknorm_tvm.check.inputs import generate
 from qknorm_tvm.check.reference import NUMPY_DTYPES
 from qknorm_tvm.declare.statistics import CHUNK, WARP
+from qknorm_tvm.schedules import cuda_device
 from qknorm_tvm.schedules.cuda_config import CudaVariant
 from qknorm_tvm.schedules.cuda_row_config import operand_cols, partition_chunks
 from qknorm_tvm.schedules.cuda_variants import default_variants
@@ -272,3 +276,97 @@ _FEW = ("20 of 30",)
 def test_default_kernels(name: str) -> None:
     """A partner of another head, a step that is not rounded, a slot's row in another's place."""
     _check_all(CASES[name])
+
+
+_DIVISIONS = """
+static uint64_t state = 1;
+static uint32_t random_bits() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return state >> 32;
+}
+static float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+static void divide_short SHORT
+static void divide_long LONG
+static long differing(const float* x, const float* scales, bool is_short) {
+  unsigned char float8[8];
+  (is_short ? divide_short : divide_long)(x, scales, float8);
+  long count = 0;
+  for (int e = 0; e < 8; ++e) {
+    unsigned char wanted = round_to_e4m3(x[e] / scales[e]);
+    bool nan = (float8[e] & wanted & 0x7f) == 0x7f;
+    count += float8[e] != wanted && !nan;
+  }
+  return count;
+}
+/* Pairs; every bfloat16 over some scales; random float32 numbers. */
+extern "C" long differing_of(
+    const float* x, const float* scale, long pairs, long scales, long random) {
+  long count = 0;
+  float many[8], one[8];
+  for (long i = 0; i + 8 <= pairs; i += 8) count += differing(x + i, scale + i, true);
+  for (long i = pairs; i < pairs + scales; ++i) {
+    for (int e = 0; e < 8; ++e) one[e] = scale[i];
+    for (uint32_t bits = 0; bits < 65536; bits += 8) {
+      for (int e = 0; e < 8; ++e) many[e] = from_bits((bits + e) << 16);
+      count += differing(many, one, true) + differing(many, one, false);
+    }
+  }
+  for (long i = 0; i < random; ++i) {
+    for (int e = 0; e < 8; ++e) {
+      one[e] = from_bits((random_bits() & 0x81ffffff) | 0x3e000000);
+      /* Quotients from float8's smallest to beyond its largest. */
+      many[e] = one[e] * from_bits((random_bits() & 0x807fffff) | (115 + random_bits() % 24) << 23);
+    }
+    count += differing(many, one, false);
+  }
+  return count;
+}
+"""
+
+
+def _closest_divisions() -> tuple[npt.NDArray, npt.NDArray]:
+    """Return x of 11 bits and scales whose quotients are next to where a float8 is decided.
+
+    That is half a float32's unit beside one of float8's midpoints, which have up to 5 bits. Other
+    scales' quotients are further away, by 2^-25 of themselves, than what one correction leaves.
+    """
+    x = np.arange(1 << 10, 1 << 11, dtype=np.int64)
+    pairs = []
+    for midpoint in range(1, 32, 2):
+        # As a number of 25 bits; below a power of two the units are half as large.
+        bound = midpoint << (25 - midpoint.bit_length())
+        for beside in (bound + 1, 2 * bound - 1 if midpoint == 1 else bound - 1):
+            dividend = x << (49 - 11)
+            scale = dividend // beside
+            for near in (scale, scale + 1):
+                pairs.append((x.astype(np.float32), near.astype(np.float32) * np.float32(2.0**-14)))
+    given, scales = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    return given, scales
+
+
+def test_division_by_scales(tmp_path: Path) -> None:
+    """A quotient that is not the nearest, where it decides: the kernels divide by steps."""
+    source, library = tmp_path / "divide.cpp", tmp_path / "divide.so"
+    code = _DIVISIONS
+    for name, corrections in (("SHORT", "1"), ("LONG", "2")):
+        divide = cuda_device._OVER_SCALES.replace("CORRECTIONS", corrections)
+        code = code.replace(name, divide.replace("STEP", "1"))
+    source.write_text(f'#include "cuda_emulation.h"\n{code}')
+    options = ["-O2", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
+    folder = Path(__file__).parent / "native"
+    subprocess.run(["g++", *options, f"-I{folder}", source, "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).differing_of
+    function.restype = ctypes.c_long
+    function.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_long] * 3]
+    special = [0.0, -0.0, 1.0, 2.0**-60, 2.0**60, 2.0**-61, 2.0**61, 1e-45, 3e38, np.inf, np.nan]
+    special += [np.nextafter(np.float32(x), np.float32(0)) for x in (1, 2, 4, 2.0**-60, 2.0**60)]
+    special += [1 / 3, 0.1, -0.7, 448, 1 / 448, -np.inf, -1e-45, 1e30, 1e-30]
+    drawn = np.random.default_rng(0).uniform(0.001, 2, 2000 if _CAMPAIGN else 40)
+    x, close = _closest_divisions()
+    scales = np.concatenate([close, np.array([*special, *drawn], np.float32)])
+    counts = len(close), len(scales) - len(close), 10**8 if _CAMPAIGN else 10**6
+    assert function(x.ctypes.data, scales.ctypes.data, *counts) == 0

@@ -105,16 +105,11 @@ def rotated_second(a: Any, b: Any, cosine: Any, sine: Any) -> Any:
 FLOAT8_MAX = 448.0
 
 
-def over_scale(x32: Any, scale: Any) -> Any:
-    """Return x / scale, correctly rounded; it may be beyond float8's range."""
-    return x32 / scale
-
-
 def divided_by_scale(x32: Any, scale: Any) -> Any:
     """Return what a float8 cache stores before it is rounded: x / scale within float8's range.
 
-    A quotient that is not a number stays one.
+    The quotient is correctly rounded; one that is not a number stays so.
     """
-    quotient = over_scale(x32, scale)
+    quotient = x32 / scale
     low = T.Select(quotient < T.float32(-FLOAT8_MAX), T.float32(-FLOAT8_MAX), quotient)
     return T.Select(low > T.float32(FLOAT8_MAX), T.float32(FLOAT8_MAX), low)

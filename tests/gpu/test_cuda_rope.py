@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,19 @@ def test_every_pattern(get_module: GetModule, index: int) -> None:
     cache[8:16, ::2] = special[:, None].to(cache)
     call.tensors["positions"] %= 24
     call.check(get_module("rotating"))
+
+
+def test_every_pattern_over_scales(get_module: GetModule) -> None:
+    """A float8 that is not the nearest: every bfloat16 as V, by scales of all sizes."""
+    spec = next(spec for spec in ROTATING if spec.has_scales)
+    call = Call(spec, 65536 // spec.k_cols)
+    patterns = torch.arange(65536, device="cuda").to(torch.int16).view(torch.bfloat16)
+    call.tensors["v"][...] = patterns.view(call.rows, spec.k_cols)
+    scales = [0.0, -0.0, 1.0, 2.0**-60, 2.0**60, 2.0**-61, 2.0**61, 1e-45, 3e38, math.inf]
+    scales += [math.nan, 1 / 3, 0.1, -0.7, 448.0, 1 / 448, 0.99999994, 1.0000001]
+    for scale in [*scales, *torch.rand(100).tolist()]:
+        call.tensors["v_scale"].fill_(scale)
+        call.check(get_module("rotating"))
 
 
 def test_replayed_in_a_graph(get_module: GetModule) -> None:

@@ -79,6 +79,9 @@ static inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); 
 static inline half __float2half_rn(float x) { return (half)x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __frcp_rn(float x) { return 1.0f / x; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 enum { __NV_SATFINITE, __NV_E4M3 };
