@@ -338,7 +338,7 @@ def test_two_ranks_give_the_norm_of_the_whole_row(
 def test_ranks_on_gpus_exchange_within_the_launch_where_they_can(
     rotates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The workspace is made with the layer, not by a call that a CUDA graph may capture."""
+    """Ranks meet when the layer is replaced, not in a call that a CUDA graph may capture."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from qknorm_tvm.integrations import engine_norm
 
@@ -346,12 +346,16 @@ def test_ranks_on_gpus_exchange_within_the_launch_where_they_can(
     monkeypatch.setattr(
         engine_norm, "automatic_workspace", lambda *where: made.append(where) or object()
     )
-    monkeypatch.setattr(engine_norm, "_has_module", lambda spec: spec.statistics == "peers")
+    asked_of: list[Any] = []
+    monkeypatch.setattr(
+        engine_norm, "is_everywhere", lambda workspace, spec: asked_of.append(spec) or True
+    )
+    monkeypatch.setattr(engine_norm, "_has_module", lambda spec: spec.has_peers)
     monkeypatch.setattr(engine_norm, "_specs", lambda layer, norm, rotary: [specs(norm)])
 
     def specs(norm: Any) -> Any:
         assert norm.group is group
-        return types.SimpleNamespace(statistics="peers")
+        return types.SimpleNamespace(has_peers=True)
 
     for name in ("qk_rms_norm", "qk_rms_norm_rope"):
         monkeypatch.setattr(
@@ -372,6 +376,7 @@ def test_ranks_on_gpus_exchange_within_the_launch_where_they_can(
         assert engine_norm._can_exchange(model, asked, None, group) is can
     assert not engine_norm._can_exchange(on_gpu, norm, None, None)
     assert made == [(group, on_gpu.device)]
+    assert len(asked_of) == 1
     dataclasses.replace(norm, group=group)("q", "k", "gamma_q", "gamma_k", "positions", "table")
     ((name, args, options),) = calls
     assert name == ("qk_rms_norm_rope" if rotates else "qk_rms_norm")

@@ -22,6 +22,7 @@ from ..call.packs import ENVIRONMENT
 from ..errors import QKNormError
 from ..spec import KernelSpec
 from ..tensor_parallel import functional as over_ranks
+from ..tensor_parallel.one_launch import is_everywhere
 from ..tensor_parallel.workspace import automatic_workspace
 from .engines import say, statistics
 
@@ -296,14 +297,19 @@ def norm_for(
 def _can_exchange(layer: Layer, norm: AttentionNorm, rotary: Any, group: Any) -> bool:
     """Return whether the ranks can have one launch: GPUs with modules and memory for it.
 
-    The workspace is made here, by all ranks: a call in a graph that is captured could not.
+    The workspace is made here, by all ranks, and they agree that each has the code: calls in a
+    graph that is captured could not.
     """
     suits = norm.ranks > 1 and norm.statistics == "fused" and layer.device.type == "cuda"
     if not suits or group is None:
         return False
     exchanging = dataclasses.replace(norm, group=group)
-    has_modules = all(_has_module(spec) for spec in _specs(layer, exchanging, rotary))
-    return layer.agree(has_modules) and automatic_workspace(group, layer.device) is not None
+    specs = _specs(layer, exchanging, rotary)
+    if not layer.agree(all(_has_module(spec) for spec in specs)):
+        return False
+    workspace = automatic_workspace(group, layer.device)
+    exchanged = [spec for spec in specs if spec.has_peers]
+    return workspace is not None and all(is_everywhere(workspace, spec) for spec in exchanged)
 
 
 def _rotation(layer: Layer, norm: AttentionNorm, rotary: Any) -> tuple[AttentionNorm | None, str]:

@@ -377,6 +377,7 @@ class Store(Rotation):
 def _layer(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a layer: in one launch with a workspace, else by statistics, all-reduce and last step."""
     workspace = _workspace(call)
+    is_automatic = workspace is not call.workspace
     call = dataclasses.replace(call, workspace=workspace)
     members = _members(call.group, call.layout) if workspace is None else workspace.members
     if validate and members.world_size > 1 and dist.is_initialized():
@@ -385,7 +386,12 @@ def _layer(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.
         checked = call.check(members)
         qk_var = None if workspace else _local_statistics(call, checked, members)
     if workspace is not None:
-        return _one_launch(call, checked, members, last)
+        outputs = checked.outputs | last.new_outputs(checked)
+        launch = _launch(call, checked, outputs, last)
+        if not is_automatic or launch.is_possible():
+            launch.queue(call.epsilon, call.divisors(members))
+            return outputs["q_out"], outputs.get("k_out")
+        qk_var = _local_statistics(call, checked, members)
     if qk_var is not None:
         _reduce(qk_var, members, *checked.weights)
     return last.apply(call, checked, qk_var)
@@ -405,20 +411,15 @@ def _workspace(call: Call) -> PeerWorkspace | None:
     return automatic_workspace(call.group, q.device) if members.world_size > 1 else None
 
 
-def _one_launch(
-    call: Call, checked: Checked, members: Members, last: Norm
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    choices = last.choices(call, checked)
-    outputs = checked.outputs | last.new_outputs(checked)
+def _launch(
+    call: Call, checked: Checked, outputs: dict[str, torch.Tensor], last: Norm
+) -> one_launch.Launch:
     tensors = {
         "q": checked.q, "k": checked.k, "gamma_q": call.gamma_q, "gamma_k": call.gamma_k,
         **last.tensors, **outputs,
     }  # fmt: skip
     check_no_derivative({n: x for n, x in last.tensors.items() if isinstance(x, torch.Tensor)})
-    one_launch.launch(
-        call.workspace, last.op, tensors, call.epsilon, call.divisors(members), **choices
-    )
-    return outputs["q_out"], outputs.get("k_out")
+    return one_launch.Launch(call.workspace, last.op, tensors, last.choices(call, checked))
 
 
 def _members(group: Any, layout: Any) -> Members:

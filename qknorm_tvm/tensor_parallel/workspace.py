@@ -101,7 +101,7 @@ class PeerWorkspace:
             place = _place(device, max_rows)
         except Exception as error:
             place, failure = _Place(error=f"{type(error).__name__}: {error}"), error
-        places = _gathered(place, members)
+        places = gathered(place, members)
         wrong = _unreachable(places)
         if wrong is not None:
             argument = any(place.error.startswith(("TypeError", "ValueError")) for place in places)
@@ -117,7 +117,7 @@ class PeerWorkspace:
                 slots, pointers = _symmetric_slots(members, max_rows, device)
         except Exception as error:
             error_text, failure = f"{type(error).__name__}: {error}", error
-        failed = _by_rank([*_gathered(error_text, members)])
+        failed = by_rank([*gathered(error_text, members)])
         if failed:
             raise PeerError(f"ranks must have access to one another's memory, got {failed}") from (
                 failure
@@ -363,34 +363,36 @@ def _place(device: torch.device, max_rows: int) -> _Place:
     return _Place(host, gpu, int(device.index or 0), max_rows)
 
 
-def _gathered(mine: Any, members: Members) -> list[Any]:
+def gathered(mine: Any, members: Members) -> list[Any]:
+    """Return what each rank gives, to every rank."""
     everyones: list[Any] = [mine] * members.world_size
     if members.world_size > 1:
         dist.all_gather_object(everyones, mine, group=members.group)
     return everyones
 
 
-def _by_rank(values: Sequence[object]) -> str:
+def by_rank(values: Sequence[object]) -> str:
+    """Say what ranks have, but for those that have nothing."""
     return "; ".join(f"{value} on rank {rank}" for rank, value in enumerate(values) if value)
 
 
 def _unreachable(places: Sequence[_Place]) -> str | None:
     """Return why the ranks have no common memory, in the same words on each, or None."""
-    failed = _by_rank([place.error for place in places])
+    failed = by_rank([place.error for place in places])
     if failed:
         return f"every rank must be able to take part, got {failed}"
     if len(places) > peers.MAX_RANKS:
         return f"group must have at most {peers.MAX_RANKS} ranks, got {len(places)}"
     hosts = [place.host.partition(" ")[0] for place in places]
     if len({place.host for place in places}) > 1:
-        return f"all ranks must be on one host, got {_by_rank(hosts)}"
+        return f"all ranks must be on one host, got {by_rank(hosts)}"
     rows = [place.max_rows for place in places]
     if len(set(rows)) > 1:
-        return f"max_rows must be the same on every rank, got {_by_rank(rows)}"
+        return f"max_rows must be the same on every rank, got {by_rank(rows)}"
     count = len({place.gpu for place in places})
     if 1 < count < len(places):
         gpus = [place.gpu for place in places]
-        return f"ranks must have a GPU each, or all share one, got {_by_rank(gpus)}"
+        return f"ranks must have a GPU each, or all share one, got {by_rank(gpus)}"
     return None
 
 
@@ -408,7 +410,7 @@ def _ipc_slots(
     from torch.multiprocessing.reductions import reduce_tensor
 
     own = _empty_slots(max_rows, device)
-    everyones = _gathered(reduce_tensor(own), members)
+    everyones = gathered(reduce_tensor(own), members)
     slots = [
         own if rank == members.rank else rebuild(*arguments)
         for rank, (rebuild, arguments) in enumerate(everyones)

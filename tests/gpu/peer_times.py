@@ -234,8 +234,7 @@ def processes(counts: Sequence[int], stress: int, compile_torch: bool) -> None:
                 assert torch.allclose(ours.float(), wanted.float(), rtol=2**-7, atol=1e-6), (
                     "differs"
                 )
-            compiled = compile_torch and name == layouts[0][0]
-            beside(layer, workspace, f"{world} GPUs, {name}, M {rows}", compiled)
+            beside(layer, workspace, f"{world} GPUs, {name}, M {rows}", compile_torch)
     workspace.close()
     dist.destroy_process_group()
 

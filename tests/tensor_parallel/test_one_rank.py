@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 import qknorm_tvm
 from qknorm_tvm import tensor_parallel as tp
+from qknorm_tvm.tensor_parallel import one_launch
 from qknorm_tvm.tensor_parallel.functional import _reduce
 from qknorm_tvm.tensor_parallel.group import Members
 
@@ -106,6 +109,44 @@ def test_one_rank_is_one_launch(group: Any, monkeypatch: pytest.MonkeyPatch) -> 
     for options in ({}, {"group": group}, {"layout": layout}, {"validate": True}):
         check_same(tp.qk_rms_norm(*inputs(), EPSILON, **options), result)
     check_same(tp.qk_rms_norm(*inputs(), q_cols_total=Q_COLS, k_cols_total=K_COLS), result)
+
+
+@pytest.mark.parametrize("others", ["", "no TVM there"])
+def test_code_that_a_rank_lacks(monkeypatch: pytest.MonkeyPatch, others: str) -> None:
+    """A rank without the module raised, and the others waited for it on their GPUs."""
+    asked = []
+
+    def gathered(mine: str, members: object) -> list[str]:
+        asked.append(mine)
+        return [mine, others]
+
+    monkeypatch.setattr(one_launch, "gathered", gathered)
+    monkeypatch.setattr(one_launch, "_everywhere", {})
+    spec = qknorm_tvm.KernelSpec(
+        op="qk_rms_norm", q_cols=64, k_cols=16, statistics="peers", target="cuda:sm_90"
+    )
+    for handle, mine in enumerate(("", "no module here")):
+
+        def module_for(spec: object, mine: str = mine) -> None:
+            if mine:
+                raise qknorm_tvm.BuildError(mine)
+
+        monkeypatch.setattr(one_launch, "module_for", module_for)
+        workspace: Any = types.SimpleNamespace(handle=handle, members=None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not one_launch.is_everywhere(workspace, spec)
+        assert len(asked) == handle
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        missing = [f"{text} on rank {rank}" for rank, text in enumerate((mine, others)) if text]
+        told = (
+            pytest.warns(RuntimeWarning, match=f"every rank must have its code, got {missing[0]}")
+            if missing
+            else contextlib.nullcontext()
+        )
+        with told:
+            assert one_launch.is_everywhere(workspace, spec) == (not missing)
+        assert one_launch.is_everywhere(workspace, spec) == (not missing)
+    assert asked == ["", "no module here"]
 
 
 @pytest.mark.usefixtures("group")
