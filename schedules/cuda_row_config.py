@@ -27,11 +27,11 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
   rows from 512 (6144/1024, 16,384 rows: 180, two vectors 186, a copy 179). Blocks of one or two
   warps are far slower there (80 to 100). Own sums need one block a row: 1536/256 52.8, 6144/1024
   185. Two rows a block never paid: 61 to 72 registers. Nor did streaming stores.
-* When the next kernel may start, on an H200 (chains of one kernel in a graph): at once is better than
-  after the loads only up to 64 rows of 1536/256 with given statistics (1.18 µs against 1.27) or in the
-  fused kernel (16 rows: 1.08 against 1.25), and worse elsewhere: rotation with own sums 1.61 against
-  1.42 at 64 rows, 6144/1024 3.07 against 2.30. Streaming stores gain 4 to 6 % at 1,024 rows of
-  1536/256 and nothing below. For tuning to find.
+* When the next kernel may start, on an H200, in chains of one kernel: at once is better than after
+  the loads only up to 64 rows of 1536/256 with given statistics (1.18 µs against 1.27) or in the
+  fused kernel (16 rows: 1.08 against 1.25), and worse elsewhere: rotation with own sums 1.61
+  against 1.42 at 64 rows, 6144/1024 3.07 against 2.30. Streaming stores gain 4 to 6 % at 1,024
+  rows of 1536/256 and nothing below. For tuning to find.
 * A float8 cache: scales prepared before the slot is known, with more registers, gained nothing.
 * Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 14 %
   slower at 6144/1024. Streaming stores made no difference.

@@ -209,7 +209,7 @@ def _apply_qk_rms_norm(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:
         q_stride: T.int64,
         k_stride: T.int64,
     ):
-        T.func_attr({"global_symbol": "apply_qk_rms_norm", "tirx.noalias": True})
+        T.func_attr({"global_symbol": "apply_qk_rms_norm"})
         qk_var_stride = T.int64()
         q_out = given.out(q_out_handle, row_tiles, nq, q_out_stride)
         k_out = given.out(k_out_handle, row_tiles, nk, k_out_stride)
@@ -237,7 +237,7 @@ def _row_mean_of_squares_qk(spec: KernelSpec, given: _Parameters) -> tirx.PrimFu
         q_stride: T.int64,
         k_stride: T.int64,
     ):
-        T.func_attr({"global_symbol": "row_mean_of_squares_qk", "tirx.noalias": True})
+        T.func_attr({"global_symbol": "row_mean_of_squares_qk"})
         qk_var_stride = T.int64()
         qk_var = given.qk_var(qk_var_handle, row_tiles, qk_var_stride)
         q = given.x(q_handle, row_tiles, nq, q_stride)
@@ -280,7 +280,7 @@ def _qk_rms_norm(spec: KernelSpec, given: _Parameters) -> tirx.PrimFunc:
         q_stride: T.int64,
         k_stride: T.int64,
     ):
-        T.func_attr({"global_symbol": "qk_rms_norm", "tirx.noalias": True})
+        T.func_attr({"global_symbol": "qk_rms_norm"})
         q_out = given.out(q_out_handle, row_tiles, nq, q_out_stride)
         k_out = given.out(k_out_handle, row_tiles, nk, k_out_stride)
         gamma_q = given.gamma(gamma_q_handle, nq)

@@ -111,5 +111,5 @@ def function(name: str, given: dict[str, Any], body: tirx.Stmt) -> tirx.PrimFunc
 
     body = tvm_ffi.structural_map(body, (SBlock, with_regions))
     return tirx.PrimFunc(list(given.values()), body).with_attrs(
-        {"global_symbol": name, "s_tir": True, "tirx.noalias": True}
+        {"global_symbol": name, "s_tir": True}
     )

@@ -35,7 +35,8 @@ def declared(
 def specialise(func: tirx.PrimFunc, rows: int, *, row_tile: int = 1, stride_unit: int = 1) -> Any:
     """Bind all that is symbolic or scalar in a declared function, for packed tensors.
 
-    MetaSchedule needs static shapes and tensors only; the declaration stays the only one.
+    MetaSchedule needs static shapes and tensors only; the declaration stays the only one. Tensors
+    that tuning makes do not share memory, as those of a call may.
     """
 
     def int64(value: int) -> tirx.IntImm:
@@ -76,7 +77,7 @@ def specialise(func: tirx.PrimFunc, rows: int, *, row_tile: int = 1, stride_unit
             data_alignment=buffer.data_alignment,
         )
         func = func.specialize({buffer: packed})
-    return tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.IRModule({"main": func.with_attrs({"global_symbol": "main", "tirx.noalias": True})})
 
 
 def workload_hash(mod: tvm.IRModule) -> str:
