@@ -150,25 +150,35 @@ def shuffle_vector(
 # nvcc's own division branches to a subroutine, once an element, for numbers near the ends of
 # float32's range. Here scales are brought into its middle, and dividends with them, by a power of
 # two: that leaves a quotient as it is, or beyond what float8 tells apart.
-_OVER_SCALES = """(const float* x, const float* scales, unsigned char* float8) {
-  float quotients[8];
+_OVER_SCALES = """(const float* x, const float* given, unsigned char* float8) {
+  float scales[COUNT], inverses[COUNT], units[COUNT], quotients[8];
+#pragma unroll
+  for (int e = 0; e < COUNT; ++e) {
+    float size = fabsf(given[e]);
+    float power = size < 0x1p-60f ? 0x1p96f : size > 0x1p60f ? 0x1p-64f : 1.0f;
+    float scale = size * power, inverse;
+    /* Over infinity everything is 0, over 0 infinite. */
+    if (size == INFINITY || size == 0.0f) {
+      scale = 1.0f;
+      power = size == 0.0f ? INFINITY : 0.0f;
+    }
+    asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale));
+    inverse = __fmaf_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse, inverse);
+    /* Now the nearest, but for the largest below a power of two. */
+    int last = (__float_as_int(scale) & 0x7fffff) == 0x7fffff;
+    scales[e] = scale;
+    inverses[e] = __int_as_float(__float_as_int(inverse) | last);
+    units[e] = copysignf(power, given[e]);
+  }
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    float size = fabsf(scales[STEP * e]);
-    float power = size < 0x1p-60f ? 0x1p96f : size > 0x1p60f ? 0x1p-64f : 1.0f;
-    /* Over infinity everything is 0. */
-    float scale = size == INFINITY ? 1.0f : size * power;
-    float unit = copysignf(size == INFINITY ? 0.0f : power, scales[STEP * e]);
-    float inverse = __frcp_rn(scale);
-    float dividend = __fmul_rn(x[e], unit);
-    float first = __fmul_rn(dividend, inverse), quotient = first;
-#pragma unroll
-    for (int correction = 0; correction < CORRECTIONS; ++correction) {
-      float excess = __fmaf_rn(quotient, scale, -dividend);
-      quotient = __fmaf_rn(-inverse, excess, quotient);
-    }
-    /* Infinity minus infinity, in a correction, is NaN; the largest float8 is 448. */
-    quotients[e] = fabsf(first) < 1024.0f ? quotient : first;
+    float scale = scales[e % COUNT], inverse = inverses[e % COUNT];
+    float dividend = __fmul_rn(x[e], units[e % COUNT]);
+    float first = __fmul_rn(dividend, inverse);
+    float excess = __fmaf_rn(first, scale, -dividend);
+    float second = __fmaf_rn(-inverse, excess, first);
+    /* Infinity minus infinity is NaN; the largest float8 is 448. */
+    quotients[e] = fabsf(first) < 1024.0f ? second : first;
   }
 #pragma unroll
   for (int e = 0; e < 8; e += 2) {
@@ -180,24 +190,18 @@ _OVER_SCALES = """(const float* x, const float* scales, unsigned char* float8) {
 
 
 def over_scales(
-    x: tirx.Buffer,
-    scales: tirx.Buffer,
-    place: Any,
-    single: bool,
-    corrections: int,
-    float8: tirx.Buffer,
-) -> tirx.Expr:
+    x: tirx.Buffer, scales: tirx.Buffer, part: Any, single: bool, float8: tirx.Buffer,
+    place: Sequence[Any],
+) -> tirx.Expr:  # fmt: skip
     """Divide 8 float32 numbers by their scales and round to float8_e4m3fn, to nearest even.
 
     As ``cast(clamp(x / scale, -448, 448), float8_e4m3fn)`` with a correctly rounded division: NaN
-    stays NaN. The product with the reciprocal, correctly rounded, is within two units in the last
-    place of the quotient. A correction by what is left over brings it, before it is rounded, within
-    2^-45 of itself; another one to the nearest float32, as in P. Markstein, "Computation of
-    elementary functions on the IBM RISC System/6000 processor" (1990).
-
-    One correction is enough where x has at most 11 significant bits: a unit in the last place
-    decides between two float8 only half a unit beside one of their midpoints, and for each such x
-    two scales at most come near there; the tests divide by all of them.
+    stays NaN. The scale's reciprocal is the GPU's approximation and a step of Newton's, which is
+    the nearest float32 for all but one significand (P. Markstein, "Computation of elementary
+    functions on the IBM RISC System/6000 processor", 1990). The product with it, corrected once by
+    what is left over, is within 2^-45 of the quotient before it is rounded: it may still round to
+    the quotient's neighbour. Where that would decide between two float8, half a unit beside one of
+    their midpoints, come two scales at most for each x; the tests divide by all of them.
 
     In CUDA, as TVM computes with float8 as with other types, element by element.
 
@@ -205,21 +209,18 @@ def over_scales(
     ----------
     x
         Registers.
-    scales, place
-        Registers with 8 scales, or one, from the place on.
+    scales, part
+        Registers with 8 scales, or one, for each part.
     single : bool
         Whether there is one scale for all.
-    corrections : int
-        1 or 2.
-    float8
+    float8, place
         Registers of the result, bytes.
     """
-    code = _OVER_SCALES.replace("STEP", "0" if single else "1")
-    code = code.replace("CORRECTIONS", str(corrections))
-    source, to = (T.address_of(tirx.BufferLoad(buffer, [T.int64(0)])) for buffer in (x, float8))
-    first = T.address_of(tirx.BufferLoad(scales, [place, T.int64(0)]))
-    name = f"qknorm_over_{'scale' if single else 'scales'}_{corrections}"
-    return device_call(name, source, first, to, code=code)
+    code = _OVER_SCALES.replace("COUNT", "1" if single else "8")
+    zero = T.int64(0)
+    places = ((x, [zero]), (scales, [part, zero]), (float8, [*place, zero]))
+    registers = [T.address_of(tirx.BufferLoad(buffer, index)) for buffer, index in places]
+    return device_call(f"qknorm_over_{'scale' if single else 'scales'}", *registers, code=code)
 
 
 # At least one, and not all. Without a division, which would take longer than a short row; a call,

@@ -62,6 +62,7 @@ from qknorm_tvm.peers import FAILURE, MAX_RANKS, TURNS
 from . import cuda_device, cuda_peers
 from .cuda_row_config import (
     MAX_PARTS,
+    REGISTERS,
     RESIDENT_THREADS,
     ROUND_WARPS,
     check_row_fits,
@@ -887,7 +888,14 @@ def _store_cache(t, operand, registers):
     # The entry point sees to it that 32 bits hold every slot: a division of them is far shorter.
     block_size = T.meta_var(tirx.Cast("uint32", operand.cache.shape[1]))
     streaming = T.meta_var(t.config.streaming_stores)
-    corrections = T.meta_var(2 if t.spec.in_dtype == "float32" else 1)
+    # Before it is known which rows have a slot: with the addresses beside it takes more registers.
+    if operand.is_scaled:
+        for i in _unrolled(t.rows):
+            for j in _unrolled(t.parts):
+                for e in _unrolled(VECTOR):
+                    t.stored[e] = steps.widened(registers[i, j, e])
+                cuda_device.over_scales(t.stored, t.scale, j, operand.aligned, t.float8, (i, j))
+    values = T.meta_var(t.float8 if operand.is_scaled else registers)
     for i in _unrolled(t.rows):
         if t.slot[i] >= T.int64(0):
             slot = T.meta_var(tirx.Cast("uint32", t.slot[i]))
@@ -896,15 +904,7 @@ def _store_cache(t, operand, registers):
             index_of = T.meta_var(functools.partial(_cache_index, t, i, operand))
             for j in _unrolled(t.parts):
                 column = T.meta_var(operand.held_column(t.thread, j, T.int64(0)))
-                if operand.is_scaled:
-                    for e in _unrolled(VECTOR):
-                        t.stored[e] = steps.widened(registers[i, j, e])
-                    cuda_device.over_scales(
-                        t.stored, t.scale, j, operand.aligned, corrections, t.float8
-                    )
-                    _write(operand, operand.cache, index_of, column, t.float8, (), streaming)
-                else:
-                    _write(operand, operand.cache, index_of, column, registers, (i, j), streaming)
+                _write(operand, operand.cache, index_of, column, values, (i, j), streaming)
 
 
 @T.inline
@@ -1025,6 +1025,10 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
 
     holds_little = operands[0].aligned and parts == 1 and rows == 1
     min_blocks = max(1, RESIDENT_THREADS // threads) if holds_little else 1
+    # Two vectors and the division by scales take 56 registers, of which ptxas 13.0, left to itself,
+    # spills some for one more block; asked for fewer blocks than these it takes more.
+    spills = spec.has_scales and operands[0].aligned and parts == 2 and rows == 1
+    most_blocks = max(1, REGISTERS // (56 * block_threads))
 
     def tile_of(block: Any) -> Any:
         return _quotient_of(block, pieces) if own_tile is None else own_tile
@@ -1056,7 +1060,7 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                 offset = _registers((rows,), "int64")
                 scale = _registers((parts, VECTOR))
                 stored = _registers((VECTOR,))
-                float8 = _registers((VECTOR,), "uint8")
+                float8 = _registers((rows, parts, VECTOR), "uint8")
                 turn = _registers((rows,), "int64")
                 failure = _registers((1,), "int64")
                 peer_slots = _registers((1,), "int64")
@@ -1089,6 +1093,9 @@ def schedule(func: tirx.PrimFunc, spec: KernelSpec, config: CudaConfig) -> tirx.
                             T.bind(next_tile[0], var=tile)
                             _take_tile(t, operands, waits_for_warps)
                             next_tile[0] = next_tile[0] + blocks
+                elif spills:
+                    with T.attr(0, cuda_device.MIN_BLOCKS_ATTR, most_blocks):
+                        _take_tile(t, operands, waits_for_warps)
                 else:
                     _take_tile(t, operands, waits_for_warps)
 

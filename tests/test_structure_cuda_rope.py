@@ -67,19 +67,22 @@ def test_arithmetic(built: Built, kernels: dict[str, str]) -> None:
         text, rows, parts = kernels[name], variant.config.rows, variant.config.columns
         assert ".ftz" not in text, name
         assert "rsqrt.approx.f32" in text, name
-        fused = text.count("fma.rn.f32")
-        if spec.statistics == "given":
-            assert fused == 0, (name, fused)
-        else:
-            # Squares of Q and of K.
-            assert 0 < fused <= 2 * rows * parts * 8, (name, fused)
-        assert ("cvt.rn.satfinite.e4m3x2.f32" in text) == spec.has_scales, name
+        fused, most = text.count("fma.rn.f32"), 0
+        if spec.statistics == "local":
+            most += 2 * rows * parts * 8  # squares of Q and of K
         if spec.has_scales:
-            # A division for each element of K and of V, and no more.
-            means = 2 * rows if spec.statistics == "local" else 0
-            assert text.count("div.rn.f32") <= 2 * rows * parts * 8 + means, name
-            assert "div.approx" not in text, name
-            assert "div.full" not in text, name
+            # Of K and of V: corrections of each quotient, and of a reciprocal for its scale.
+            scales = 2 * rows * parts * (8 if variant.alignment is None else 1)
+            most += 2 * 2 * rows * parts * 8 + 2 * scales
+            assert 0 < text.count("rcp.approx.f32") <= scales, name
+        assert (fused > 0) == (most > 0), (name, fused)
+        assert fused <= most, (name, fused)
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in text) == spec.has_scales, name
+        # The means' alone.
+        means = 2 * rows if spec.statistics == "local" else 0
+        assert text.count("div.rn.f32") <= means, name
+        assert "div.approx" not in text, name
+        assert "div.full" not in text, name
 
 
 def test_barriers_and_shuffles(built: Built, kernels: dict[str, str]) -> None:

@@ -80,8 +80,23 @@ static inline half __float2half_rn(float x) { return (half)x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
-static inline float __frcp_rn(float x) { return 1.0f / x; }
+static inline int __float_as_int(float x) {
+  int bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+static inline float __int_as_float(int bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+/* Off by a unit in the last place, as a GPU's may be, or not: by turns. */
+static inline float approximate_reciprocal(float x) {
+  static int turn = 0;
+  float inverse = 1.0f / x;
+  turn = (turn + 1) % 3;
+  return turn == 2 ? inverse : std::nextafterf(inverse, turn * 2 * inverse);
+}
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 enum { __NV_SATFINITE, __NV_E4M3 };
