@@ -511,8 +511,9 @@ def test_exact_or_refused_between_guard_pages(target: str, level: str, tmp_path:
     portable = target == "cpu"
     if portable:
         needs_level(level)
-    # What takes longest to compile is tested in the portable files alone.
-    paths = _paths(target, DTYPES if portable else ("bfloat16", "float32"), mixed=portable)
+    # What takes longest to compile is tested in the portable files alone, every type by campaigns.
+    dtypes = DTYPES if portable and _GIVEN else ("bfloat16", "float32")
+    paths = _paths(target, dtypes, mixed=portable)
     progress = tmp_path / "case"
     first = 0 if _GIVEN is None else secrets.randbelow(1 << 40)
     done = run_python(

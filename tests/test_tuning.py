@@ -1,4 +1,7 @@
-"""Tuning for real, on small spaces: search, resume, interruption, and what the build uses."""
+"""Tuning for real, on small spaces: search, resume, interruption, and what the build uses.
+
+``QKNORM_TVM_CAMPAIGN=1`` searches further, and with either cost model.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ from qknorm_tvm.tuning.targets import open_target
 pytest.importorskip("cloudpickle", reason="tuning needs the extra qknorm-tvm[tune]")
 pytest.importorskip("psutil", reason="tuning needs the extra qknorm-tvm[tune]")
 
+_CAMPAIGN = bool(os.environ.get("QKNORM_TVM_CAMPAIGN"))
 SPEC = KernelSpec(q_cols=96, k_cols=64, target="cpu")
 #: Of each row count in `tuned`.
 TRIALS = 6
@@ -41,9 +45,13 @@ tune([KernelSpec(q_cols=96, k_cols=64)], rows=(16,), trials=int(sys.argv[2]),
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads that spin beside other tests' would measure the scheduler."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that spin beside other tests' would measure the scheduler.
+
+    And most of the time is that of processes that start; how many decide is tested elsewhere.
+    """
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
+    monkeypatch.setattr(measurer, "PROCESSES", 2)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +68,6 @@ def tuned() -> Path:
 def _tune(logs: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TVM_NUM_THREADS", "1")
-        # Most of the time is that of processes that start; how many decide is tested elsewhere.
         patch.setattr(measurer, "PROCESSES", 2)
         summary = tune([SPEC], rows=(1, 16), trials=TRIALS, cost_model="random", logs=logs)
     assert summary.failed == 0, summary.first_failure
@@ -115,7 +122,7 @@ def test_what_is_recorded_is_not_measured_again(copy: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cost_model", "trials"), [("random", 12), pytest.param("xgb", 28, marks=pytest.mark.slow)]
+    ("cost_model", "trials"), [("xgb", 14), *([("random", 12), ("xgb", 28)] if _CAMPAIGN else [])]
 )
 def test_a_session_goes_on_past_damaged_lines(copy: Path, cost_model: str, trials: int) -> None:
     """And where the model of costs is another than the one that began."""
