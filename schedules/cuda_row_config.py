@@ -32,9 +32,9 @@ Measured on an H100, bfloat16, 20 configs of 1 to 8 rows and 1 to 4 vectors a th
   fused kernel (16 rows: 1.08 against 1.25), and worse elsewhere: rotation with own sums 1.61
   against 1.42 at 64 rows, 6144/1024 3.07 against 2.30. Streaming stores gain 4 to 6 % at 1,024
   rows of 1536/256 and nothing below. For tuning to find.
-* A float8 cache (H200): values divided before it is known which rows have a slot are 3 to 5 % faster
-  for few rows than within that branch. Registers decide for many: 6144/1024 with own sums, 16,384
-  rows, takes 165 µs with 80 of them and 204 with 87, which leave two blocks of three.
+* A float8 cache (H200): values divided before it is known which rows have a slot are 3 to 5 %
+  faster for few rows than within that branch. Registers decide for many: 6144/1024 with own sums,
+  16,384 rows, takes 165 µs with 80 of them and 204 with 87, which leave two blocks of three.
 * Loading gamma after the sum saves registers and was no faster anywhere beyond 256 rows: up to 14 %
   slower at 6144/1024. Streaming stores made no difference.
 """
