@@ -47,8 +47,8 @@ def is_everywhere(workspace: PeerWorkspace, spec: KernelSpec) -> bool:
     return _everywhere[key]
 
 
-#: Launches that were possible, by workspace and what decides their code.
-_possible: set[tuple[int, tuple[Any, ...]]] = set()
+#: The same by what decides the code, which is found without a spec.
+_possible: dict[tuple[int, tuple[Any, ...]], bool] = {}
 
 
 @dataclasses.dataclass
@@ -93,12 +93,12 @@ class Launch:
     def is_possible(self) -> bool:
         """Return whether every rank has the code, as `is_everywhere`."""
         key = self.workspace.handle, self._key
-        if key in _possible:
-            return True
-        if not is_everywhere(self.workspace, self._spec()):
-            return False
-        _possible.add(key)
-        return True
+        possible = _possible.get(key)
+        if possible is None:
+            possible = is_everywhere(self.workspace, self._spec())
+            if not torch.cuda.is_current_stream_capturing():
+                _possible[key] = possible
+        return possible
 
     def queue(self, epsilon: float, divisors: tuple[float, float, float]) -> None:
         """Queue it; for the divisors see `arguments.Call.divisors`.
