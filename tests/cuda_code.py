@@ -73,13 +73,10 @@ def _rotating(op: str, q_cols: int, k_cols: int, head_dim: int = 128, **fields: 
     )
 
 
-MODULES["rope-few"] = (
+MODULES["rope"] = (
     _rotating(CACHE, 1536, 256, rotary_dim=64),
     _rotating(CACHE, 1536, 256, rotary_dim=64, statistics="local", cache_dtype="float8_e4m3fn"),
     _rotating(ROPE, 1920, 480, 96, rotary_dim=96),
-)
-MODULES["rope"] = (
-    *MODULES["rope-few"],
     _rotating(CACHE, 6144, 1024, rotary_dim=64),
     _rotating(CACHE, 6144, 1024, rotary_dim=128, statistics="local", writes_k_out=True),
     _rotating(CACHE, 1536, 256, rotary_dim=64, in_dtype="float32"),
@@ -93,10 +90,6 @@ MODULES["peers"] = (
     _rotating(CACHE, 1536, 256, rotary_dim=64, statistics="peers"),
     _rotating(CACHE, 6144, 1024, rotary_dim=128, statistics="peers"),
 )
-MODULES["peers-few"] = MODULES["peers"][1:2]
-#: What a default run looks at: nvcc takes as long as everything else.
-MODULES["apply-few"] = MODULES["apply"][:1]
-MODULES["statistics-few"] = MODULES["statistics"][4:5]
 
 
 def needs_nvcc() -> None:

@@ -103,7 +103,7 @@ class _NoDevice(Fuzz):
 @pytest.mark.usefixtures("served")
 def test_what_modules_for_cuda_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that the documentation allows and a module for CUDA refuses, or the other way."""
-    paths = [cuda_code.built(name).path for name in ("apply", "statistics", "rope-few")]
+    paths = [cuda_code.built(name).path for name in ("apply", "statistics", "rope")]
     monkeypatch.setattr(arrays, "cuda_target", lambda index: cuda_code.SM_90)
     fuzz = _NoDevice([load(path) for path in paths])
     count = 2000 if os.environ.get("QKNORM_TVM_CAMPAIGN") else 200

@@ -20,10 +20,7 @@ from qknorm_tvm.schedules.cuda_variants import default_variants
 SPECS = MODULES["apply"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("apply-few", "apply")],
-)
+@pytest.fixture(scope="module", params=[pytest.param("apply", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest) -> Built:
     return cuda_code.built(request.param)
 

@@ -8,10 +8,7 @@ import pytest
 from cuda_code import Built, built, used
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("peers-few", "peers")],
-)
+@pytest.fixture(scope="module", params=[pytest.param("peers", marks=pytest.mark.slow)])
 def kernels(request: pytest.FixtureRequest) -> Built:
     return built(request.param)
 

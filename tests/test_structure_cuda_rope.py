@@ -15,10 +15,7 @@ from qknorm_tvm.schedules.cuda_row_config import operand_cols, partition_chunks
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("rope-few", "rope")],
-)
+@pytest.fixture(scope="module", params=[pytest.param("rope", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest) -> Built:
     return cuda_code.source_of(request.param)
 

@@ -13,12 +13,7 @@ from qknorm_tvm.load.module_file import read_metadata
 from qknorm_tvm.operations import OPERATIONS
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.slow) for name in ("statistics-few", "statistics")
-    ],
-)
+@pytest.fixture(scope="module", params=[pytest.param("statistics", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest) -> Built:
     return cuda_code.built(request.param)
 

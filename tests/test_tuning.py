@@ -299,9 +299,10 @@ def test_prune_keeps_what_is_in_use(made_up: Path) -> None:
 def test_the_other_operations_are_tuned_the_same_way(op: str, tmp_path: Path) -> None:
     """A space, a check or a workload that knows one operation only."""
     spec = KernelSpec(op=op, q_cols=256, k_cols=64, target=host_cpu_target())
-    summary = tune([spec], rows=(3, 40), trials=3, cost_model="random", logs=tmp_path)
+    rows = (3, 40) if _CAMPAIGN else (40,)
+    summary = tune([spec], rows=rows, trials=3, cost_model="random", logs=tmp_path)
     assert summary.failed == 0
-    assert [outcome.rows for outcome in summary.outcomes] == [3, 40]
+    assert tuple(outcome.rows for outcome in summary.outcomes) == rows
     assert folders.validate(summary.folder) == []
 
 
