@@ -165,9 +165,9 @@ _OVER_SCALES = """(const float* x, const float* given, unsigned char* float8) {
     asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale));
     inverse = __fmaf_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse, inverse);
     /* Now the nearest, but for the largest below a power of two. */
-    int last = (__float_as_int(scale) & 0x7fffff) == 0x7fffff;
+    unsigned last = (__float_as_uint(scale) & 0x7fffff) == 0x7fffff;
     scales[e] = scale;
-    inverses[e] = __int_as_float(__float_as_int(inverse) | last);
+    inverses[e] = __uint_as_float(__float_as_uint(inverse) | last);
     units[e] = copysignf(power, given[e]);
   }
 #pragma unroll

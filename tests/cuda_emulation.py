@@ -28,8 +28,13 @@ _PEERS = re.compile(
     r'asm volatile\("(?P<what>st\.relaxed|ld\.relaxed|mov\.u64 %0, %globaltimer).*;$', re.MULTILINE
 )
 #: The GPU's approximation of a reciprocal.
-RECIPROCAL = re.compile(r'asm\("rcp\.approx\.f32 %0, %1;" : "=f"\((\w+)\) : "f"\((\w+)\)\);')
+_RECIPROCAL = re.compile(r'asm\("rcp\.approx\.f32 %0, %1;" : "=f"\((\w+)\) : "f"\((\w+)\)\);')
 _VALUES = re.compile(r'"=?[lrf]"\((\w+)\)')
+
+
+def with_reciprocals(code: str) -> str:
+    """Return code whose approximate reciprocals are those of the header."""
+    return _RECIPROCAL.sub(r"\1 = approximate_reciprocal(\2);", code)
 
 
 class Kernel:
@@ -47,7 +52,7 @@ class Kernel:
         # The stores, which are PTX: their address and words are parameters of a function.
         text = _STORE.sub(lambda match: f"STORE({', '.join(_VALUES.findall(match[0]))});", text)
         text = _PEERS.sub(_peer_access, text)
-        text = RECIPROCAL.sub(r"\1 = approximate_reciprocal(\2);", text)
+        text = with_reciprocals(text)
         text = text.replace("__shared__ alignas(16)", "alignas(16) __shared__")
         threads, name, parameters = _KERNEL.findall(text)[0]
         self.threads = int(threads)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from cuda_code import scheduled
-from cuda_emulation import RECIPROCAL, Kernel
+from cuda_emulation import Kernel, with_reciprocals
 
 from qknorm_tvm import KernelSpec
 from qknorm_tvm.build import cuda as build_cuda
@@ -291,11 +291,6 @@ static uint32_t random_bits() {
   state = state * 6364136223846793005u + 1442695040888963407u;
   return state >> 32;
 }
-static float from_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 static void divide DIVIDE
 static long differing(const float* x, const float* scales) {
   unsigned char float8[8];
@@ -322,15 +317,16 @@ extern "C" long differing_of(const float* scale, long scales, long random) {
   for (long i = 0; i < scales; ++i) {
     std::fill(s, s + 8, scale[i]);
     for (uint32_t bits = 0; bits < 65536; bits += 8) {
-      for (int e = 0; e < 8; ++e) x[e] = from_bits((bits + e) << 16);
+      for (int e = 0; e < 8; ++e) x[e] = __uint_as_float((bits + e) << 16);
       count += differing(x, s);
     }
   }
   for (long i = 0; i < random; ++i) {
     for (int e = 0; e < 8; ++e) {
-      s[e] = from_bits((random_bits() & 0x81ffffff) | 0x3e000000);
+      s[e] = __uint_as_float((random_bits() & 0x81ffffff) | 0x3e000000);
       /* Quotients from float8's smallest to beyond its largest. */
-      x[e] = s[e] * from_bits((random_bits() & 0x807fffff) | (115 + random_bits() % 24) << 23);
+      uint32_t significand = random_bits() & 0x807fffff, exponent = 115 + random_bits() % 24;
+      x[e] = s[e] * __uint_as_float(significand | exponent << 23);
     }
     count += differing(x, s);
   }
@@ -366,8 +362,8 @@ extern "C" long differing_where_decided(long step) {
 def test_division_by_scales(tmp_path: Path) -> None:
     """A quotient that is not the nearest, where it decides: the kernels divide by steps."""
     source, library = tmp_path / "divide.cpp", tmp_path / "divide.so"
-    code = RECIPROCAL.sub(r"\1 = approximate_reciprocal(\2);", cuda_device._OVER_SCALES)
-    code = _DIVISIONS.replace("DIVIDE", code.replace("COUNT", "8"))
+    code = with_reciprocals(cuda_device._OVER_SCALES).replace("COUNT", "8")
+    code = _DIVISIONS.replace("DIVIDE", code)
     source.write_text(f'#include "cuda_emulation.h"\n{code}')
     options = ["-O2", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
     folder = Path(__file__).parent / "native"

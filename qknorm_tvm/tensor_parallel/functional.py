@@ -16,7 +16,7 @@ from ..call.torch_overlap import check_overlap
 from ..operations import OPERATIONS
 from . import one_launch
 from .arguments import Call, Checked, check_no_derivative, dtype_name
-from .group import Members, Report, disagreement, exchange, members_of
+from .group import Members, Report, disagreement, gathered, members_of
 from .layout import HeadLayout
 from .workspace import AUTO_ROWS, PeerWorkspace, automatic_workspace, workspace_of
 
@@ -391,7 +391,8 @@ def _layer(call: Call, last: Norm, validate: bool) -> tuple[torch.Tensor, torch.
         if not is_automatic or launch.is_possible():
             launch.queue(call.epsilon, call.divisors(members))
             return outputs["q_out"], outputs.get("k_out")
-        qk_var = _local_statistics(call, checked, members)
+        if qk_var is None:
+            qk_var = _local_statistics(call, checked, members)
     if qk_var is not None:
         _reduce(qk_var, members, *checked.weights)
     return last.apply(call, checked, qk_var)
@@ -445,7 +446,7 @@ def _check_together(
         report = call.report(checked)
     except Exception as error:
         report, failure = Report(error=f"{type(error).__name__}: {error}"), error
-    wrong = disagreement(exchange(report, members))
+    wrong = disagreement(gathered(report, members))
     if wrong is not None:
         raise ValueError(wrong) from failure
     return checked, qk_var

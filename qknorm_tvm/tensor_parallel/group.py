@@ -115,11 +115,12 @@ class Report:
     error: str = ""
 
 
-def exchange(report: Report, members: Members) -> list[Report]:
-    """Return the reports of all ranks."""
-    reports: list[Any] = [None] * members.world_size
-    dist.all_gather_object(reports, report, group=members.group)
-    return reports
+def gathered(mine: Any, members: Members) -> list[Any]:
+    """Return what each rank gives, to every rank."""
+    everyones: list[Any] = [mine] * members.world_size
+    if members.world_size > 1:
+        dist.all_gather_object(everyones, mine, group=members.group)
+    return everyones
 
 
 def disagreement(reports: Sequence[Report]) -> str | None:

@@ -16,7 +16,8 @@ from ..call.torch_autograd import count_writes
 from ..errors import QKNormError, warn_caller
 from ..operations import OPERATIONS
 from ..spec import KernelSpec
-from .workspace import PeerWorkspace, by_rank, gathered
+from .group import gathered
+from .workspace import PeerWorkspace, by_rank
 
 #: Whether all ranks have a spec's code, by workspace.
 _everywhere: dict[tuple[int, KernelSpec], bool] = {}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .. import peers
 from ..errors import PeerError, warn_caller
-from .group import Members, members_of
+from .group import Members, gathered, members_of
 from .layout import check_int
 
 
@@ -361,14 +361,6 @@ def _place(device: torch.device, max_rows: int) -> _Place:
     host = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
     gpu = str(torch.cuda.get_device_properties(device).uuid)
     return _Place(host, gpu, int(device.index or 0), max_rows)
-
-
-def gathered(mine: Any, members: Members) -> list[Any]:
-    """Return what each rank gives, to every rank."""
-    everyones: list[Any] = [mine] * members.world_size
-    if members.world_size > 1:
-        dist.all_gather_object(everyones, mine, group=members.group)
-    return everyones
 
 
 def by_rank(values: Sequence[object]) -> str:

@@ -80,16 +80,6 @@ static inline half __float2half_rn(float x) { return (half)x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline int __float_as_int(float x) {
-  int bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-static inline float __int_as_float(int bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 /* Off by a unit in the last place, as a GPU's may be, or not: by turns. */
 static inline float approximate_reciprocal(float x) {
   static int turn = 0;
