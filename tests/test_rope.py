@@ -208,9 +208,12 @@ def test_rotation_alone_is_what_the_cache_gets() -> None:
 
 
 def strided(array: np.ndarray, *strides: int) -> np.ndarray:
-    """Return an array's memory with other strides, in elements."""
-    steps = tuple(step * array.itemsize for step in strides)
-    return np.lib.stride_tricks.as_strided(array, array.shape, steps)
+    """Return zeros of an array's shape with other strides, in elements, in memory of their own."""
+    reach = [(extent - 1) * stride for extent, stride in zip(array.shape, strides, strict=True)]
+    before, after = -sum(min(step, 0) for step in reach), sum(max(step, 0) for step in reach)
+    memory = np.zeros(before + after + 1, array.dtype)
+    steps = [stride * array.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(memory[before:], array.shape, steps)
 
 
 #: What is changed of `arguments`, and what it gets.
