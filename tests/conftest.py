@@ -36,13 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["QKNORM_TVM_TUNING_LOGS"] = ""
         os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
         if "CC" not in os.environ and shutil.which("gcc"):
-            level = "-O0" if config.option.markexpr == "not slow" else "-O3"
+            level = "-O0" if config.option.markexpr == "not slow" else "-O2"
             config.stash[_compiler] = os.environ["CC"] = quick_compiler(folder, level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tuning begin first: its tests wait for one another, at the end for nothing else to do."""
-    items.sort(key=lambda item: item.path.name != "test_tuning.py")
+    """Let tuning begin first: its tests are long, and at the end a worker would wait for them."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_tuning"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -72,16 +72,19 @@ def quick_compiler(folder: str, level: str) -> str:
 _QUICK_COMPILER = """#!/bin/sh
 for argument do
     shift
-    [ "$argument" = -O3 ] && argument=LEVEL
+    [ "$argument" = -O2 ] && argument=LEVEL
     set -- "$@" "$argument"
     [ "$last" = -o ] && object=$argument
     case $argument in *.c) source=$argument ;; esac
     last=$argument
 done
 [ "$1" = -c ] || exec gcc "$@"
-tables=${object%/*}/tables.h
-[ "${source##*/}" = pool.c ] && tables=
-kept=$(cat "$source" "${source%/*}/module.h" $tables | sha256sum)
+case ${source##*/} in
+    entry.c) operations=${object%/*}/operations.h ;;
+    pool.c) operations= ;;
+    *) exec gcc "$@" ;;
+esac
+kept=$(cat "$source" "${source%/*}/module.h" $operations | sha256sum)
 kept=${0%/*}/${kept%% *}.o
 if ! [ -f "$kept" ]; then
     gcc "$@" || exit

@@ -41,9 +41,11 @@ def test_the_entry_point_compiles_with_an_entry_more(
     spec = KernelSpec(op="qk_rms_norm", q_cols=32, k_cols=16)
     object.__setattr__(spec, "op", BY_KIND.name)
     level = native.Level("x86-64-v2", (), ((native.Variant("any", "by_kind"),),))
-    text = native.tables([spec], [level], {}, cuda=False)
-    assert "{KINDS, 1, {QKN_ROWS}, QKN_OWN_DTYPE, {kDLInt, 64, 1}, 0, 0, -1, 0, 0}" in text
-    native.compile_entry(tmp_path, text, pool=False)
+    table = native.tables([spec], [level], {}, cuda=False)
+    assert (
+        "{KINDS, 1, {QKN_ROWS}, QKN_OWN_DTYPE, {kDLInt, 64, 1}, 0, 0, -1, 0, 0}" in table.operations
+    )
+    native.compile_entry(tmp_path, table, pool=False)
     symbols = subprocess.run(
         ["nm", str(tmp_path / "entry.o")], capture_output=True, text=True, check=True
     ).stdout
@@ -61,3 +63,30 @@ def test_the_entry_point_compiles_with_an_entry_more(
 def test_an_entry_that_contradicts_itself(changes: dict, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         dataclasses.replace(BY_KIND, **changes)
+
+
+def test_modules_of_the_same_operations_share_their_entry_point(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seconds of gcc for each module, of a file that it does not change."""
+    compiled = []
+    run = native.run_compiler
+    monkeypatch.setattr(
+        native, "run_compiler", lambda *given: (compiled.append(given[1]), run(*given))
+    )
+    monkeypatch.setattr(native, "_shared_objects", {})
+    for name, op, cols in (
+        ("first", "qk_rms_norm", 16),
+        ("other columns", "qk_rms_norm", 32),
+        ("another operation", "apply_qk_rms_norm", 16),
+    ):
+        spec = KernelSpec(op=op, q_cols=cols, k_cols=cols)
+        level = native.Level("x86-64-v2", (), ((native.Variant("any", "by_kind"),),))
+        (tmp_path / name).mkdir()
+        table = native.tables([spec], [level], {}, cuda=False)
+        native.compile_entry(tmp_path / name, table, pool=True)
+    assert compiled == [
+        "compiling tables.c", "compiling entry.c", "compiling pool.c",
+        "compiling tables.c",
+        "compiling tables.c", "compiling entry.c",
+    ]  # fmt: skip

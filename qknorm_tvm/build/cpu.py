@@ -208,13 +208,13 @@ def build(
         levels.append(Level(cpu, features, tuple(per_spec)))
         described.append({"name": cpu, "features": list(features), "code": configs_used})
     metadata = {**metadata, "kind": "cpu", "levels": described}
-    table_text = tables(specs, levels, metadata, cuda=False)
+    table = tables(specs, levels, metadata, cuda=False)
     machine = specs[0].parsed_target.machine
     c_compiler(machine)  # before the minutes that many specs take
     objects: list[Path] = []
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         # The C compiler beside LLVM: a third of the time.
-        native = worker.submit(compile_entry, directory, table_text, pool=True, machine=machine)
+        native = worker.submit(compile_entry, directory, table, pool=True, machine=machine)
         for cpu, of_level in functions.items():
             level_object = directory / f"{cpu}.o"
             generated = generate(cpu, of_level)

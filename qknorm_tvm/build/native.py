@@ -112,9 +112,32 @@ def _spec(spec: KernelSpec, index: int) -> str:
     )
 
 
-def _operation_tables(held: Sequence[str]) -> list[str]:
-    """Write what `entry.c` needs to know about operations; `held` are those of the module."""
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What the entry point knows of a module, in C.
+
+    Parameters
+    ----------
+    operations : str
+        ``operations.h``: how the module's operations are called. The same for all modules of the
+        same operations, and so is ``entry.c`` compiled against it.
+    module : str
+        ``tables.c``: the specs, levels and variants of one module, and its metadata.
+    """
+
+    operations: str
+    module: str
+
+
+def _operation_tables(held: Sequence[str], *, cuda: bool) -> str:
+    """Write ``operations.h``; `held` are the operations of the module."""
     lines = [
+        "#include <stddef.h>",
+        '#include "module.h"',
+        f"#define QKN_CUDA {int(cuda)}",
+        f"#define QKN_MAX_COLS {MAX_COLS}",
+        f"#define QKN_MAX_RANKS {MAX_RANKS}",
+        f"#define QKN_PEER_TURNS {TURNS}",
         f"enum {{ {', '.join(name.upper() for name in TENSORS)}, NUM_TENSORS }};",
         "static const char* const qkn_names[] = {"
         + ", ".join(_c_string(name) for name in TENSORS)
@@ -147,18 +170,25 @@ def _operation_tables(held: Sequence[str]) -> list[str]:
     lines.append(f"static const qkn_operation qkn_operations[] = {{{', '.join(rows)}}};")
     entries = " ".join(f"X({op}, {OPS.index(op)})" for op in held)
     lines.append(f"#define QKN_ENTRY_POINTS(X) {entries}")
-    return lines
+    return "\n".join(lines) + "\n"
 
 
 def tables(
     specs: Sequence[KernelSpec], levels: Sequence[Level], metadata: dict[str, Any], *, cuda: bool
-) -> str:
-    """Write ``tables.h``: what ``entry.c`` needs to know about one module."""
-    lines = ["#include <stddef.h>", '#include "module.h"', f"#define QKN_CUDA {int(cuda)}"]
-    lines += _operation_tables([op for op in OPS if any(spec.op == op for spec in specs)])
-    lines.append(f"#define QKN_MAX_COLS {MAX_COLS}")
-    lines += [f"#define QKN_MAX_RANKS {MAX_RANKS}", f"#define QKN_PEER_TURNS {TURNS}"]
-    lines.append(f"#define QKN_METADATA {_c_string(json.dumps(metadata, sort_keys=True))}")
+) -> Tables:
+    """Write what ``entry.c`` needs to know about one module."""
+    held = [op for op in OPS if any(spec.op == op for spec in specs)]
+    lines = [
+        "#include <stddef.h>",
+        '#include "module.h"',
+        f"#define METADATA {_c_string(json.dumps(metadata, sort_keys=True))}",
+        # What module_file.py reads without loading the file. The digest is filled in after linking.
+        "static const struct {",
+        "  char magic[16]; unsigned char digest[32]; char json[sizeof METADATA];",
+        '} info __attribute__((section(".qknorm"), used, aligned(16))) =',
+        '    {"QKNORM-TVM MODUL", {0}, METADATA};',
+        "const char* const qkn_metadata = info.json;",
+    ]
     for li, level in enumerate(levels):
         features = [X86_FEATURES[name] for name in level.features]
         if features:
@@ -182,22 +212,22 @@ def tables(
                 for v in variants
             )
             lines.append(f"static const qkn_variant variants_{li}_{si}[] = {{{rows}}};")
-    lines.append(f"#define QKN_NUM_LEVELS {len(levels)}")
+    lines.append(f"const int qkn_num_levels = {len(levels)};")
     rows = ", ".join(
         f"{{{_c_string(level.name)}, {f'features_{li}' if level.features else 'NULL'}, "
         f"{len(level.features)}}}"
         for li, level in enumerate(levels)
     )
-    lines.append(f"static const qkn_level qkn_levels[] = {{{rows}}};")
+    lines.append(f"const qkn_level qkn_levels[] = {{{rows}}};")
     for si in range(len(specs)):
         rows = ", ".join(
             f"{{variants_{li}_{si}, {len(level.variants[si])}}}" for li, level in enumerate(levels)
         )
         lines.append(f"static const qkn_code code_{si}[] = {{{rows}}};")
-    lines.append(f"#define QKN_NUM_SPECS {len(specs)}")
+    lines.append(f"const int qkn_num_specs = {len(specs)};")
     rows = ", ".join(_spec(spec, index) for index, spec in enumerate(specs))
-    lines.append(f"static const qkn_spec qkn_specs[] = {{{rows}}};")
-    return "\n".join(lines) + "\n"
+    lines.append(f"const qkn_spec qkn_specs[] = {{{rows}}};")
+    return Tables(_operation_tables(held, cuda=cuda), "\n".join(lines) + "\n")
 
 
 @functools.lru_cache(maxsize=8)
@@ -263,28 +293,47 @@ def run_compiler(command: Sequence[str], doing: str, folder: Path) -> None:
 
 
 def compile_entry(
-    directory: Path, table_text: str, *, pool: bool, machine: str | None = None
+    directory: Path, table: Tables, *, pool: bool, machine: str | None = None
 ) -> list[Path]:
-    """Compile the entry point, and for CPUs the thread pool, against a module's tables.
+    """Compile the entry point, a module's tables, and for CPUs the thread pool.
 
     `machine` is the one that the code is for, by default this one.
     """
+    compiler = c_compiler(machine or host_machine())
+    (directory / "tables.c").write_text(table.module)
+    objects = [directory / "tables.o"]
+    _compile_c(compiler, directory / "tables.c", objects[0])
+    shared = {"entry": table.operations, "pool": ""} if pool else {"entry": table.operations}
+    for name, operations in shared.items():
+        objects.append(directory / f"{name}.o")
+        objects[-1].write_bytes(_shared_object(compiler, name, operations, directory))
+    return objects
+
+
+#: Compiled once in a process: most of what a small module takes to build is its entry point.
+_shared_objects: dict[tuple[str, str, str], bytes] = {}
+
+
+def _shared_object(compiler: str, name: str, operations: str, directory: Path) -> bytes:
+    """Return the object of ``entry.c`` or ``pool.c``, in which nothing is of one module."""
+    key = (compiler, name, operations)
+    if key not in _shared_objects:
+        (directory / "operations.h").write_text(operations)
+        with resources.as_file(resources.files("qknorm_tvm.native") / f"{name}.c") as source:
+            _compile_c(compiler, source, directory / f"{name}.o")
+        _shared_objects[key] = (directory / f"{name}.o").read_bytes()
+    return _shared_objects[key]
+
+
+def _compile_c(compiler: str, source: Path, out: Path) -> None:
     import tvm_ffi.libinfo as ffi
 
-    (directory / "tables.h").write_text(table_text)
-    compiler = c_compiler(machine or host_machine())
-    objects = []
-    for name in ("entry", "pool") if pool else ("entry",):
-        source = resources.files("qknorm_tvm.native") / f"{name}.c"
-        with resources.as_file(source) as path:
-            target = directory / f"{name}.o"
-            command = [compiler, "-c", "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-g0"]
-            command += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
-            command += [f"-I{directory}", f"-I{path.parent}", f"-I{ffi.find_include_path()}"]
-            command += [f"-I{ffi.find_dlpack_include_path()}", str(path), "-o", str(target)]
-            run_compiler(command, f"compiling {name}.c", directory)
-            objects.append(target)
-    return objects
+    with resources.as_file(resources.files("qknorm_tvm.native") / "module.h") as header:
+        command = [compiler, "-c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-g0"]
+        command += ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+        command += [f"-I{out.parent}", f"-I{header.parent}", f"-I{ffi.find_include_path()}"]
+        command += [f"-I{ffi.find_dlpack_include_path()}", str(source), "-o", str(out)]
+        run_compiler(command, f"compiling {source.name}", out.parent)
 
 
 def exported_symbols() -> str:

@@ -7,21 +7,21 @@
  * same choices as one from Python. It allocates nothing, computes in the default floating-point
  * mode whatever the caller's is, and leaves the caller's mode and flags as they were.
  *
- * tables.h, written by the exporter for each module, defines qkn_specs, qkn_levels, QKN_NUM_SPECS,
- * QKN_NUM_LEVELS, QKN_MAX_COLS, QKN_CUDA, QKN_METADATA (JSON), qkn_operations, the names of their
- * tensors (qkn_names, and an enumeration: Q_OUT, ...), and QKN_ENTRY_POINTS, those of this module.
+ * operations.h, written by the exporter, is of the operations that a module holds: QKN_MAX_COLS,
+ * QKN_CUDA, qkn_operations, the names of their tensors (qkn_names, and an enumeration: Q_OUT, ...),
+ * and QKN_ENTRY_POINTS. What is of one module alone, its specs and functions, is in tables.c, which
+ * module.h declares: so this file is compiled once for many modules.
  *
  * SPDX-License-Identifier: Apache-2.0 */
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdatomic.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "module.h"
-#include "tables.h"
+#include "operations.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -54,14 +54,6 @@ static int fail(const char* kind, const char* format, ...) {
   return -1;
 }
 
-/* What module_file.py reads without loading the file. The digest is filled in after linking. */
-static const struct {
-  char magic[16];
-  unsigned char digest[32];
-  char json[sizeof QKN_METADATA];
-} module_info __attribute__((section(".qknorm"), used, aligned(16))) = {
-    "QKNORM-TVM MODUL", {0}, QKN_METADATA};
-
 /* ---- what the machine can run -------------------------------------------------------------- */
 
 static int active_level = -1;
@@ -93,7 +85,7 @@ static int has_feature(const qkn_feature* feature) { return (void)feature, 0; }
 
 __attribute__((constructor)) static void choose_level(void) {
   size_t used = 0;
-  for (int i = 0; i < QKN_NUM_LEVELS; ++i) {
+  for (int i = 0; i < qkn_num_levels; ++i) {
     const qkn_level* level = &qkn_levels[i];
     size_t before = used;
     int missing = 0;
@@ -108,7 +100,7 @@ __attribute__((constructor)) static void choose_level(void) {
       active_level = i;
       return;
     }
-    if (i + 1 < QKN_NUM_LEVELS) used = before; /* say what the least demanding level lacks */
+    if (i + 1 < qkn_num_levels) used = before; /* say what the least demanding level lacks */
   }
 }
 
@@ -369,9 +361,9 @@ static int check_cache(const char* name, tensor* t, DLDataType dtype, const int6
 /* ---- overlap -------------------------------------------------------------------------------- */
 
 /* One past the last byte of a tensor's memory. */
-static uintptr_t end_of(const tensor* t) {
+PER_OPERATION uintptr_t end_of(const tensor* t, int ndim) {
   int64_t last = t->cols;
-  for (int d = 0; d < t->ndim - 1; ++d) last += (t->shape[d] - 1) * t->strides[d];
+  for (int d = 0; d < ndim - 1; ++d) last += (t->shape[d] - 1) * t->strides[d];
   return (uintptr_t)t->data + (uintptr_t)(last * t->item);
 }
 
@@ -396,7 +388,6 @@ static int shifted_overlap(const tensor* t, int64_t distance, int64_t below) {
 }
 
 static int cache_overlap(const tensor* a, const tensor* b) {
-  if ((uintptr_t)b->data >= end_of(a) || (uintptr_t)a->data >= end_of(b)) return 0;
   int64_t distance = (int64_t)((uintptr_t)b->data - (uintptr_t)a->data);
   int same = a->ndim == b->ndim && a->item == b->item && distance % a->item == 0;
   for (int d = 0; same && d < a->ndim; ++d) {
@@ -406,16 +397,14 @@ static int cache_overlap(const tensor* a, const tensor* b) {
   return same ? shifted_overlap(a, distance / a->item, INT64_MAX) : 1;
 }
 
-/* Whether any byte belongs to a row of both, exactly: slices of one buffer may interleave. */
-static int overlap(const tensor* a, const tensor* b) {
+/* Whether any byte belongs to a row of both, whose memory from the first byte to the last has some
+ * in common. Exactly: slices of one buffer may interleave. */
+static __attribute__((noinline)) int overlap(const tensor* a, const tensor* b) {
   if (a->ndim > 2 || b->ndim > 2) return cache_overlap(a, b);
   uintptr_t a_start = (uintptr_t)a->data, b_start = (uintptr_t)b->data;
   uintptr_t a_row = (uintptr_t)(a->cols * a->item), b_row = (uintptr_t)(b->cols * b->item);
   uintptr_t a_step = a->rows > 1 ? (uintptr_t)(a->strides[0] * a->item) : 0;
   uintptr_t b_step = b->rows > 1 ? (uintptr_t)(b->strides[0] * b->item) : 0;
-  uintptr_t a_end = a_start + (uintptr_t)(a->rows - 1) * a_step + a_row;
-  uintptr_t b_end = b_start + (uintptr_t)(b->rows - 1) * b_step + b_row;
-  if (a_end <= b_start || b_end <= a_start) return 0;
   if (a_step == b_step && a_step >= a_row + b_row) {
     /* Rows side by side in one buffer: compare places within its rows. */
     uintptr_t distance = a_start <= b_start ? (b_start - a_start) % a_step
@@ -451,10 +440,18 @@ PER_OPERATION int is_empty(const qkn_argument* a, const tensor* t) {
 }
 
 PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
+  uintptr_t start[NUM_TENSORS], end[NUM_TENSORS];
+  UNROLLED
+  for (int i = 0; i < op->num_tensors; ++i) {
+    const tensor* s = &t[op->arguments[i].which];
+    int empty = is_empty(&op->arguments[i], t);
+    start[i] = empty ? UINTPTR_MAX : (uintptr_t)s->data;
+    end[i] = empty ? 0 : end_of(s, op->arguments[i].ndim);
+  }
   for (int o = 1; o < op->num_outputs; ++o) {
-      for (int earlier = 0; earlier < o; ++earlier) {
+    for (int earlier = 0; earlier < o; ++earlier) {
       int out = op->arguments[o].which, other = op->arguments[earlier].which;
-      if (is_empty(&op->arguments[o], t) || is_empty(&op->arguments[earlier], t)) continue;
+      if (end[o] <= start[earlier] || end[earlier] <= start[o]) continue;
       if (overlap(&t[out], &t[other])) {
         return fail("ValueError", "%s must not overlap %s, got tensors that share memory",
                     qkn_names[out], qkn_names[other]);
@@ -463,11 +460,10 @@ PER_OPERATION int check_overlap(const qkn_operation* op, const tensor* t) {
   }
   for (int o = 0; o < op->num_outputs; ++o) {
     int out = op->arguments[o].which, own = op->arguments[o].in_place_of;
-    if (is_empty(&op->arguments[o], t)) continue;
-      for (int i = op->num_outputs; i < op->num_tensors; ++i) {
+    for (int i = op->num_outputs; i < op->num_tensors; ++i) {
       int in = op->arguments[i].which;
-      if (in == own && in_place(&t[out], &t[in])) continue;
-      if (is_empty(&op->arguments[i], t) || !overlap(&t[out], &t[in])) continue;
+      if (end[o] <= start[i] || end[i] <= start[o]) continue;
+      if ((in == own && in_place(&t[out], &t[in])) || !overlap(&t[out], &t[in])) continue;
       if (in == own) {
         return fail("ValueError",
                     "%s must be %s itself (same address, strides and element size) or not overlap "
@@ -664,6 +660,7 @@ PER_OPERATION int run(const qkn_code* code, const qkn_operation* op, tensor* t, 
 #endif
     if (call_variant(chosen, op, t, done, epsilon, peers)) return -1;
     rows -= done;
+    if (rows == 0) break;
     UNROLLED
     for (int i = 0; i < op->num_tensors; ++i) {
       tensor* s = &t[op->arguments[i].which];
@@ -784,7 +781,7 @@ static int has_choices(const qkn_spec* s, const tensor* t, uint64_t given) {
 PER_OPERATION int find_spec(int op, const tensor* t, uint64_t given, int* index) {
   char in_type[64], out_type[64];
   int of_op = 0, by_type = -1, by_cols = -1, last = 0, has_out = t[Q_OUT].given;
-  for (int i = 0; i < QKN_NUM_SPECS; ++i) {
+  for (int i = 0; i < qkn_num_specs; ++i) {
     const qkn_spec* s = &qkn_specs[i];
     if (s->op != op) continue;
     ++of_op;
@@ -872,11 +869,12 @@ PER_OPERATION int check_argument(const qkn_argument* a, const qkn_spec* spec, te
 
 PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec, uint64_t given,
                                   tensor* t) {
+  uint64_t others = spec->given ^ given;
   UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const qkn_argument* a = &op->arguments[op->checked[i]];
     uint64_t bit = (uint64_t)1 << op->checked[i];
-    if ((spec->given & bit) != (given & bit)) {
+    if (others & bit) {
       return fail("ValueError",
                   spec->given & bit ? "%s must be a tensor for this module's spec (%s), got None"
                                     : "%s must be None for this module's spec (%s), got a tensor",
@@ -886,7 +884,7 @@ PER_OPERATION int check_arguments(const qkn_operation* op, const qkn_spec* spec,
   }
 #if QKN_CUDA
   uint64_t peers = (uint64_t)1 << op->num_tensors;
-  if ((spec->given & peers) != (given & peers)) {
+  if (others & peers) {
     return fail("ValueError",
                 spec->given & peers ? "peers must be given for this module's spec (%s), got none"
                                     : "peers must be none for this module's spec (%s), got some",
@@ -941,9 +939,12 @@ PER_OPERATION int enter(int which, const TVMFFIAny* args, int32_t num_args, TVMF
                 unsupported);
   }
   if (read_flags(op, args, num_args, &bits16, &has_peers)) return -1;
-  /* Those that are not given are looked at too: nothing there is chance. Not so shapes. */
+  /* Of those that are not given an address is looked at too. */
   UNROLLED
-  for (int i = 0; i < NUM_TENSORS; ++i) memset(&t[i], 0, offsetof(tensor, shape));
+  for (int i = 0; i < NUM_TENSORS; ++i) {
+    t[i].given = 0;
+    t[i].data = NULL;
+  }
   uint64_t given = 0;
   UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
@@ -1007,7 +1008,7 @@ static int return_text(const char* text, TVMFFIAny* result) {
 EXPORT int __tvm_ffi_qknorm_metadata(void* self, const TVMFFIAny* args, int32_t num_args,
                                      TVMFFIAny* result) {
   (void)self, (void)args, (void)num_args;
-  return return_text(module_info.json, result);
+  return return_text(qkn_metadata, result);
 }
 
 /* The level chosen for this machine; empty when it can run none. */

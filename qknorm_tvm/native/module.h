@@ -1,5 +1,5 @@
 /* What the entry point (entry.c), the thread pool (pool.c) and the tables that the exporter writes
- * for each module share. SPDX-License-Identifier: Apache-2.0 */
+ * for each module (tables.c) share. SPDX-License-Identifier: Apache-2.0 */
 #ifndef QKNORM_MODULE_H_
 #define QKNORM_MODULE_H_
 
@@ -117,6 +117,15 @@ typedef struct {
   const qkn_feature* features;
   int num_features;
 } qkn_level;
+
+/* What tables.c defines. */
+#pragma GCC visibility push(hidden)
+extern const qkn_spec qkn_specs[];
+extern const int qkn_num_specs;
+extern const qkn_level qkn_levels[];
+extern const int qkn_num_levels;
+extern const char* const qkn_metadata; /* JSON */
+#pragma GCC visibility pop
 
 /* The floating-point environment of a thread: how it rounds, flushes and traps, and its flags.
  *
