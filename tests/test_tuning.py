@@ -343,7 +343,7 @@ def test_a_default_that_does_not_build_is_an_error(
     compiler.write_text("#!/bin/sh\necho no such instruction >&2; exit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    with pytest.raises(TuningError, match=r"the default of .* fails: .*compiling entry\.c failed"):
+    with pytest.raises(TuningError, match=r"the default of .* fails: .*compiling tables\.c failed"):
         tune([SPEC], rows=(16,), trials=1, cost_model="random", logs=tmp_path / "logs")
 
 
