@@ -103,6 +103,8 @@ def _compiled(text: str) -> Any:
     source.write_text(text)
     # movaps faults where an access of 16 bytes is not aligned.
     options = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
+    # Shared memory of an inline function would be one for all copies of a kernel in a process.
+    options += ["-fno-gnu-unique"]
     options += ["-w", f"-I{HEADER.parent}", "-o", str(library)]
     done = subprocess.run(
         [shutil.which("g++") or "g++", *options, str(source)], capture_output=True, text=True

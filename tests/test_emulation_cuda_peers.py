@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -186,6 +187,15 @@ CACHE = KernelSpec(
     op="qk_rms_norm_rope_cache", q_cols=384, k_cols=128, head_dim=64, rotary_dim=32,
     target="cuda:sm_90", statistics="peers",
 )  # fmt: skip
+
+
+def test_ranks_share_no_memory_of_the_emulation() -> None:
+    """A static variable that the loader makes one for all libraries of a process."""
+    func = build_cuda.scheduled_variant(CACHE, default_variants(CACHE)[1])
+    library = Kernel(build_cuda.cuda_source([("emulated", func)])).library._name
+    symbols = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
+    assert " run\n" in symbols
+    assert not [line for line in symbols.splitlines() if " u " in line]
 
 
 @pytest.mark.parametrize(

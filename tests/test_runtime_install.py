@@ -175,6 +175,7 @@ def test_numpy_has_bfloat16_where_ml_dtypes_is(installed: Installed, pack: Path)
     assert "ValueError: out_dtype must be float16 or float32 for NumPy arrays" in done.stderr
 
 
+@pytest.mark.frameworks
 def test_torch_calls_it(installed: Installed, pack: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed where the tests run")
