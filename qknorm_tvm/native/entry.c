@@ -1,5 +1,5 @@
 /* The entry points of an exported module, one for each operation that it holds. What each takes
- * comes from operations.py, by way of tables.h.
+ * comes from operations.py, by way of operations.h.
  *
  * Each checks every argument before anything is launched or written, returns at once for no rows,
  * picks the spec that fits the arguments and the generated function that fits this machine, the
