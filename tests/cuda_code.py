@@ -1,4 +1,4 @@
-"""CUDA modules whose code tests read: compiled once a session, and what nvcc makes of their source.
+"""CUDA modules whose code tests read: compiled once a session, and what nvcc makes on its way there.
 
 Without a GPU. Whichever test or worker asks first compiles; the others find the files in the
 session's folder.
@@ -120,9 +120,9 @@ class Built:
     built_in: str
 
     def device_code(self, kind: str, arch: str) -> tuple[Path, str]:
-        """Compile the source once more as the product does, to ``ptx`` or ``cubin``.
+        """Return ``ptx`` or ``cubin`` for an architecture, and what nvcc printed.
 
-        Returns the file, and what nvcc printed.
+        The module's own, for sm_90; else the source is compiled once more as the product does.
         """
         out = self.source.with_suffix(f".{arch}.{kind}")
         log = out.with_name(out.name + ".log")
@@ -160,9 +160,20 @@ def built(name: str) -> Built:
             with pytest.MonkeyPatch.context() as patch:
                 run = build_cuda.run_compiler
 
-                def record(command: list[str], *rest: object) -> None:
+                def record(command: list[str], doing: str, here: Path) -> None:
                     commands.append(command)
-                    run(command, *rest)
+                    if "-c" not in command:
+                        run(command, doing, here)
+                        return
+                    # What nvcc makes on its way to the module is what tests read.
+                    kept = here / "kept"
+                    kept.mkdir()
+                    words = [*command, "-keep", f"-keep-dir={kept}", "-Xptxas=-v"]
+                    done = subprocess.run(words, capture_output=True, text=True, check=True)
+                    for kind in ("ptx", "cubin"):
+                        (made,) = kept.glob(f"*.{kind}")
+                        shutil.copyfile(made, out := source.with_suffix(f".sm_90.{kind}"))
+                        out.with_name(out.name + ".log").write_text(done.stderr)
 
                 patch.setattr(build_cuda, "run_compiler", record)
                 compiled = compile(list(MODULES[name]))
@@ -179,29 +190,6 @@ def scheduled(spec: KernelSpec, variant: CudaVariant) -> tirx.PrimFunc:
     given = parameters(spec, stride_unit=variant.stride_unit, alignment=variant.alignment)
     declared = function("declared", given, tirx.Evaluate(0))
     return cuda_row.schedule(declared, spec, variant.config)
-
-
-def source_of(name: str) -> Built:
-    """Write the kernels of one of `MODULES` alone, without a module around them."""
-    needs_nvcc()
-    folder = session_folder() / f"cuda-source-{name}"
-    folder.mkdir(exist_ok=True)
-    about, source = folder / "about.json", folder / "module.cu"
-    with filelock.FileLock(folder / "lock"):
-        if not about.exists():
-            functions = [
-                (symbol.removesuffix("_kernel"), scheduled(*of))
-                for symbol, of in kernels_of(name).items()
-            ]
-            source.write_text(build_cuda.cuda_source(functions))
-            commands: list[list[str]] = []
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    build_cuda, "run_compiler", lambda command, *_: commands.append(command)
-                )
-                build_cuda.nvcc_compile(source, folder / "cuda.o", ["sm_90"])
-            about.write_text(json.dumps({"command": commands[0], "built_in": str(folder)}))
-    return Built(name, folder / "module.so", source, **json.loads(about.read_text()))
 
 
 def kernels_of(name: str) -> dict[str, tuple[KernelSpec, CudaVariant]]:

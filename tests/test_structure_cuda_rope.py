@@ -17,7 +17,7 @@ from qknorm_tvm.schedules.cuda_variants import default_variants
 
 @pytest.fixture(scope="module", params=[pytest.param("rope", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest) -> Built:
-    return cuda_code.source_of(request.param)
+    return cuda_code.built(request.param)
 
 
 @pytest.fixture(scope="module")
