@@ -1,12 +1,21 @@
-"""Session-wide state: one cache folder, and modules compiled once for all tests (and workers)."""
+"""Session-wide state: one cache folder, and modules compiled once for all tests (and workers).
+
+``QKNORM_TVM_TEST_FOLDER`` names a folder in which what is compiled stays, for another session of
+the same tests: .ci/run makes one for its parts.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,20 +33,49 @@ settings.load_profile("repeatable")
 
 #: Set in the process that made the session's cache folder, and inherited by its workers.
 _SESSION = "QKNORM_TVM_TEST_SESSION"
+_SHARED = "QKNORM_TVM_TEST_FOLDER"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if _SESSION not in os.environ:
-        folder = tempfile.mkdtemp(prefix="qknorm-tvm-tests-")
-        config.stash[_folder] = folder
+        level = "-O0" if config.option.markexpr == "not slow" else "-O2"
+        folder = config.stash[_folder] = _session_folder(level)
         os.environ[_SESSION] = folder
         os.environ["QKNORM_TVM_CACHE_DIR"] = os.path.join(folder, "cache")
         # The same code on every machine: no records of the one at hand.
         os.environ["QKNORM_TVM_TUNING_LOGS"] = ""
         os.environ.pop("QKNORM_TVM_DISABLE_CPU_FEATURES", None)
         if "CC" not in os.environ and shutil.which("gcc"):
-            level = "-O0" if config.option.markexpr == "not slow" else "-O2"
             config.stash[_compiler] = os.environ["CC"] = quick_compiler(folder, level)
+
+
+def _session_folder(level: str) -> str:
+    """Return an empty folder; or one of sessions that compile the same, if they share any."""
+    shared = os.environ.get(_SHARED)
+    if not shared:
+        return tempfile.mkdtemp(prefix="qknorm-tvm-tests-")
+    folder = os.path.join(shared, _decides_code(level))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
+
+
+def _decides_code(level: str) -> str:
+    """Return a name for all that decides what tests compile on one machine.
+
+    Nothing is imported for it: that would take seconds in a process that runs no test.
+    """
+    found = importlib.util.find_spec("qknorm_tvm")
+    assert found is not None
+    tests = Path(__file__).parent
+    folders = [*map(Path, found.submodule_search_locations or ()), tests.parent / "schedules", tests]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".c", ".h", ".cpp"):
+                digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")]
+    rest = [level, os.environ.get("CC", ""), sys.version, *versions]
+    return hashlib.sha256("\n".join([digest.hexdigest(), *rest]).encode()).hexdigest()[:16]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,7 +86,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     folder = config.stash.get(_folder, None)
     if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not os.environ.get(_SHARED):
+            shutil.rmtree(folder, ignore_errors=True)
         os.environ.pop(_SESSION, None)
         if config.stash.get(_compiler, None):
             os.environ.pop("CC", None)

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
-from support import compiled
+from support import compiled, session_folder
 
 from qknorm_tvm import KernelSpec, packing
 from qknorm_tvm.targets import host_cpu_target
@@ -71,6 +73,11 @@ class Installed:
     bin: Path
     folder: Path
 
+    def pip(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run pip in it: that of the environment which runs the tests; one of its own takes seconds."""
+        lent = self.folder / "lent"
+        return self.run("python", "-m", "pip", *arguments, check=check, PYTHONPATH=str(lent))
+
     def run(
         self, *command: str, check: bool = True, **variables: str
     ) -> subprocess.CompletedProcess[str]:
@@ -98,11 +105,20 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this checkout, built from a copy of it."""
-    folder = tmp_path_factory.mktemp("wheel")
+def wheel() -> Path:
+    """A wheel of this checkout, built from a copy of it by whichever worker is first."""
+    folder = session_folder() / "wheel"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not list(folder.glob("*.whl")):
+            _build_wheel(folder)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def _build_wheel(folder: Path) -> None:
     copy = folder / "source"
-    copy.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    copy.mkdir(parents=True)
     for name in ("qknorm_tvm", "schedules", "tuning_logs"):
         shutil.copytree(ROOT / name, copy / name)
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
@@ -112,8 +128,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode and "setuptools" in done.stderr:
         pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    (made,) = folder.glob("*.whl")
-    return made
 
 
 def test_the_wheel_has_no_measurements(wheel: Path) -> None:
@@ -124,18 +138,38 @@ def test_the_wheel_has_no_measurements(wheel: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=TVM_FFI)
-def installed(
-    request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Installed:
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+def environment(request: pytest.FixtureRequest, wheel: Path) -> Installed:
+    """An environment with the wheel, made by whichever worker is first."""
+    folder = session_folder() / f"runtime-install-{TVM_FFI.index(request.param)}"
     made = Installed(folder / "venv" / "bin", folder)
-    requirement = f"apache-tvm-ffi{request.param}"
-    done = made.run("python", "-m", "pip", "install", "-q", str(wheel), requirement, check=False)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "whole").exists():
+            _install(made, str(wheel), f"apache-tvm-ffi{request.param}")
+            (folder / "whole").touch()
+    return made
+
+
+def _install(made: Installed, *requirements: str) -> None:
+    pip = importlib.util.find_spec("pip")
+    assert pip is not None
+    assert pip.submodule_search_locations
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(made.folder / "venv")]
+    shutil.rmtree(made.folder, ignore_errors=True)
+    subprocess.run(venv, check=True)
+    (made.folder / "lent").mkdir()
+    (made.folder / "lent" / "pip").symlink_to(pip.submodule_search_locations[0])
+    # To bytecode when it is imported: most of NumPy never is.
+    done = made.pip("install", "-q", "--no-compile", *requirements, check=False)
     if done.returncode and "No matching distribution" in done.stderr:
         pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    return made
+
+
+@pytest.fixture
+def installed(environment: Installed) -> Iterator[Installed]:
+    """The environment for one test at a time: what one adds another would find."""
+    with filelock.FileLock(environment.folder / "lock"):
+        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +183,10 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_small_and_whole(installed: Installed) -> None:
     """An install that brings TVM, or that breaks what an engine pins."""
-    installed.run("python", "-m", "pip", "check")
-    listed = installed.run("python", "-m", "pip", "list", "--format=freeze").stdout
+    installed.pip("check")
+    listed = installed.pip("list", "--format=freeze").stdout
     names = {line.partition("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
-    assert names - {"pip", "setuptools"} == {
-        "apache-tvm-ffi", "numpy", "qknorm-tvm", "typing-extensions",
-    }  # fmt: skip
+    assert names == {"apache-tvm-ffi", "numpy", "qknorm-tvm", "typing-extensions"}
 
 
 def test_numpy_calls_a_module_built_elsewhere(installed: Installed, pack: Path) -> None:
@@ -220,9 +252,9 @@ def test_wheel_of_a_pack_serves(
     packing.write_index(folder, plan)
     made = packing.write_wheel(folder, plan, folder / "dist")
     assert zipfile.is_zipfile(made)
-    installed.run("python", "-m", "pip", "install", "-q", "--no-deps", str(made))
+    installed.pip("install", "-q", "--no-deps", str(made))
     try:
-        installed.run("python", "-m", "pip", "check")
+        installed.pip("check")
         installed.python(_NUMPY)
     finally:
-        installed.run("python", "-m", "pip", "uninstall", "-q", "-y", packing.DISTRIBUTION)
+        installed.pip("uninstall", "-q", "-y", packing.DISTRIBUTION)
