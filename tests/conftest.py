@@ -67,7 +67,11 @@ def _decides_code(level: str) -> str:
     found = importlib.util.find_spec("qknorm_tvm")
     assert found is not None
     tests = Path(__file__).parent
-    folders = [*map(Path, found.submodule_search_locations or ()), tests.parent / "schedules", tests]
+    folders = [
+        *map(Path, found.submodule_search_locations or ()),
+        tests.parent / "schedules",
+        tests,
+    ]
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""CUDA modules whose code tests read: compiled once a session, and what nvcc makes on its way there.
+"""CUDA modules whose code tests read: compiled once a session, and what nvcc made on its way.
 
 Without a GPU. Whichever test or worker asks first compiles; the others find the files in the
 session's folder.
@@ -64,6 +64,7 @@ MODULES: dict[str, tuple[KernelSpec, ...]] = {
         for dtype, q, k in columns
     ),
 }
+MODULES["reproducible"] = (MODULES["apply"][0].replace(reproducible=True),)
 ROPE, CACHE = "qk_rms_norm_rope", "qk_rms_norm_rope_cache"
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_code
 import numpy as np
 import pytest
-from support import RawTensor, compiled, environment, make_case, raw_call, run_python, smallest
+from support import RawTensor, environment, make_case, raw_call, run_python, smallest
 
-from qknorm_tvm import BuildError, KernelSpec, Module, ModuleFileError, load
+from qknorm_tvm import Module, ModuleFileError, load
 from qknorm_tvm.cli import main
 from qknorm_tvm.load import module_file
 
@@ -350,12 +351,7 @@ def for_gpus() -> Path:
         target = None
     if target is not None:
         pytest.skip(f"looks at what happens without a GPU; this machine has one ({target})")
-    try:
-        return compiled(
-            "for-gpus", KernelSpec(in_dtype="float32", q_cols=33, k_cols=7, target="cuda:sm_90")
-        )
-    except BuildError as error:
-        pytest.skip(f"compiles a CUDA module, which failed: {str(error)[:200]}")
+    return cuda_code.built("apply").path
 
 
 @pytest.fixture
@@ -366,7 +362,7 @@ def cuda_module(for_gpus: Path) -> Module:
 @pytest.mark.slow
 def test_cuda_module_without_a_gpu_says_so(cuda_module: Module) -> None:
     """A crash in the driver that is not there, or a launch that fails unsaid."""
-    case = make_case(2, 33, 7, "float32")
+    case = make_case(2, 1536, 256, "float32")
     with pytest.raises(ValueError, match=r"^q must be on a CUDA device, got a tensor on the CPU$"):
         raw_call(cuda_module, *case.tensors, case.epsilon)
     for index in (0, 7):
@@ -399,7 +395,7 @@ def test_cuda_module_does_not_serve_arrays_on_the_cpu(for_gpus: Path, tmp_path: 
             qknorm_tvm.use(qknorm_tvm.load(sys.argv[1]))
             asked = []
             cache._load_or_build = lambda spec: asked.append(spec) or sys.exit(7)
-            ones = [np.ones(s, np.float32) for s in ((2, 33), (2, 7), (2, 2), 33, 7)]
+            ones = [np.ones(s, np.float32) for s in ((2, 1536), (2, 256), (2, 2), 1536, 256)]
             try:
                 qknorm_tvm.apply_qk_rms_norm(*ones)
             except SystemExit:

@@ -74,7 +74,7 @@ class Installed:
     folder: Path
 
     def pip(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run pip in it: that of the environment which runs the tests; one of its own takes seconds."""
+        """Run the pip that there is in it: to install another takes seconds."""
         lent = self.folder / "lent"
         return self.run("python", "-m", "pip", *arguments, check=check, PYTHONPATH=str(lent))
 

@@ -58,17 +58,7 @@ def test_no_flush_to_zero_and_no_fast_math(built: Built, kernels: dict[str, str]
 
 @pytest.mark.slow
 def test_reproducible_code_divides_and_takes_roots_correctly_rounded() -> None:
-    needs_nvcc()
-    compiled = compile(SPECS[0].replace(reproducible=True))
-    with pytest.MonkeyPatch.context():
-        source = compiled.path.parent / "module.cu"
-        out = source.with_suffix(".ptx")
-        import tvm_ffi.libinfo as ffi
-
-        include = [f"-I{ffi.find_include_path()}", f"-I{ffi.find_dlpack_include_path()}"]
-        command = [str(build_cuda.find_nvcc()), "-ptx", "-arch=sm_90", "-std=c++17", *include]
-        subprocess.run([*command, str(source), "-o", str(out)], check=True, capture_output=True)
-    text = out.read_text()
+    text = cuda_code.built("reproducible").device_code("ptx", "sm_90")[0].read_text()
     assert "sqrt.rn.f32" in text
     assert "rsqrt.approx" not in text
 
@@ -199,13 +189,19 @@ def test_size(built: Built) -> None:
 
 
 @pytest.mark.slow
-def test_metadata_and_architectures() -> None:
+def test_metadata_and_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported by the command line, whose ``--arch`` is a target's architectures."""
     needs_nvcc()
+    from qknorm_tvm.cli import main
+
     spec = KernelSpec(q_cols=64, k_cols=32, target="cuda:sm_90,sm_80")
     assert spec.target == "cuda:sm_80,sm_90"
-    compiled = compile(spec)
-    metadata = read_metadata(compiled.path)
+    out = tmp_path / "qk.so"
+    columns = ["--q-cols", "64", "--k-cols", "32"]
+    assert main(["export", str(out), *columns, "--arch", "sm_90,sm_80"]) == 0
+    metadata = read_metadata(out)
     assert metadata["kind"] == "cuda"
+    assert metadata["target"] == spec.target
     assert metadata["architectures"] == ["sm_80", "sm_90", "compute_90"]
     assert metadata["specs"] == [spec.to_dict()]
     code = metadata["levels"][0]["code"]
@@ -215,16 +211,6 @@ def test_metadata_and_architectures() -> None:
     for variant in code:
         CudaConfig(**variant["config"])
 
-
-@pytest.mark.slow
-def test_export_takes_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    needs_nvcc()
-    from qknorm_tvm.cli import main
-
-    out = tmp_path / "qk.so"
-    columns = ["--q-cols", "64", "--k-cols", "32"]
-    assert main(["export", str(out), *columns, "--arch", "sm_90,sm_80"]) == 0
-    assert read_metadata(out)["target"] == "cuda:sm_80,sm_90"
     assert main(["export", str(out), *columns, "--arch", "sm_90", "--target", "cpu"]) == 2
     assert "--arch names GPUs, and --target is cpu" in capsys.readouterr().err
     assert main(["export", str(out), *columns, "--arch", "hopper"]) == 2
