@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ import pytest
 _REASON = "patches models of transformers, and {} is not installed"
 torch = pytest.importorskip("torch", reason=_REASON.format("torch"))
 transformers = pytest.importorskip("transformers", reason=_REASON.format("transformers"))
-for _name in ("olmo2", "olmo3", "minimax_m2"):
+MODULES = ("olmo2", "olmo3", "minimax_m2")
+for _name in MODULES:
     pytest.importorskip(f"transformers.models.{_name}", reason=_REASON.format(_name))
 
 import qknorm_tvm  # noqa: E402
@@ -545,4 +547,10 @@ def test_sharded_model(tmp_path: Path) -> None:
                 q, k, qk_var, torch.ones(2 * HEAD_DIM), torch.ones(HEAD_DIM),
                 cast_before_gamma=cast_before_gamma,
             )  # fmt: skip
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=4, join=True)
+    # The server imports what takes seconds once for all four, which are forked from it.
+    multiprocessing.set_forkserver_preload(
+        ["torch", "tvm_ffi", *(f"transformers.models.{name}.modeling_{name}" for name in MODULES)]
+    )
+    torch.multiprocessing.start_processes(
+        _rank, args=(str(tmp_path),), nprocs=4, start_method="forkserver"
+    )
