@@ -14,6 +14,7 @@ from cuda_code import MODULES, SM_90, Built, disassembled, needs_nvcc, used
 from qknorm_tvm import BuildError, KernelSpec, compile
 from qknorm_tvm.build import cuda as build_cuda
 from qknorm_tvm.load.module_file import read_metadata
+from qknorm_tvm.operations import OPERATIONS
 from qknorm_tvm.schedules.cuda_config import CudaConfig
 from qknorm_tvm.schedules.cuda_variants import default_variants
 
@@ -189,29 +190,40 @@ def test_size(built: Built) -> None:
 
 
 @pytest.mark.slow
-def test_metadata_and_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exported by the command line, whose ``--arch`` is a target's architectures."""
+def test_one_module_for_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All operations in one file, for several architectures, each with its own entry point.
+
+    Exported by the command line, whose ``--arch`` is a target's architectures.
+    """
     needs_nvcc()
     from qknorm_tvm.cli import main
 
-    spec = KernelSpec(q_cols=64, k_cols=32, target="cuda:sm_90,sm_80")
-    assert spec.target == "cuda:sm_80,sm_90"
+    specs = [
+        KernelSpec(op=name, q_cols=64, k_cols=32, target="cuda:sm_90,sm_80",
+                   head_dim=32 if operation.rotates else None)
+        for name, operation in OPERATIONS.items()
+    ]  # fmt: skip
+    assert {spec.target for spec in specs} == {"cuda:sm_80,sm_90"}
     out = tmp_path / "qk.so"
-    columns = ["--q-cols", "64", "--k-cols", "32"]
-    assert main(["export", str(out), *columns, "--arch", "sm_90,sm_80"]) == 0
+    command = ["export", str(out), "--q-cols", "64", "--k-cols", "32"]
+    ops = [word for name in OPERATIONS for word in ("--op", name)]
+    assert main([*command, *ops, "--head-dim", "32", "--arch", "sm_90,sm_80"]) == 0
     metadata = read_metadata(out)
     assert metadata["kind"] == "cuda"
-    assert metadata["target"] == spec.target
+    assert metadata["target"] == "cuda:sm_80,sm_90"
     assert metadata["architectures"] == ["sm_80", "sm_90", "compute_90"]
-    assert metadata["specs"] == [spec.to_dict()]
+    assert metadata["ops"] == sorted(OPERATIONS)
+    assert metadata["specs"] == [spec.to_dict() for spec in specs]
     code = metadata["levels"][0]["code"]
-    assert [variant["variants"] for variant in code] == [
-        [v.name] for v in default_variants(spec, None)
-    ]
+    assert {variant["spec"] for variant in code} == {spec.text for spec in specs}
+    for spec in specs:
+        assert [variant["variants"] for variant in code if variant["spec"] == spec.text] == [
+            [v.name] for v in default_variants(spec, None)
+        ]
     for variant in code:
         CudaConfig(**variant["config"])
 
-    assert main(["export", str(out), *columns, "--arch", "sm_90", "--target", "cpu"]) == 2
+    assert main([*command, "--arch", "sm_90", "--target", "cpu"]) == 2
     assert "--arch names GPUs, and --target is cpu" in capsys.readouterr().err
-    assert main(["export", str(out), *columns, "--arch", "hopper"]) == 2
+    assert main([*command, "--arch", "hopper"]) == 2
     assert "such as 'cuda:sm_80,sm_90'; got 'cuda:hopper'" in capsys.readouterr().err

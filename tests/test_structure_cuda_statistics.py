@@ -6,11 +6,9 @@ import re
 
 import cuda_code
 import pytest
-from cuda_code import FUSED, Built, needs_nvcc, used
+from cuda_code import FUSED, Built, used
 
-from qknorm_tvm import KernelSpec, compile
-from qknorm_tvm.load.module_file import read_metadata
-from qknorm_tvm.operations import OPERATIONS
+from qknorm_tvm import KernelSpec
 
 
 @pytest.fixture(scope="module", params=[pytest.param("statistics", marks=pytest.mark.slow)])
@@ -113,25 +111,3 @@ def test_no_local_memory_and_few_registers(built: Built) -> None:
         # Without alignment an address for every element.
         most = 80 if variant.alignment else 144
         assert kernel.registers <= most, (name, kernel.registers)
-
-
-@pytest.mark.slow
-def test_one_module_for_a_layer() -> None:
-    """All operations in one file, for several architectures, each with its own entry point."""
-    needs_nvcc()
-    target = "cuda:sm_80,sm_90"
-    specs = [
-        KernelSpec(
-            op=name,
-            q_cols=64,
-            k_cols=32,
-            target=target,
-            head_dim=32 if operation.rotates else None,
-        )
-        for name, operation in OPERATIONS.items()
-    ]
-    compiled = compile(specs)
-    metadata = read_metadata(compiled.path)
-    assert metadata["ops"] == sorted(OPERATIONS)
-    described = {code["spec"] for code in metadata["levels"][0]["code"]}
-    assert described == {spec.text for spec in specs}
