@@ -82,9 +82,13 @@ def _decides_code(level: str) -> str:
     return hashlib.sha256("\n".join([digest.hexdigest(), *rest]).encode()).hexdigest()[:16]
 
 
+#: Files whose tests are long, or wait for one long compilation.
+_FIRST = ("test_tuning", "test_structure_cuda")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tuning begin first: its tests are long, and at the end a worker would wait for them."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_tuning"))
+    """Let these begin first: at the end a worker would wait for the other."""
+    items.sort(key=lambda item: not item.path.name.startswith(_FIRST))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
