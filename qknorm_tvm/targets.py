@@ -19,7 +19,7 @@ class CpuidBit:
 
     `register` is 0 to 3 for eax, ebx, ecx, edx; `state` the bits of XCR0 that the operating system
     must have enabled (6: ymm, 0xe6: zmm and masks). `proc_name` is Linux's word for it in
-    ``/proc/cpuinfo``.
+    ``/proc/cpuinfo``; `subleaf` what ``cpuid`` takes in ecx.
     """
 
     leaf: int
@@ -27,6 +27,7 @@ class CpuidBit:
     bit: int
     state: int = 0
     proc_name: str = ""
+    subleaf: int = 0
 
 
 _YMM, _ZMM = 0x6, 0xE6
@@ -61,6 +62,7 @@ X86_FEATURES: dict[str, CpuidBit] = {
     "avx512vnni": CpuidBit(7, 2, 11, _ZMM, "avx512_vnni"),
     "avx512bitalg": CpuidBit(7, 2, 12, _ZMM, "avx512_bitalg"),
     "avx512vpopcntdq": CpuidBit(7, 2, 14, _ZMM, "avx512_vpopcntdq"),
+    "avx512bf16": CpuidBit(7, 0, 5, _ZMM, "avx512_bf16", subleaf=1),
     "sahf": CpuidBit(0x80000001, 2, 0, proc_name="lahf_lm"),
     "lzcnt": CpuidBit(0x80000001, 2, 5, proc_name="abm"),
 }
@@ -69,12 +71,17 @@ _V2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 
-#: The psABI's levels, best first, with what each needs beyond baseline x86-64.
+#: The psABI's levels, best first, with what each needs beyond baseline x86-64. Before them the one
+#: that converts to bfloat16 in hardware: Zen 4 and Sapphire Rapids have it, and what came later.
 X86_LEVELS: dict[str, tuple[str, ...]] = {
+    "x86-64-v4-bf16": (*_V4, "avx512bf16", "avx512vbmi"),
     "x86-64-v4": _V4,
     "x86-64-v3": _V3,
     "x86-64-v2": _V2,
 }
+
+#: Levels that round to bfloat16 otherwise than another one, and are like it in all else.
+ROUNDING_LEVELS = {"x86-64-v4-bf16": "x86-64-v4"}
 
 #: AArch64 with NEON, which every Linux there needs: one level, nothing to choose at load.
 AARCH64 = "aarch64"

@@ -16,10 +16,13 @@ SCHEDULE_VERSION = 1
 #: Ways to round float32 to bfloat16, half to even; the same bits, other instructions. Where columns
 #: are not taken apart into even and odd ones, ``"saturate"`` is ``"shift"``. What the others mean
 #: stays as it is: tuned records name them.
-ROUNDINGS = ("mask", "shift", "saturate")
+ROUNDINGS = ("mask", "shift", "saturate", "convert")
 
 #: Fewest elements of a vector that is taken apart into even and odd ones.
 SMALLEST_PAIRS = 4
+#: Elements that AVX512-BF16's instruction converts, and instruction sets that ``"convert"`` needs.
+CONVERTED = 32
+CONVERT_FEATURES = frozenset({"avx512bf16", "avx512vbmi"})
 #: Bytes of a task's stack that packed gammas take at most, of the 256 KiB that a worker has.
 MOST_PACKED_BYTES = 1 << 16
 #: Bytes that the rows of a tile take at most where they are read twice: half of an L1 cache.
@@ -50,9 +53,10 @@ class CpuConfig:
         past the caches.
     rounding : str
         How float32 becomes bfloat16: ``"mask"`` (a test into a mask register and two adds, which
-        AVX-512 has), ``"shift"`` (shift, and, two adds) or ``"saturate"`` (16-bit halves, of even
+        AVX-512 has), ``"shift"`` (shift, and, two adds), ``"saturate"`` (16-bit halves, of even
         and odd elements at once: and-not, saturating difference, shift, add), with which tasks pack
-        the gammas where they can, see `packs_gammas`.
+        the gammas where they can, see `packs_gammas`, or ``"convert"`` (AVX512-BF16's instruction,
+        with a `vector` of whole 32; elsewhere as ``"shift"``), which needs `CONVERT_FEATURES`.
     bytes_per_task : int
         Bytes read and written that one thread gets at least. A call below twice this runs on the
         calling thread alone.
@@ -132,15 +136,22 @@ def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     config = _of_norm(spec, features)
     if not spec.operation.rotates:
         return config
-    assert spec.head_dim is not None
-    # Whole vectors of a head's pairs, of its other columns, and of V's: none is left over.
-    vector = config.vector // 2 if spec.interleaved else config.vector
-    vector = math.gcd(vector, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
+    vector = _whole_in_heads(spec, config.vector)
+    if config.rounding == "convert" and vector < CONVERTED:
+        config = _of_norm(spec, features - CONVERT_FEATURES)
+        vector = _whole_in_heads(spec, config.vector)
     # Rows share gamma's shuffle here too; four leave registers for the rotation.
     config = dataclasses.replace(config, vector=vector, row_tile=min(config.row_tile, 4))
     if packs_gammas(spec, config):
         return config
     return dataclasses.replace(config, streaming_bytes=0)
+
+
+def _whole_in_heads(spec: KernelSpec, vector: int) -> int:
+    """Return the width of which a head's pairs, its other columns and V's are whole vectors."""
+    assert spec.head_dim is not None
+    most = vector // 2 if spec.interleaved else vector
+    return math.gcd(most, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
 
 
 def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
@@ -156,22 +167,25 @@ def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
         return CpuConfig(
             vector=8, row_tile=4 if spec.out_dtype == "bfloat16" else 1, streaming_bytes=0
         )
-    if avx512:
-        # The threshold and the tiles are an Intel's; packed gammas have not been timed here.
-        if spec.out_dtype == "bfloat16":
-            # One register of outputs, and a test into a mask. The rows of a tile share gamma's
-            # shuffle into even and odd elements: there are registers for the rs of eight.
-            return CpuConfig(vector=register // 2, row_tile=8, rounding="mask")
-        return CpuConfig(vector=register // 4, row_tile=1)
-    streaming_bytes = 1 << 23
     if spec.out_dtype != "bfloat16":
         # One register of float32. Nothing is worth sharing: gamma is an operand in memory, and more
         # rows at once were 3 to 30 % slower (float32, float16; M = 64 to 16384).
-        return CpuConfig(vector=register // 4, row_tile=1, streaming_bytes=streaming_bytes)
+        return CpuConfig(vector=register // 4, row_tile=1)
+    if features >= CONVERT_FEATURES and not spec.interleaved:
+        # Two registers of outputs, where one test for zeros serves both. What rotates gains nothing
+        # from rows that share their gammas.
+        columns = [cols for cols in (spec.q_cols, spec.k_cols) if cols is not None]
+        vector = max(CONVERTED, math.gcd(2 * CONVERTED, *columns))
+        row_tile = 1 if spec.operation.rotates else 4
+        return CpuConfig(vector=vector, row_tile=row_tile, rounding="convert")
+    if avx512:
+        # One register of outputs, and a test into a mask. The rows of a tile share gamma's shuffle
+        # into even and odd elements: there are registers for the rs of eight.
+        return CpuConfig(vector=register // 2, row_tile=8, rounding="mask")
     # Two registers of outputs: the loop's own instructions are a tenth. Where statistics come
     # before, a tile's rows hide the latency of their last additions, as long as they stay in L1
     # (1536/256, one Zen 3 core: 1.00 of both operations alone, one row 1.08).
-    packed = CpuConfig(vector=register, rounding="saturate", streaming_bytes=streaming_bytes)
+    packed = CpuConfig(vector=register, rounding="saturate")
     if packs_gammas(spec, packed):
         adds_up = not spec.operation.rotates and all(t.name != "qk_var" for t in spec.tensors)
         row_tile = 4 if adds_up and 4 * row_bytes(spec) <= TILE_BYTES else 1

@@ -39,7 +39,7 @@ from qknorm_tvm.dtypes import ELEMENT_TYPES
 from qknorm_tvm.targets import X86_LEVELS, host_cpu_target, host_features
 
 DTYPES = ("bfloat16", "float16", "float32")
-LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16")
 #: The best level of this machine, as a target: what the API compiles for here.
 OWN = host_cpu_target()
 #: What a default run tests beside `OWN`: the level whose code differs most, without fused
@@ -292,7 +292,12 @@ def needs_level(level: str) -> None:
 
 
 #: What to switch off so that a portable module picks a level.
-DISABLE_FOR_LEVEL = {"x86-64-v4": "", "x86-64-v3": "avx512f", "x86-64-v2": "avx512f,avx2"}
+DISABLE_FOR_LEVEL = {
+    "x86-64-v4-bf16": "",
+    "x86-64-v4": "avx512bf16",
+    "x86-64-v3": "avx512f",
+    "x86-64-v2": "avx512f,avx2",
+}
 
 
 @functools.cache

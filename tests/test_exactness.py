@@ -451,6 +451,28 @@ def test_every_config_is_exact(main_level: str, pairing: tuple[str, str], index:
     check_exact(module, _special_case(values[::23], 160 + index, 64, pairing[1], index))
 
 
+def test_every_conversion_is_exact() -> None:
+    """A width, a tile or a store past the caches that the CPU's own conversion does not fit."""
+    level = "x86-64-v4-bf16"
+    needs_level(level)
+    configs = [
+        CpuConfig(vector=vector, row_tile=row_tile, rounding="convert", streaming_bytes=streaming)
+        for vector in (16, 32, 64, 128)
+        for row_tile, streaming in ((1, 1), (3, 1), (4, 0))
+    ]
+    specs = {
+        spec: config
+        for i, config in enumerate(configs)
+        for spec in specs_of(CONFIG_PAIRINGS, [(160 + i, 128)], level)
+    }
+    module = load(compiled("conversions", *specs, config=specs))
+    for spec in specs:
+        for rows in (1, 2, 7, 33):
+            check_exact(module, make_case(rows, spec.q_cols, 128, spec.in_dtype, "bfloat16"))
+        values = _float32_sweep() if spec.in_dtype == "float32" else all_patterns(spec.in_dtype)
+        check_exact(module, _special_case(values[::23], spec.q_cols, 128, "bfloat16", 0))
+
+
 STREAM_PAIRINGS = (
     ("bfloat16", "bfloat16"),
     ("float16", "float16"),

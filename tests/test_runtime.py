@@ -137,6 +137,45 @@ def test_module_picks_the_level_of_this_machine(large: Path) -> None:
     assert load(large).active_level == host_cpu_target()
 
 
+def test_level_that_changes_nothing_has_no_code_of_its_own() -> None:
+    """A file that grows by code which it has already: only bfloat16 outputs are converted."""
+    converted = KernelSpec(q_cols=32, k_cols=32)
+    same = converted.replace(in_dtype="float32", out_dtype="float32")
+    alone = qknorm_tvm.compile(same)
+    names = [level["name"] for level in alone.metadata["levels"]]
+    assert names == ["x86-64-v4", "x86-64-v3", "x86-64-v2"]
+    both = qknorm_tvm.compile([converted, same])
+    levels = {level["name"]: level["code"] for level in both.metadata["levels"]}
+    assert list(levels) == list(X86_LEVELS)
+    assert [code["spec"] for code in levels["x86-64-v4-bf16"]] == [converted.text, same.text]
+    first, second = levels["x86-64-v4-bf16"]
+    assert first["config"]["rounding"] == "convert"
+    assert second == levels["x86-64-v4"][1]
+
+
+def test_conversion_is_refused_where_the_level_has_none() -> None:
+    """A config for one level that crashes the others."""
+    spec = KernelSpec(q_cols=32, k_cols=32, target="x86-64-v4")
+    with pytest.raises(ValueError, match=r"rounding must not be 'convert' for x86-64-v4, which is"):
+        qknorm_tvm.compile(spec, config={"rounding": "convert"})
+
+
+def test_stores_go_past_the_caches_by_the_size_of_this_machines() -> None:
+    """A threshold for another machine's caches, or glibc's idea of them: a whole socket's."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+    sizes = {
+        int((cache / "level").read_text()): (cache / "size").read_text().strip()
+        for cache in caches
+        if (cache / "type").read_text().strip() != "Instruction"
+    }
+    if not sizes:
+        pytest.skip("the kernel does not say how large this machine's caches are")
+    last = sizes[max(sizes)]
+    assert last.endswith("K"), last
+    function = load(smallest()).library.get_function("qknorm_most_cached_bytes")
+    assert function() == int(last[:-1]) * 1024 // 4
+
+
 # ---- a CPU that lacks what the code needs --------------------------------------------------------
 
 

@@ -9,14 +9,20 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import OWN, PAIRINGS, compiled, levels, open_columns
+from support import LEVELS, OWN, PAIRINGS, compiled, levels, open_columns
 
 from qknorm_tvm import KernelSpec
 
 #: The registers in which a level's code computes.
-REGISTERS = {"x86-64-v2": "xmm", "x86-64-v3": "ymm", "x86-64-v4": "zmm"}
+REGISTERS = {
+    "x86-64-v2": "xmm",
+    "x86-64-v3": "ymm",
+    "x86-64-v4": "zmm",
+    "x86-64-v4-bf16": "zmm",
+}
 SPEC = KernelSpec(q_cols=1536, k_cols=256)
 
 
@@ -61,6 +67,18 @@ def _functions(ir: str) -> dict[str, list[str]]:
             current.append(line)
         if line == "}":
             current = None
+    return functions
+
+
+def _assembly(asm: str) -> dict[str, list[str]]:
+    """Return name -> lines of every function that assembly holds."""
+    functions: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in asm.splitlines():
+        head = re.match(r"(\w[\w.]*|\.L__tvm\w[\w.]*):", line)
+        if head:
+            lines = functions.setdefault(head[1], [])
+        lines.append(line)
     return functions
 
 
@@ -111,14 +129,43 @@ _NAMED = itertools.product(PAIRINGS[::4], map(pytest.param, ("sapphirerapids", "
     ],
 )
 def test_no_instruction_that_rounds_otherwise(in_dtype: str, out_dtype: str, level: str) -> None:
-    """``vcvtneps2bf16`` flushes denormals, fused multiply-add skips a rounding, rsqrt guesses."""
+    """``vcvtneps2bf16`` flushes denormals, fused multiply-add skips a rounding, rsqrt guesses.
+
+    ``vcvtne2ps2bf16`` flushes them too: see the next test.
+    """
     code = code_of(SPEC.replace(in_dtype=in_dtype, out_dtype=out_dtype), level)
     conversions = re.findall(
         r"^\s+(v?cvtne\w*bf16\w*|vf?n?m(?:add|sub)\w+|v?rsqrt\w+|v?rcp\w+|vdpbf16\w*|\w+ph)\b",
         code.asm,
         re.MULTILINE,
     )
-    assert not set(conversions) - {"vcvtps2ph", "vcvtph2ps"}, set(conversions)
+    converts = "vcvtne2ps2bf16" in conversions
+    assert converts == (out_dtype == "bfloat16" and level not in LEVELS[:-1])
+    exact = {"vcvtps2ph", "vcvtph2ps", *(["vcvtne2ps2bf16"] if converts else [])}
+    assert not set(conversions) - exact, set(conversions)
+
+
+@pytest.mark.parametrize("fields", [{}, {"cast_before_gamma": True}, {"in_dtype": "float32"}])
+def test_what_is_converted_is_tested_for_zeros(fields: dict[str, Any]) -> None:
+    """A denormal result that comes out as zero, and instructions that the loop can do without.
+
+    Each result is tested, one branch for the 64 elements of a vector; 11 instructions for 32
+    elements: a load, two permutes, four products, a conversion, a test, half a branch, a store.
+    """
+    code = code_of(SPEC.replace(**fields), "x86-64-v4-bf16")
+    casts = 2 if "cast_before_gamma" in fields else 1
+    for lines in _assembly(code.asm).values():
+        text = "\n".join(lines)
+
+        def count(name: str, text: str = text) -> int:
+            return len(re.findall(rf"^\s+{name}\s", text, re.MULTILINE))
+
+        converted = count("vcvtne2ps2bf16")
+        assert count("vptestnmw") == converted
+        assert count("kortest[wdq]") == converted / 2
+        is_widened = "in_dtype" not in fields
+        assert count("vpermb") == (2 * converted if is_widened else 0)
+        assert count("vmulps") == 4 * converted / casts
 
 
 @pytest.mark.parametrize("level", levels(OWN))
@@ -136,7 +183,7 @@ def test_vector_width_is_the_levels(in_dtype: str, out_dtype: str, level: str) -
     assert multiplied.count(meant) >= 2
     # The columns are whole vectors: nothing is left to narrower registers.
     assert set(multiplied) == {meant}
-    wider = {"x86-64-v2": ("ymm", "zmm"), "x86-64-v3": ("zmm",), "x86-64-v4": ()}[level]
+    wider = {"x86-64-v2": ("ymm", "zmm"), "x86-64-v3": ("zmm",)}.get(level, ())
     assert not any(register in code.asm for register in wider)
 
 
@@ -311,6 +358,7 @@ def test_only_the_entry_points_are_exported(exported: Path) -> None:
         "__tvm_ffi_qknorm_active_level",
         "__tvm_ffi_qknorm_get_num_threads",
         "__tvm_ffi_qknorm_metadata",
+        "__tvm_ffi_qknorm_most_cached_bytes",
         "__tvm_ffi_qknorm_set_num_threads",
         "qknorm_tvm_thread_pool_v2",
     ]

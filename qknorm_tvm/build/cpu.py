@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,32 @@ from ..load.temporary import memory_file
 from ..lower.cpu import STREAM_ALIGNMENT, lower
 from ..lower.tvm_version import llvm_module
 from ..schedules.cpu import schedule
-from ..schedules.cpu_config import PACKED_ROWS, CpuConfig, default_config, packs_gammas, streams
+from ..schedules.cpu_config import (
+    CONVERT_FEATURES,
+    PACKED_ROWS,
+    CpuConfig,
+    default_config,
+    packs_gammas,
+    streams,
+)
 from ..spec import KernelSpec
-from ..targets import AARCH64, X86_FEATURES, X86_LEVELS
-from .configs import cpu_buckets
+from ..targets import AARCH64, ROUNDING_LEVELS, X86_FEATURES, X86_LEVELS
+from .configs import Bucket, cpu_buckets
 from .native import Level, Variant, c_compiler, compile_entry, link, tables
 
-#: Instruction sets kept from LLVM. Some it would use change results (avx512bf16 and avxneconvert
-#: flush denormals when they round); the others `X86_FEATURES` cannot test for at load.
+#: Instruction sets kept from LLVM. Some it would use change results (avxneconvert flushes denormals
+#: when it rounds); the others `X86_FEATURES` cannot test for at load.
 _WITHHELD = tuple(
-    """avx10.1 avx10.2 avx512bf16 avx512fp16 avx512vp2intersect avxifma avxneconvert avxvnni
+    """avx10.1 avx10.2 avx512fp16 avx512vp2intersect avxifma avxneconvert avxvnni
     avxvnniint16 avxvnniint8 amx-avx512 amx-tile ccmp egpr fma4 ndd nf ppx push2pop2 sse4a tbm
     xop zu""".split()  # noqa: SIM905
 )
 #: Tuning flags against which the kernel was measured: whole zmm vectors, and blends rather than
 #: three-uop word permutes.
 _TUNING = ("-prefer-256-bit", "-fast-variable-crosslane-shuffle", "-fast-variable-perlane-shuffle")
+
+#: A function of a module, with what it is made from.
+_Function = tuple[KernelSpec, CpuConfig, Variant]
 
 #: Bytes that a function takes in an object file at most: ten times what is usual.
 _MOST_CODE = 1 << 17
@@ -74,12 +86,18 @@ def llvm_target(cpu: str) -> tvm.target.Target:
         return tvm.target.Target(
             {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic"}
         )
+    known = ROUNDING_LEVELS.get(cpu, cpu)
+    beyond = () if known == cpu else cpu_features(cpu)
     return tvm.target.Target(
         {
             "kind": "llvm",
             "mtriple": "x86_64-linux-gnu",
-            "mcpu": cpu,
-            "mattr": [f"-{name}" for name in _WITHHELD] + list(_TUNING),
+            "mcpu": known,
+            "mattr": [
+                *(f"+{name}" for name in beyond),
+                *(f"-{name}" for name in _WITHHELD),
+                *_TUNING,
+            ],
         }
     )
 
@@ -94,10 +112,11 @@ def variants_of(
     """
     variants = []
     packs = packs_gammas(spec, config)
+    # Of what goes past the caches rows follow each other as in memory, where they share no gamma.
+    in_order = packs or config.rounding == "convert"
     least_rows = max(min_rows, PACKED_ROWS if packs else 1)
     has_tile = packs or config.row_tile > 1
-    # With packed gammas what goes past the caches goes row by row.
-    stream_tile = 1 if packs else config.row_tile
+    stream_tile = 1 if in_order else config.row_tile
     common: dict[str, Any] = {"bytes_per_task": config.bytes_per_task, "packs_gammas": packs}
     vector_bytes = config.vector * spec.out_bytes
     if config.streaming_bytes and vector_bytes >= 16 and streams(spec, config.vector):
@@ -141,7 +160,7 @@ def scheduled(spec: KernelSpec, config: CpuConfig, variant: Variant) -> tirx.Pri
     return func.with_attr("global_symbol", variant.symbol)
 
 
-def generate(cpu: str, functions: Sequence[tuple[KernelSpec, CpuConfig, Variant]]) -> Any:
+def generate(cpu: str, functions: Sequence[_Function]) -> Any:
     """Declare, schedule, lower and generate code for functions; returns TVM's LLVM module."""
     target = llvm_target(cpu)
     lowered = tvm.IRModule()
@@ -177,6 +196,61 @@ def _object_code(module: Any, directory: Path, functions: int) -> bytes:
         return path.read_bytes()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What a module has of one spec for one level: its configs, and the functions made of them."""
+
+    buckets: tuple[Bucket, ...]
+    functions: tuple[tuple[_Function, ...], ...]
+
+    def is_made_of(self, buckets: Sequence[Bucket]) -> bool:
+        """Whether other configs, by number of rows, would make the same functions."""
+        own = [(bucket.min_rows, bucket.config) for bucket in self.buckets]
+        return own == [(bucket.min_rows, bucket.config) for bucket in buckets]
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The functions as the entry point knows them, first choice first."""
+        return tuple(variant for of_bucket in self.functions for _, _, variant in of_bucket)
+
+    def describe(self, spec: KernelSpec) -> list[dict[str, Any]]:
+        """Return what a module's metadata says of them, JSON-ready."""
+        return [
+            {
+                "spec": spec.text,
+                **bucket.describe(),
+                "variants": [variant.name for _, _, variant in of_bucket],
+            }
+            for bucket, of_bucket in zip(self.buckets, self.functions, strict=True)
+        ]
+
+
+def _configs_of_level(spec: KernelSpec, given: Any, cpu: str) -> list[Bucket]:
+    """Return a spec's configs for a level by number of rows.
+
+    Raises
+    ------
+    ValueError
+        One of them needs instructions that the level has not.
+    """
+    features = frozenset(cpu_features(cpu))
+    buckets = cpu_buckets(spec, cpu, given, default_config(spec, features))
+    for bucket in buckets:
+        if bucket.config.rounding == "convert" and not features >= CONVERT_FEATURES:
+            raise ValueError(
+                f"config.rounding must not be 'convert' for {cpu}, which is without "
+                f"{' or '.join(sorted(CONVERT_FEATURES - features))}"
+            )
+    return buckets
+
+
+def _functions_of(spec: KernelSpec, bucket: Bucket, prefix: str) -> tuple[_Function, ...]:
+    variants = variants_of(
+        spec, bucket.config, f"{prefix}_{bucket.min_rows}", min_rows=bucket.min_rows
+    )
+    return tuple((spec, bucket.config, variant) for variant in variants)
+
+
 def build(
     specs: Sequence[KernelSpec],
     configs: Sequence[CpuConfig | None],
@@ -189,24 +263,30 @@ def build(
     """
     levels: list[Level] = []
     described: list[dict[str, Any]] = []
-    functions: dict[str, list[tuple[KernelSpec, CpuConfig, Variant]]] = {}
-    for cpu in specs[0].parsed_target.variants:
-        features = cpu_features(cpu)
-        functions[cpu], per_spec, configs_used = [], [], []
+    functions: dict[str, list[_Function]] = {}
+    held: dict[str, list[_Held]] = {}
+    # The least demanding level first: another may share its functions.
+    for cpu in reversed(specs[0].parsed_target.variants):
+        base = held.get(ROUNDING_LEVELS.get(cpu, ""))
+        of_level, own = [], []
         for index, (spec, given) in enumerate(zip(specs, configs, strict=True)):
-            default = default_config(spec, frozenset(features))
-            of_spec: list[Variant] = []
-            for bucket in cpu_buckets(spec, cpu, given, default):
-                prefix = f"qkn_{cpu}_{index}_{bucket.min_rows}"
-                prefix = prefix.replace("-", "_").replace(".", "_")
-                variants = variants_of(spec, bucket.config, prefix, min_rows=bucket.min_rows)
-                functions[cpu] += [(spec, bucket.config, variant) for variant in variants]
-                of_spec += variants
-                names = [variant.name for variant in variants]
-                configs_used.append({"spec": spec.text, **bucket.describe(), "variants": names})
-            per_spec.append(tuple(of_spec))
-        levels.append(Level(cpu, features, tuple(per_spec)))
-        described.append({"name": cpu, "features": list(features), "code": configs_used})
+            buckets = _configs_of_level(spec, given, cpu)
+            if base and base[index].is_made_of(buckets):
+                of_level.append(base[index])
+                continue
+            prefix = re.sub(r"[-.]", "_", f"qkn_{cpu}_{index}")
+            made = tuple(_functions_of(spec, bucket, prefix) for bucket in buckets)
+            of_level.append(_Held(tuple(buckets), made))
+            own += [function for of_bucket in made for function in of_bucket]
+        if not own:
+            continue
+        functions[cpu], held[cpu] = own, of_level
+        features = cpu_features(cpu)
+        levels.insert(0, Level(cpu, features, tuple(spec.variants for spec in of_level)))
+        code = [
+            text for spec, its in zip(specs, of_level, strict=True) for text in its.describe(spec)
+        ]
+        described.insert(0, {"name": cpu, "features": list(features), "code": code})
     metadata = {**metadata, "kind": "cpu", "levels": described}
     table = tables(specs, levels, metadata, cuda=False)
     machine = specs[0].parsed_target.machine
@@ -215,13 +295,13 @@ def build(
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         # The C compiler beside LLVM: a third of the time.
         native = worker.submit(compile_entry, directory, table, pool=True, machine=machine)
-        for cpu, of_level in functions.items():
+        for cpu, of_cpu in functions.items():
             level_object = directory / f"{cpu}.o"
-            generated = generate(cpu, of_level)
-            level_object.write_bytes(_object_code(generated, directory, len(of_level)))
+            generated = generate(cpu, of_cpu)
+            level_object.write_bytes(_object_code(generated, directory, len(of_cpu)))
             # The least demanding first: TVM puts its float16 helpers, weak, into every object, and
             # the linker keeps the first, which has to run everywhere.
-            objects.insert(0, level_object)
+            objects.append(level_object)
         out = directory / "module.so"
         link([*native.result(), *objects], out, machine)
     return out

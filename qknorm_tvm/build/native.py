@@ -194,7 +194,7 @@ def tables(
         if features:
             rows = ", ".join(
                 f"{{{_c_string(name)}, {bit.leaf:#x}u, {bit.register}u, {bit.bit}u, "
-                f"{bit.state:#x}u}}"
+                f"{bit.state:#x}u, {bit.subleaf}u}}"
                 for name, bit in zip(level.features, features, strict=True)
             )
             lines.append(f"static const qkn_feature features_{li}[] = {{{rows}}};")

@@ -24,6 +24,7 @@ from tvm_ffi import structural_map
 from ..operations import TensorArgument
 from ..schedules.cpu_config import CpuConfig
 from ..spec import KernelSpec
+from . import cpu_convert
 from .cpu_packing import pack_gammas
 from .cpu_rotation import interleaved_pairs, keep_bits, round_products
 from .cpu_rounding import (
@@ -172,7 +173,7 @@ def rewrite_stores(config: CpuConfig, spec: KernelSpec, *, streaming: bool) -> t
         if spec.operation.rotates:
             body, products_ir = round_products(keep_bits(body, exact))
             llvm_ir += products_ir
-        imported = tvm.ir.StringImm(llvm_ir)
+        imported = tvm.ir.StringImm(llvm_ir + cpu_convert.functions(body))
         return func.with_body(tirx.AttrStmt(tirx.const(0), "pragma_import_llvm", imported, body))
 
     return rewrite

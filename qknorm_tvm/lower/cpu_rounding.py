@@ -22,7 +22,8 @@ from tvm import tirx
 from tvm.ir import TensorLoad
 from tvm_ffi import structural_map
 
-from ..schedules.cpu_config import SMALLEST_PAIRS
+from ..schedules.cpu_config import CONVERTED, SMALLEST_PAIRS
+from . import cpu_convert
 
 #: LLVM IR that `hidden` needs.
 OPAQUE_IR = """
@@ -139,6 +140,8 @@ def to_bfloat16(cast: tirx.Cast, rounding: str, *, hide: bool) -> tirx.Expr:
     """
     lanes = type_of(cast).lanes
     value = cast.value
+    if rounding == "convert" and lanes % CONVERTED == 0:
+        return tirx.reinterpret(f"bfloat16x{lanes}", _converted(value, lanes))
     if lanes >= SMALLEST_PAIRS and isinstance(value, (tirx.Mul, tirx.Add, tirx.Sub)):
         half = lanes // 2
         parts = _even_odd(value, half, rounding)
@@ -186,6 +189,23 @@ def round_within(value: tirx.Expr, rounding: str, *, hide: bool) -> tirx.Expr:
         return to_bfloat16(cast, rounding, hide=hide) if is_bfloat16(cast) else cast
 
     return structural_map(value, (tirx.Cast, spell_out))
+
+
+def _converted(expr: tirx.Expr, lanes: int) -> tirx.Expr:
+    """Round to bfloat16 by the CPU's instruction; returns 16-bit words."""
+
+    def in_order(expr: tirx.Expr) -> tirx.Expr:
+        if isinstance(expr, (tirx.Add, tirx.Sub, tirx.Mul)):
+            return type(expr)(in_order(expr.a), in_order(expr.b))
+        if isinstance(expr, tirx.Cast) and is_bfloat16(expr.value):
+            inner = expr.value
+            if isinstance(inner, tirx.Cast):  # rounded to q's type before gamma
+                return cpu_convert.widen(_converted(inner.value, lanes), lanes)
+            if isinstance(inner, TensorLoad):
+                return cpu_convert.widen(tirx.reinterpret(f"uint16x{lanes}", inner), lanes)
+        return expr
+
+    return cpu_convert.convert(in_order(expr), lanes)
 
 
 def _even_odd(expr: tirx.Expr, lanes: int, rounding: str) -> tuple[tirx.Expr, tirx.Expr]:

@@ -58,6 +58,7 @@ static int fail(const char* kind, const char* format, ...) {
 
 static int active_level = -1;
 static char unsupported[640]; /* why active_level is -1 */
+static int64_t most_cached;   /* outputs of as many bytes may go past the caches */
 
 #if defined(__x86_64__)
 static int has_feature(const qkn_feature* feature) {
@@ -68,7 +69,7 @@ static int has_feature(const qkn_feature* feature) {
   for (const char* at = disabled; at && (at = strstr(at, feature->name)); at += length) {
     if ((at == disabled || at[-1] == ',') && (at[length] == ',' || !at[length])) return 0;
   }
-  if (!__get_cpuid_count(feature->leaf, 0, &reg[0], &reg[1], &reg[2], &reg[3])) return 0;
+  if (!__get_cpuid_count(feature->leaf, feature->subleaf, &reg[0], &reg[1], &reg[2], &reg[3])) return 0;
   if (!(reg[feature->reg] >> feature->bit & 1)) return 0;
   if (feature->state) {
     uint32_t leaf1[4] = {0, 0, 0, 0}, low, high;
@@ -79,12 +80,32 @@ static int has_feature(const qkn_feature* feature) {
   }
   return 1;
 }
+
+/* A quarter of the last cache, in bytes; as much as there can be where the processor does not say.
+ * (What sysconf says of AMD's is the sum of all that a socket has.) */
+static int64_t most_cached_bytes(void) {
+  uint32_t extended[4] = {0, 0, 0, 0}, reg[4];
+  int64_t last = 0;
+  unsigned leaf = 4; /* Intel's, of which AMD has a copy elsewhere */
+  if (__get_cpuid(0x80000001, &extended[0], &extended[1], &extended[2], &extended[3]) &&
+      (extended[2] >> 22 & 1)) {
+    leaf = 0x8000001d;
+  }
+  for (unsigned i = 0; i < 8 && __get_cpuid_count(leaf, i, &reg[0], &reg[1], &reg[2], &reg[3]); ++i) {
+    if (!(reg[0] & 31)) break; /* no more caches */
+    int64_t line = (reg[1] & 0xfff) + 1, parts = (reg[1] >> 12 & 0x3ff) + 1;
+    last = line * parts * ((int64_t)(reg[1] >> 22) + 1) * ((int64_t)reg[2] + 1);
+  }
+  return last ? last / 4 : INT64_MAX;
+}
 #else
 static int has_feature(const qkn_feature* feature) { return (void)feature, 0; }
+static int64_t most_cached_bytes(void) { return INT64_MAX; }
 #endif
 
 __attribute__((constructor)) static void choose_level(void) {
   size_t used = 0;
+  most_cached = most_cached_bytes();
   for (int i = 0; i < qkn_num_levels; ++i) {
     const qkn_level* level = &qkn_levels[i];
     size_t before = used;
@@ -510,7 +531,8 @@ static void set_tasks(const qkn_variant* v, int64_t bytes) {
 
 PER_OPERATION int fits(const qkn_variant* v, const qkn_operation* op, const tensor* t, int64_t rows,
                        int64_t out_bytes) {
-  if (rows < v->min_rows || out_bytes < v->min_out_bytes) return 0;
+  if (rows < v->min_rows) return 0;
+  if (out_bytes < v->min_out_bytes && out_bytes < most_cached) return 0;
   UNROLLED
   for (int i = 0; i < op->num_tensors; ++i) {
     const tensor* s = &t[op->arguments[i].which];
@@ -1019,6 +1041,16 @@ EXPORT int __tvm_ffi_qknorm_active_level(void* self, const TVMFFIAny* args, int3
 }
 
 #if !QKN_CUDA
+/* The outputs from which on a call stores past the caches, whatever a larger threshold says. */
+EXPORT int __tvm_ffi_qknorm_most_cached_bytes(void* self, const TVMFFIAny* args, int32_t num_args,
+                                              TVMFFIAny* result) {
+  (void)self, (void)args, (void)num_args;
+  result->type_index = kTVMFFIInt;
+  result->zero_padding = 0;
+  result->v_int64 = most_cached;
+  return 0;
+}
+
 EXPORT int __tvm_ffi_qknorm_get_num_threads(void* self, const TVMFFIAny* args, int32_t num_args,
                                             TVMFFIAny* result) {
   (void)self, (void)args, (void)num_args;

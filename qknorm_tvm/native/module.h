@@ -30,6 +30,7 @@ typedef struct {
   uint32_t reg;
   uint32_t bit;
   uint32_t state;
+  uint32_t subleaf;
 } qkn_feature;
 
 /* The functions for one spec and one CPU level (or for CUDA), first choice first. */

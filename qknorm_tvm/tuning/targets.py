@@ -145,7 +145,10 @@ class CpuTarget(Target):
             # A tile that no call fills is the code for single rows.
             options["row_tile"] = tiles[base.row_tile > rows :]
         if "rounding" in used:
-            options["rounding"] = list(range(len(ROUNDINGS)))
+            has_convert = cpu_config.CONVERT_FEATURES.issubset(self._features)
+            options["rounding"] = [
+                i for i, name in enumerate(ROUNDINGS) if has_convert or name != "convert"
+            ]
         # Stores past the caches below the threshold look fast here, and make the next operation
         # wait for memory: only whether to stream above it is for a measurement to say.
         out_bytes = rows * (spec.q_cols + spec.k_cols) * spec.out_bytes
