@@ -6,17 +6,20 @@ columns; in a panel, row by row, one vector statement: widen, times rs, times ga
 rs is computed once a row, at the head of its tile. Nothing is stored between: every intermediate
 lives in a register.
 
-What the use of gamma costs (a shuffle into even and odd elements, a test for NaNs) is shared by
-rows in one of two ways. Without AVX-512, where its size is known and bfloat16 is stored, each task
-packs the gammas once, into at most 64 KiB of its stack (`qknorm_tvm.lower.cpu_packing`), and tiles
-are of one row: rows follow each other as in memory. Otherwise the panel comes before the row, so
-that one shuffle serves all rows of a tile.
+Where the CPU converts to bfloat16 (AVX512-BF16, `qknorm_tvm.lower.cpu_convert`), columns stay in
+order and gamma is an operand in memory: nothing to share. Elsewhere the use of gamma costs a
+shuffle into even and odd elements and a test for NaNs, which rows share in one of two ways. Without
+AVX-512, where its size is known and bfloat16 is stored, each task packs the gammas once, into at
+most 64 KiB of its stack (`qknorm_tvm.lower.cpu_packing`), and tiles are of one row: rows follow
+each other as in memory. Otherwise the panel comes before the row, so that one shuffle serves all
+rows of a tile.
 
 Tiles of several rows depend on addresses. Rows of 2048, 4096, 6144 or 8192 columns of 16 bits lie
 in the same cache sets, so that eight rows and their outputs are sixteen lines of one set, and a
-load waits for a store to the same offset of another page. Two uses remain: where statistics are
-computed before, four short rows hide the latency of their last additions; and gammas that are not
-packed. With packed gammas stores past the caches go row by row.
+load waits for a store to the same offset of another page. They remain where statistics are computed
+before, as four short rows hide the latency of their last additions; where gammas are not packed;
+and, four rows, with the CPU's conversion, for loads of gamma. Stores past the caches go row by row,
+but for gammas that are shuffled for a tile.
 
 Map from loops: ``tile`` -> tasks of the thread pool, ``panel`` -> serial, ``row`` -> unrolled,
 ``lane`` -> SIMD lanes. Columns beyond the last whole vector are a partition of ``panel`` of their
@@ -47,9 +50,28 @@ between inputs and outputs in a page; beside it the best of 30 hand-written AVX2
   1024, where tiles of four rows took 2.0 to 2.6; 195 instructions a head, apply's 140: in the
   caches the roundings and products of the rotation are the difference, and none can be left out.
 
-What was tried on an Intel Xeon (Emerald Rapids, 3.0 GHz, one thread, TVM 0.27, x86-64-v4, Nq 1536,
-Nk 256; times over those of numpy.copyto of the same bytes). Packed gammas are for such a machine to
-measure: with AVX-512 they take 17.5 instructions for 32 elements instead of 19.3.
+What was tried on an Intel Xeon (Emerald Rapids, 2 MiB of L2, 300 MiB of L3; one thread, TVM 0.27,
+bfloat16; times over memcpy of the same bytes, median and worst of 16 offsets, in turns with kernels
+in AVX-512 intrinsics, rs known before the call). Predicted for the conversion by the instructions
+for 32 elements, 11 instead of 19: 0.6 of the time in L1; it is 0.8.
+
+* 1536/256 at M = 16, 64, 256: converted, four rows 1.46, 1.36, 1.28; one row 1.52, 1.43, 1.33;
+  ``"mask"``, eight rows 1.79, 1.70, 1.52; by hand without the conversion at best 1.52, 1.54, 1.44;
+  with it, by even and odd elements, 1.59, 1.61, 1.51, and in order 1.34, 1.36, 1.31. 4096/4096 at
+  M = 16 and 64: four rows 1.55 and 1.25, one row 1.89 and 1.38.
+* At M = 4096, 1536/256, below the threshold for stores past the caches, the worst offset takes 1.05
+  with one row, 1.5 with four, 2.5 with eight, by hand too.
+* Packed gammas without the conversion (``"saturate"``, four rows): 0.97 of tiles of eight rows at
+  1536/256, 1.10 at 4096/4096 and M = 16. They are left to CPUs without AVX-512.
+* When to stream, 1536/256: past the caches 0.66 of a copy where others take 1.0 to 1.2 from M = 512
+  (3.7 MB read and written) on. But with a reader of the outputs behind it both take 1.50 and 1.03
+  at M = 512, 1.07 and 1.00 at 1024, 0.94 and 1.09 only at 59 MB of outputs (6144/1024, M = 4096):
+  what is past the caches is read from memory. Hence a quarter of the last cache, as on the EPYC,
+  and 16 MiB at most.
+* Rotation (64 of 128): one row 0.89 of ``"mask"`` at M = 16 and 64, 0.95 beyond; four rows 0.95.
+* Statistics before, four rows: 0.94 to 1.05 of both operations alone at M = 16 to 256, 0.75 beyond.
+
+Earlier, on another of that kind (3.0 GHz; times over those of numpy.copyto):
 
 * bfloat16, M = 256 (in L2): TVM's widening and rounding, one row: 1.95; even and odd elements, one
   row: 1.70 to 1.75; two rows a tile 1.57, four 1.46, eight 1.38, sixteen 1.41. The port limit of 14
