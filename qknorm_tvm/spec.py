@@ -69,7 +69,8 @@ class KernelSpec:
         Columns of Q and K, fixed when compiled; ``None`` leaves them open until the call. The
         operations that rotate need them fixed.
     target : str
-        ``"cpu"`` (one file for every x86-64 level from v2 to v4, chosen at load), a level such as
+        ``"cpu"`` (one file for every x86-64 level, chosen at load: see
+        `qknorm_tvm.targets.X86_LEVELS`), a level such as
         ``"x86-64-v3"``, a CPU that LLVM knows by name such as ``"znver4"``, ``"aarch64"`` (every
         AArch64 machine with Linux), ``"cuda"`` (machine code for every architecture in
         `qknorm_tvm.targets.CUDA_ARCHS`) or some of those, such as ``"cuda:sm_90"`` or

@@ -368,6 +368,11 @@ def statistics_and_fused(in_dtype: str, target: str = OWN) -> Path:
     )
 
 
+def of_every_level() -> Path:
+    """Export a small module that has code of its own for each level."""
+    return compiled("every-level", KernelSpec(q_cols=33, k_cols=7))
+
+
 def smallest() -> Path:
     """One portable file of one spec, for tests of files and processes; columns 33 and 7."""
     return compiled("smallest", KernelSpec(in_dtype="float32", q_cols=33, k_cols=7))

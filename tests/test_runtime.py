@@ -18,6 +18,7 @@ from support import (
     environment,
     ffi_tensors,
     make_case,
+    of_every_level,
     raw_call,
     run_python,
     smallest,
@@ -198,7 +199,7 @@ def test_level_follows_the_features_that_are_there(disabled: str, level: str | N
         import sys, tvm_ffi
         print(tvm_ffi.load_module(sys.argv[1]).qknorm_active_level())
         """,
-        str(smallest()),
+        str(of_every_level()),
         env={"QKNORM_TVM_DISABLE_CPU_FEATURES": disabled},
     )
     assert done.stdout.strip() == (host_cpu_target() if level is None else level)

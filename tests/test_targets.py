@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import LEVELS, compiled, load_at_level
+from support import LEVELS, load_at_level, of_every_level
 
-from qknorm_tvm import KernelSpec, targets
+from qknorm_tvm import targets
 from qknorm_tvm.targets import CUDA_ARCHS, X86_FEATURES, X86_LEVELS, parse_target
 
 
@@ -139,8 +139,7 @@ def test_too_old_a_host_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch
 def test_proc_words_of_this_machine_agree_with_cpuid() -> None:
     """A level chosen from /proc/cpuinfo that the module, which asks cpuid, then refuses."""
     best = targets.host_cpu_target()
-    rounding = compiled("rounding", KernelSpec(q_cols=33, k_cols=7))  # in every level's own way
-    assert load_at_level(rounding, best).active_level == best
+    assert load_at_level(of_every_level(), best).active_level == best
 
 
 def test_which_code_adds_squares_in_one_rounding() -> None:
