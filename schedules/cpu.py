@@ -68,6 +68,9 @@ for 32 elements, 11 instead of 19: 0.6 of the time in L1; it is 0.8.
   at M = 512, 1.07 and 1.00 at 1024, 0.94 and 1.09 only at 59 MB of outputs (6144/1024, M = 4096):
   what is past the caches is read from memory. Hence a quarter of the last cache, as on the EPYC,
   and 16 MiB at most.
+* Stores past the caches, rows in order and eight at a time, median and worst: 1536/256 at M = 16384
+  0.75, 1.02 and 0.78, 1.73; 4096/4096 at M = 4096 0.72, 1.07 and 0.58, 0.75. In order all the same:
+  on the EPYC tiles took up to 12.7, and this level is for its successors too.
 * Rotation (64 of 128): one row 0.89 of ``"mask"`` at M = 16 and 64, 0.95 beyond; four rows 0.95.
 * Statistics before, four rows: 0.94 to 1.05 of both operations alone at M = 16 to 256, 0.75 beyond.
 
