@@ -69,14 +69,13 @@ class KernelSpec:
         Columns of Q and K, fixed when compiled; ``None`` leaves them open until the call. The
         operations that rotate need them fixed.
     target : str
-        ``"cpu"`` (one file for every x86-64 level, chosen at load: see
-        `qknorm_tvm.targets.X86_LEVELS`), a level such as
-        ``"x86-64-v3"``, a CPU that LLVM knows by name such as ``"znver4"``, ``"aarch64"`` (every
-        AArch64 machine with Linux), ``"cuda"`` (machine code for every architecture in
-        `qknorm_tvm.targets.CUDA_ARCHS`) or some of those, such as ``"cuda:sm_90"`` or
-        ``"cuda:sm_80,sm_90"``. It never depends on the machine that compiles: ``"cpu"`` means
-        x86-64 on AArch64 too. `qknorm_tvm.targets.host_cpu_target` returns this machine's own,
-        which is what calls of the Python API compile for.
+        ``"cpu"`` (one file for every level of `qknorm_tvm.targets.X86_LEVELS`, chosen at load), a
+        level such as ``"x86-64-v3"``, a CPU that LLVM knows by name such as ``"znver4"``,
+        ``"aarch64"`` (every AArch64 machine with Linux), ``"cuda"`` (machine code for every
+        architecture in `qknorm_tvm.targets.CUDA_ARCHS`) or some of those, such as
+        ``"cuda:sm_90"`` or ``"cuda:sm_80,sm_90"``. It never depends on the machine that compiles:
+        ``"cpu"`` means x86-64 on AArch64 too. `qknorm_tvm.targets.host_cpu_target` returns this
+        machine's own, which is what calls of the Python API compile for.
     reproducible : bool
         Compute rsqrt as 1 / sqrt, both correctly rounded, on every target, so that CPU and GPU
         agree bit for bit. CPUs always do; on CUDA the default is the hardware's rsqrt, which is

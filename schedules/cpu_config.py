@@ -93,6 +93,11 @@ class CpuConfig:
         return cls(**fields)
 
 
+def roundings(features: frozenset[str]) -> tuple[str, ...]:
+    """Return those of `ROUNDINGS` for which code that may use some instruction sets has them."""
+    return tuple(name for name in ROUNDINGS if name != "convert" or features >= CONVERT_FEATURES)
+
+
 def packs_gammas(spec: KernelSpec, config: CpuConfig) -> bool:
     """Whether tasks pack the gammas, of a known size, for several rows: see `schedules.cpu`."""
     if config.rounding != "saturate" or config.vector < SMALLEST_PAIRS:
@@ -137,9 +142,6 @@ def default_config(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
     if not spec.operation.rotates:
         return config
     vector = _whole_in_heads(spec, config.vector)
-    if config.rounding == "convert" and vector < CONVERTED:
-        config = _of_norm(spec, features - CONVERT_FEATURES)
-        vector = _whole_in_heads(spec, config.vector)
     # Rows share gamma's shuffle here too; four leave registers for the rotation.
     config = dataclasses.replace(config, vector=vector, row_tile=min(config.row_tile, 4))
     if packs_gammas(spec, config):
@@ -152,6 +154,13 @@ def _whole_in_heads(spec: KernelSpec, vector: int) -> int:
     assert spec.head_dim is not None
     most = vector // 2 if spec.interleaved else vector
     return math.gcd(most, spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim)
+
+
+def _is_converted_whole(spec: KernelSpec) -> bool:
+    """Whether what is rotated is stored in vectors that the CPU converts; all else is."""
+    if not spec.operation.rotates:
+        return True
+    return not spec.interleaved and _whole_in_heads(spec, CONVERTED) == CONVERTED
 
 
 def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
@@ -171,7 +180,7 @@ def _of_norm(spec: KernelSpec, features: frozenset[str]) -> CpuConfig:
         # One register of float32. Nothing is worth sharing: gamma is an operand in memory, and more
         # rows at once were 3 to 30 % slower (float32, float16; M = 64 to 16384).
         return CpuConfig(vector=register // 4, row_tile=1)
-    if features >= CONVERT_FEATURES and not spec.interleaved:
+    if "convert" in roundings(features) and _is_converted_whole(spec):
         # Two registers of outputs, where one test for zeros serves both. What rotates gains nothing
         # from rows that share their gammas.
         columns = [cols for cols in (spec.q_cols, spec.k_cols) if cols is not None]

@@ -26,6 +26,7 @@ from ..schedules.cpu_config import (
     CpuConfig,
     default_config,
     packs_gammas,
+    roundings,
     streams,
 )
 from ..spec import KernelSpec
@@ -236,7 +237,7 @@ def _configs_of_level(spec: KernelSpec, given: Any, cpu: str) -> list[Bucket]:
     features = frozenset(cpu_features(cpu))
     buckets = cpu_buckets(spec, cpu, given, default_config(spec, features))
     for bucket in buckets:
-        if bucket.config.rounding == "convert" and not features >= CONVERT_FEATURES:
+        if bucket.config.rounding not in roundings(features):
             raise ValueError(
                 f"config.rounding must not be 'convert' for {cpu}, which is without "
                 f"{' or '.join(sorted(CONVERT_FEATURES - features))}"
@@ -261,8 +262,6 @@ def build(
 
     `metadata` is completed with the levels, their features, and each spec's configs.
     """
-    levels: list[Level] = []
-    described: list[dict[str, Any]] = []
     functions: dict[str, list[_Function]] = {}
     held: dict[str, list[_Held]] = {}
     # The least demanding level first: another may share its functions.
@@ -278,15 +277,17 @@ def build(
             made = tuple(_functions_of(spec, bucket, prefix) for bucket in buckets)
             of_level.append(_Held(tuple(buckets), made))
             own += [function for of_bucket in made for function in of_bucket]
-        if not own:
-            continue
-        functions[cpu], held[cpu] = own, of_level
+        if own:
+            functions[cpu], held[cpu] = own, of_level
+    levels: list[Level] = []
+    described: list[dict[str, Any]] = []
+    for cpu, of_level in reversed(held.items()):
         features = cpu_features(cpu)
-        levels.insert(0, Level(cpu, features, tuple(spec.variants for spec in of_level)))
+        levels.append(Level(cpu, features, tuple(its.variants for its in of_level)))
         code = [
             text for spec, its in zip(specs, of_level, strict=True) for text in its.describe(spec)
         ]
-        described.insert(0, {"name": cpu, "features": list(features), "code": code})
+        described.append({"name": cpu, "features": list(features), "code": code})
     metadata = {**metadata, "kind": "cpu", "levels": described}
     table = tables(specs, levels, metadata, cuda=False)
     machine = specs[0].parsed_target.machine

@@ -63,10 +63,6 @@ def _constant(kind: str, values: list[int]) -> str:
     return f"<{', '.join(f'{kind} {value}' for value in values)}>"
 
 
-def _splat(lanes: int, value: int) -> str:
-    return _constant("i32", [value] * lanes)
-
-
 def _part(name: str, kind: str, lanes: int, source: str, start: int, size: int) -> str:
     """Return the line that takes `size` lanes from `start` on."""
     places = _constant("i32", list(range(start, start + size)))
@@ -112,7 +108,7 @@ def _convert_ir(lanes: int) -> str:
             # Hidden, or LLVM widens all of it for a test of bfloat16.
             f'  %bits{i} = call <32 x i16> asm "", "=v,0"(<32 x i16> %words{i}) '
             "nounwind memory(none)",
-            f"  %size{i} = and <32 x i16> %bits{i}, {_constant('i16', [0x7FFF] * 32)}",
+            f"  %size{i} = and <32 x i16> %bits{i}, splat (i16 32767)",
             f"  %zero{i} = icmp eq <32 x i16> %size{i}, zeroinitializer",
         ]
         parts.append(f"%bits{i}")
@@ -130,12 +126,12 @@ def _convert_ir(lanes: int) -> str:
         "again:",
         f"  %nan = fcmp uno <{lanes} x float> %x, zeroinitializer",
         f"  %words = bitcast <{lanes} x float> %x to {wide}",
-        f"  %high = lshr {wide} %words, {_splat(lanes, 16)}",
-        f"  %odd = and {wide} %high, {_splat(lanes, 1)}",
-        f"  %half = add {wide} %words, {_splat(lanes, 0x7FFF)}",
+        f"  %high = lshr {wide} %words, splat (i32 16)",
+        f"  %odd = and {wide} %high, splat (i32 1)",
+        f"  %half = add {wide} %words, splat (i32 32767)",
         f"  %sum = add {wide} %half, %odd",
-        f"  %number = lshr {wide} %sum, {_splat(lanes, 16)}",
-        f"  %chosen = select <{lanes} x i1> %nan, {wide} {_splat(lanes, 0x7FC0)}, {wide} %number",
+        f"  %number = lshr {wide} %sum, splat (i32 16)",
+        f"  %chosen = select <{lanes} x i1> %nan, {wide} splat (i32 32704), {wide} %number",
         f"  %exact = trunc {wide} %chosen to {narrow}",
         "  br label %done",
         "done:",

@@ -69,7 +69,9 @@ static int has_feature(const qkn_feature* feature) {
   for (const char* at = disabled; at && (at = strstr(at, feature->name)); at += length) {
     if ((at == disabled || at[-1] == ',') && (at[length] == ',' || !at[length])) return 0;
   }
-  if (!__get_cpuid_count(feature->leaf, feature->subleaf, &reg[0], &reg[1], &reg[2], &reg[3])) return 0;
+  if (!__get_cpuid_count(feature->leaf, feature->subleaf, &reg[0], &reg[1], &reg[2], &reg[3])) {
+    return 0;
+  }
   if (!(reg[feature->reg] >> feature->bit & 1)) return 0;
   if (feature->state) {
     uint32_t leaf1[4] = {0, 0, 0, 0}, low, high;
@@ -91,7 +93,8 @@ static int64_t most_cached_bytes(void) {
       (extended[2] >> 22 & 1)) {
     leaf = 0x8000001d;
   }
-  for (unsigned i = 0; i < 8 && __get_cpuid_count(leaf, i, &reg[0], &reg[1], &reg[2], &reg[3]); ++i) {
+  for (unsigned i = 0; i < 8; ++i) {
+    if (!__get_cpuid_count(leaf, i, &reg[0], &reg[1], &reg[2], &reg[3])) break;
     if (!(reg[0] & 31)) break; /* no more caches */
     int64_t line = (reg[1] & 0xfff) + 1, parts = (reg[1] >> 12 & 0x3ff) + 1;
     last = line * parts * ((int64_t)(reg[1] >> 22) + 1) * ((int64_t)reg[2] + 1);

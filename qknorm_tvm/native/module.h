@@ -17,7 +17,7 @@ typedef struct {
   int64_t row_tile;      /* it takes a multiple of this many rows */
   int64_t stride_unit;   /* row strides of q, k and outputs are multiples of this many elements */
   int64_t alignment;     /* their data is aligned to this many bytes */
-  int64_t min_out_bytes; /* the outputs have at least this many bytes */
+  int64_t min_out_bytes; /* the outputs have at least this many bytes, or a quarter of a cache's */
   int64_t bytes_per_task; /* CPUs: what one thread reads and writes at least */
   /* Of a kernel that waits for other ranks: how many of its blocks a GPU holds at once; else NULL. */
   int64_t (*resident_blocks)(int device);

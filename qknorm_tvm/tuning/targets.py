@@ -145,10 +145,8 @@ class CpuTarget(Target):
             # A tile that no call fills is the code for single rows.
             options["row_tile"] = tiles[base.row_tile > rows :]
         if "rounding" in used:
-            has_convert = cpu_config.CONVERT_FEATURES.issubset(self._features)
-            options["rounding"] = [
-                i for i, name in enumerate(ROUNDINGS) if has_convert or name != "convert"
-            ]
+            usable = cpu_config.roundings(frozenset(self._features))
+            options["rounding"] = [ROUNDINGS.index(name) for name in usable]
         # Stores past the caches below the threshold look fast here, and make the next operation
         # wait for memory: only whether to stream above it is for a measurement to say.
         out_bytes = rows * (spec.q_cols + spec.k_cols) * spec.out_bytes
